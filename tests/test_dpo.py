@@ -1,0 +1,187 @@
+"DPO on tiny real models: the reference sees the feature, the loss starts at ln 2, a killed round goes on where it was"
+import math, signal, subprocess, sys, time
+from pathlib import Path
+import pandas as pd
+import pytest
+import torch
+from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer.dpo import _settings, dpo_trainer, preference_dataset, step0_loss, train_dpo
+from saeexplainer.injection import Explainer, explanation_prompt, save_adapter
+from saeexplainer.presets import load_preset
+from saeexplainer.saes import FeatureReader
+from saeexplainer.sft import claim
+
+LN2 = math.log(2)
+PAIRS = pd.DataFrame([dict(round=1, feature=i, chosen=f'words such as rain {i}', rejected='a sea', chosen_score=2., rejected_score=1.)
+                      for i in range(8)] + [dict(round=1, feature=9, dropped='low_spread')])
+
+
+def tiny_run(folder, **fields):
+    "A model, an SAE and a previous stage with a random adapter on disk, and the preset that names them"
+    from peft import LoraConfig, get_peft_model
+    folder = Path(folder)
+    if not (folder/'model').exists():
+        tiny_model().save_pretrained(folder/'model'); tiny_tokenizer().save_pretrained(folder/'model')
+        tiny_sae(folder/'sae')
+    preset = load_preset('smollm2-135m', **dict(target=str(folder/'model'), explainer=str(folder/'model'), sae=str(folder/'sae'), layer=2,
+                         dpo_epochs=2., dpo_batch=4, dpo_lr=(1e-2, 1e-2), dpo_length_normalised=False, dpo_sft_weight=0., device='cpu') | fields)
+    reader = FeatureReader.load(preset.sae)
+    if not (folder/'sft').exists():
+        explainer = Explainer.from_preset(preset, reader)
+        torch.manual_seed(1)
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=.05, target_modules='all-linear', init_lora_weights=False)
+        model = get_peft_model(explainer.model, lora)
+        save_adapter(model, explainer.card, folder/'sft')
+    return preset, reader, folder/'sft'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory): return tmp_path_factory.mktemp('dpo')
+
+
+def trainer_of(run, tmp_path, **fields):
+    preset, reader, sft = tiny_run(run, **fields)
+    explainer = Explainer.from_pretrained(sft, reader=reader, trainable=True, device='cpu')
+    return explainer, dpo_trainer(preset, preference_dataset(PAIRS, explainer.card), reader, explainer, tmp_path/'checkpoints')
+
+
+@pytest.mark.parametrize('normalised', (False, True))
+@pytest.mark.parametrize('sft_weight', (0., .2))
+def test_the_loss_starts_at_ln_2_exactly(run, tmp_path, normalised, sft_weight):
+    _, trainer = trainer_of(run, tmp_path, dpo_length_normalised=normalised, dpo_sft_weight=sft_weight)
+    assert step0_loss(trainer, rows=8) == torch.tensor(LN2).item()
+    assert trainer.loss_weights == ([1., sft_weight] if sft_weight else [1.]) # and the trainer is as it was
+    assert not trainer._metrics['train']
+
+
+def completion_logps(model, batch, **kw):
+    with torch.no_grad(): logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], **kw).logits
+    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, batch['input_ids'][:, 1:, None])[..., 0]
+    return (logp * batch['completion_mask'][:, 1:]).sum(1)
+
+
+def test_the_reference_is_the_previous_stage_with_its_injection(run, tmp_path):
+    explainer, trainer = trainer_of(run, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    with torch.autocast('cpu', enabled=False): reference = torch.cat(trainer.compute_ref_log_probs(trainer.model, dict(batch)))
+    preset, reader, sft = tiny_run(run)
+    previous = Explainer.from_pretrained(sft, reader=reader, trainable=True, device='cpu').model.eval()
+    with torch.autocast('cpu', torch.bfloat16):
+        same = completion_logps(previous, batch, feature_vector=batch['feature_vector'])
+        no_injection = completion_logps(previous, batch)
+        with previous.disable_adapter(): no_adapter = completion_logps(previous, batch, feature_vector=batch['feature_vector'])
+        other_feature = completion_logps(previous, batch, feature_vector=batch['feature_vector'].roll(1, 0))
+    assert (reference - same).abs().max() < .1
+    for other in (no_injection, no_adapter, other_feature): assert (reference - other).abs().max() > 5*(reference - same).abs().max()
+    assert torch.equal(batch['feature_vector'], reader.directions(range(4)).repeat(2, 1))
+
+
+def test_a_reference_that_is_not_the_previous_stage_is_refused(run, tmp_path):
+    _, trainer = trainer_of(run, tmp_path)
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            if '.ref.' in name: p.mul_(2)
+    with pytest.raises(RuntimeError, match='not ln 2: the reference is not the previous stage'): step0_loss(trainer)
+
+
+def test_rows_are_the_prompt_of_eq_5(run, tmp_path):
+    explainer, trainer = trainer_of(run, tmp_path)
+    row = trainer.train_dataset[3]
+    prompt = explanation_prompt(explainer.tokenizer, explainer.card.template, PLACEHOLDER)
+    assert row['prompt_ids'] == prompt and row['feature'] == 3 and len(trainer.train_dataset) == 8
+    assert explainer.tokenizer.decode(row['chosen_ids'], skip_special_tokens=True).strip() == 'words such as rain 3'
+    assert explainer.tokenizer.convert_tokens_to_ids('<|im_end|>') in row['chosen_ids'] # it learns to stop
+
+
+def test_no_pairs_is_an_error_that_says_so(run):
+    preset, reader, sft = tiny_run(run)
+    card = Explainer.from_pretrained(sft, device='cpu').card
+    with pytest.raises(ValueError, match='no pairs to train on: every feature of this round was dropped'):
+        preference_dataset(PAIRS[PAIRS.dropped.notna()], card)
+
+
+def test_length_normalisation_keeps_eq_11_for_an_average_pair(run, tmp_path):
+    preset, *_ = tiny_run(run)
+    _, trainer = trainer_of(run, tmp_path, dpo_length_normalised=True)
+    lengths = [len(row[c]) for row in trainer.train_dataset for c in ('chosen_ids', 'rejected_ids')]
+    assert trainer.beta == pytest.approx(preset.dpo_beta[0] * sum(lengths)/len(lengths)) and trainer.loss_types == ['sigmoid_norm']
+
+
+def test_two_rounds_learn_and_the_reference_stays(run, tmp_path):
+    preset, reader, sft = tiny_run(run, dpo_epochs=4.)
+    first = train_dpo(preset, PAIRS, reader, sft, tmp_path/'dpo1')
+    assert first.step0_loss == torch.tensor(LN2).item() and first.pairs == 8 and len(first.log) == 8 and first.round == 1
+    assert first.losses[0] == pytest.approx(LN2, abs=1e-4) and first.losses[-1] < .6
+    assert first.log.margin.iloc[-1] > .1 and first.log.accuracy.iloc[-1] == 1
+    assert not (tmp_path/'dpo1'/'checkpoints').exists()
+    explainer = Explainer.from_pretrained(tmp_path/'dpo1', reader=reader, device='cpu')
+    assert explainer.card.stage == 'dpo1' and len(explainer.explain(reader.directions([0, 1]), max_new_tokens=4)) == 2
+    second = train_dpo(preset, PAIRS, reader, tmp_path/'dpo1', tmp_path/'dpo2', round=2)
+    assert second.step0_loss == torch.tensor(LN2).item() and second.round == 2 # its reference is dpo1, not sft
+    assert Explainer.from_pretrained(tmp_path/'dpo2', device='cpu').card.stage == 'dpo2'
+
+
+def test_a_finished_round_is_not_trained_again(run, tmp_path):
+    preset, reader, sft = tiny_run(run, dpo_epochs=1.)
+    result = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
+    stamp = (tmp_path/'out'/'adapter_model.safetensors').stat().st_mtime_ns
+    again = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
+    assert again.losses == result.losses and again.seconds == result.seconds
+    assert (tmp_path/'out'/'adapter_model.safetensors').stat().st_mtime_ns == stamp
+
+
+def test_checkpoints_of_other_pairs_are_refused(run, tmp_path):
+    preset, reader, sft = tiny_run(run)
+    card = Explainer.from_pretrained(sft, device='cpu').card
+    claim(tmp_path/'out'/'checkpoints', _settings(preset, card, preference_dataset(PAIRS[:4], card), sft, 1))
+    with pytest.raises(ValueError, match='holds another training'): train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
+
+
+def test_another_sae_is_refused(run, tmp_path):
+    preset, reader, sft = tiny_run(run)
+    other = FeatureReader.load(tiny_sae(tmp_path/'sae', seed=5))
+    with pytest.raises(ValueError, match='another SAE'): train_dpo(preset, PAIRS, other, sft, tmp_path/'out')
+
+
+SCRIPT = '''
+import sys; sys.path.insert(0, {tests!r})
+from test_dpo import PAIRS, tiny_run, train_dpo
+preset, reader, sft = tiny_run({run!r}, dpo_epochs=6.)
+train_dpo(preset, PAIRS, reader, sft, sys.argv[1])
+'''
+
+def test_kill_9_in_the_middle_changes_nothing(run, tmp_path):
+    preset, reader, sft = tiny_run(run, dpo_epochs=6.)
+    script = tmp_path/'run.py'
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), run=str(run)))
+    child = subprocess.Popen([sys.executable, script, tmp_path/'killed'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    saved = lambda: list((tmp_path/'killed').glob('checkpoints/*/files.json'))
+    while not saved() and child.poll() is None and time.time() < deadline: time.sleep(.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()[-500:]
+    assert not (tmp_path/'killed'/'explainer.json').exists()
+    resumed = train_dpo(preset, PAIRS, reader, sft, tmp_path/'killed')
+    whole = train_dpo(preset, PAIRS, reader, sft, tmp_path/'whole')
+    assert resumed.log.step.tolist() == whole.log.step.tolist() == list(range(1, 13)) # no step lost, none twice
+    assert resumed.losses == pytest.approx(whole.losses, abs=1e-4) and resumed.step0_loss == whole.step0_loss
+    from safetensors.torch import load_file
+    a, b = (load_file(tmp_path/name/'adapter_model.safetensors') for name in ('killed', 'whole'))
+    for name in a: torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=1e-2)
+
+
+def test_killed_between_training_and_saving(run, tmp_path):
+    "All steps are done and checkpointed, the explainer is not saved yet: the rest is done, no step more"
+    preset, reader, sft = tiny_run(run, dpo_epochs=2.5)
+    explainer = Explainer.from_pretrained(sft, reader=reader, trainable=True, device='cpu')
+    rows = preference_dataset(PAIRS, explainer.card)
+    trainer = dpo_trainer(preset, rows, reader, explainer, tmp_path/'out'/'checkpoints')
+    claim(tmp_path/'out'/'checkpoints', _settings(preset, explainer.card, rows, sft, 1))
+    trainer.train()
+    steps = trainer.state.global_step
+    result = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
+    assert len(result.log) == steps == 5
+    trained = {n: p for n, p in explainer.model.named_parameters() if '.default.' in n}
+    saved = Explainer.from_pretrained(tmp_path/'out', trainable=True, device='cpu').model
+    for n, p in saved.named_parameters():
+        if n in trained: torch.testing.assert_close(p.float(), trained[n].detach().bfloat16().float())

@@ -1,0 +1,344 @@
+"The injection on five architectures, the explainer's folder, and what is refused"
+import dataclasses, http.server, json, threading
+import pytest, torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages,
+                                    save_adapter)
+from saeexplainer.presets import load_preset
+from saeexplainer.saes import FeatureReader
+from saeexplainer.sampling import seed_for
+
+TEMPLATE = 'Feature {placeholder} of the model. What does it mean?'
+TOKENIZER = tiny_tokenizer()
+PROMPT = explanation_prompt(TOKENIZER, TEMPLATE, PLACEHOLDER)
+TOKEN = placeholder_id(TOKENIZER, PLACEHOLDER)
+P = PROMPT.index(TOKEN)
+
+
+def directions(n=3, d=64): return torch.randn(n, d, generator=torch.Generator().manual_seed(1))
+
+def rows(n=3): return torch.tensor([PROMPT]*n)
+
+@torch.no_grad()
+def hidden(model, **kw): # (layers+1, rows, seq, d)
+    return torch.stack(model(rows(), output_hidden_states=True, use_cache=False, **kw).hidden_states)
+
+
+# ---- Eq. 6
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_eq6_at_the_placeholder_and_nothing_before(arch):
+    model, v = tiny_model(arch), directions()
+    before = hidden(model)
+    Injector(model, TOKEN)
+    after = hidden(model, feature_vector=v)
+    h = before[2, :, P]
+    expected = h + h.norm(dim=-1, keepdim=True) * v / v.norm(dim=-1, keepdim=True)
+    assert ((after[2, :, P] - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 1e-6
+    assert torch.equal(before[:2], after[:2]) and torch.equal(before[:, :, :P], after[:, :, :P])
+    assert (after[2, :, P+1:] == before[2, :, P+1:]).all() and not torch.allclose(after[-1, :, P+1:], before[-1, :, P+1:], atol=1e-3)
+
+
+@pytest.mark.parametrize('layer,coefficient', [(0, 1.), (2, .5)])
+def test_layer_and_coefficient(layer, coefficient):
+    model, v = tiny_model(), directions()
+    before = hidden(model)
+    Injector(model, TOKEN, layer=layer, coefficient=coefficient)
+    after, h = hidden(model, feature_vector=v), before[layer+1, :, P]
+    assert torch.allclose(after[layer+1, :, P], h + coefficient * h.norm(dim=-1, keepdim=True) * F.normalize(v, dim=-1), atol=1e-6)
+    assert torch.equal(before[:layer+1], after[:layer+1])
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_left_padding(arch):
+    model, v, n = tiny_model(arch), directions(), 6
+    Injector(model, TOKEN)
+    ids, mask = F.pad(rows(), (n, 0), value=TOKENIZER.pad_token_id), F.pad(torch.ones_like(rows()), (n, 0))
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        plain = model(rows(), feature_vector=v).logits
+        padded = model(ids, attention_mask=mask, position_ids=position, feature_vector=v).logits[:, n:]
+    assert torch.allclose(plain, padded, atol=1e-4)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_kv_cache_and_mixed_padding(arch):
+    "Logits of five generated steps: the same with a cache, without one, and in a batch whose rows are padded by different amounts"
+    model, v, pads = tiny_model(arch), directions(), (0, 2, 5)
+    injector = Injector(model, TOKEN)
+    def logits(ids, mask, **kw):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, suppress_tokens=[TOKEN], pad_token_id=0,
+                             return_dict_in_generate=True, output_logits=True, **kw)
+        return torch.stack(out.logits, 1)
+    one = torch.ones_like(rows())
+    with injector.using(v): cached = logits(rows(), one)
+    with injector.using(v): recomputed = logits(rows(), one, use_cache=False)
+    ids = torch.stack([torch.tensor([0]*n + PROMPT) for n in (5, 5, 5)])
+    mask = torch.stack([(torch.arange(ids.shape[1]) >= n).long() for n in (5, 5, 5)])
+    words = TOKENIZER.encode('She sells sea shells by the sea shore.', add_special_tokens=False)
+    for row, n in enumerate(pads): ids[row, n:5], mask[row, n:5] = torch.tensor(words[:5-n]), 1 # longer prompts in some rows
+    with injector.using(v): mixed = logits(ids, mask)
+    for row, n in enumerate(pads):
+        with injector.using(v[row:row+1]): alone = logits(ids[row:row+1, n:], mask[row:row+1, n:])
+        assert torch.allclose(mixed[row], alone[0], atol=1e-4)
+    assert torch.allclose(cached, recomputed, atol=1e-4)
+    assert not torch.allclose(cached, logits(rows(), one), atol=1e-2)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_gradient_checkpointing(arch):
+    "Loss and gradients do not change, even where another forward pass lies between a forward and its backward"
+    dropout = dict(resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.) if arch == 'gpt2' else {}
+    model = get_peft_model(tiny_model(arch, **dropout), LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False))
+    Injector(model, TOKEN)
+    v, found = directions(), []
+    for checkpointing in (False, True):
+        if checkpointing: model.gradient_checkpointing_enable(); model.enable_input_require_grads()
+        model.train().zero_grad()
+        loss = model(rows(), labels=rows(), feature_vector=v, use_cache=False).loss
+        with torch.no_grad(): model(rows(), feature_vector=-v, use_cache=False)
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6) and torch.allclose(found[0][1], found[1][1], atol=1e-5)
+    assert found[0][1].abs().max() > 0
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_peft_on_and_off(arch):
+    "The hooks stay in place under PEFT, whether they were there first or not; with the adapter off the model is the bare one"
+    v, base = directions(), tiny_model(arch)
+    injector = Injector(base, TOKEN)
+    with torch.no_grad(): bare = base(rows(), feature_vector=v).logits
+    model = get_peft_model(base, LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False)).eval()
+    with torch.no_grad():
+        on = model(rows(), feature_vector=v).logits
+        with model.disable_adapter(): off = model(rows(), feature_vector=v).logits
+        injector.remove()
+        later = Injector(model, TOKEN)
+        assert torch.equal(model(rows(), feature_vector=v).logits, on)
+    assert torch.allclose(off, bare, atol=1e-5) and not torch.allclose(on, bare, atol=1e-2)
+    later.remove()
+    assert model.get_base_model().base_model.injector is None
+
+
+def test_bf16_residual_stream():
+    model, v = tiny_model().bfloat16(), directions()
+    before = hidden(model); Injector(model, TOKEN); after = hidden(model, feature_vector=v)
+    h = before[2, :, P].float()
+    assert after.dtype == torch.bfloat16 and torch.equal(before[:, :, :P], after[:, :, :P])
+    assert torch.equal(after[2, :, P], (h + h.norm(dim=-1, keepdim=True) * F.normalize(v, dim=-1)).bfloat16())
+
+
+# ---- nothing is lost in silence
+
+def test_lost_injections_are_errors():
+    model, v = tiny_model(), directions()
+    injector = Injector(model, TOKEN)
+    without, twice = rows(), rows()
+    without[1, P], twice[2, P+2] = 7, TOKEN
+    with pytest.raises(ValueError, match=r'every row needs exactly one placeholder, rows have \[1, 0, 1\]'): model(without, feature_vector=v)
+    with pytest.raises(ValueError, match=r'every row needs exactly one placeholder, rows have \[1, 1, 2\]'): model(twice, feature_vector=v)
+    with pytest.raises(ValueError, match='2 vectors for 3 rows'): model(rows(), feature_vector=v[:2])
+    with pytest.raises(ValueError, match='1 of 3 rows had no placeholder: their vectors were not injected'):
+        with injector.using(v): model(without)
+    with pytest.raises(ValueError, match='call the model with input_ids'): model(inputs_embeds=torch.randn(3, 4, 64), feature_vector=v)
+    with torch.no_grad(): assert torch.equal(model(without).logits, tiny_model()(without).logits) # nothing is left behind
+
+
+def test_injector_where_it_cannot_be():
+    model = tiny_model()
+    with pytest.raises(ValueError, match='no layer 4 to inject after: the model has layers 0 to 3'): Injector(model, TOKEN, layer=4)
+    injector = Injector(model, TOKEN)
+    with pytest.raises(ValueError, match='has an injector already'): Injector(model, TOKEN)
+    injector.remove(); Injector(model, TOKEN)
+
+
+# ---- the prompt
+
+def test_placeholder_that_is_not_one_token():
+    with pytest.raises(ValueError, match=r"the placeholder 'zebra!' is \d tokens here, not one"): explanation_prompt(TOKENIZER, TEMPLATE, 'zebra!')
+
+@pytest.mark.parametrize('template,n', [('What is it?', 0), ('{placeholder} and {placeholder}', 2)])
+def test_placeholder_missing_or_twice_in_the_template(template, n):
+    with pytest.raises(ValueError, match=rf'exactly once, it has it {n} times'): prompt_messages(template, PLACEHOLDER)
+
+def test_placeholder_that_the_text_contains_or_that_melts_away():
+    with pytest.raises(ValueError, match="the prompt has the placeholder token '<repo_name>' 2 times, not once"):
+        explanation_prompt(TOKENIZER, f'{{placeholder}} {PLACEHOLDER}', PLACEHOLDER)
+    assert placeholder_id(TOKENIZER, ' s') # one token by itself, but not before 'ea'
+    with pytest.raises(ValueError, match="the placeholder token ' s' 0 times, not once"): explanation_prompt(TOKENIZER, 'The{placeholder}ea', ' s')
+
+def test_tokenizer_without_chat_template():
+    t = tiny_tokenizer(); t.chat_template = None
+    with pytest.raises(ValueError, match='has no chat template: use an instruction-tuned explainer'): explanation_prompt(t, TEMPLATE, PLACEHOLDER)
+
+
+# ---- the collator
+
+def test_collator_for_sft_and_dpo(tmp_path):
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    reader = FeatureReader.load(tiny_sae(tmp_path))
+    sft = FeatureCollator(DataCollatorForLanguageModeling(0), reader, TOKEN)([dict(input_ids=PROMPT + [9]*i, labels=PROMPT + [9]*i, feature=i) for i in (3, 5)])
+    assert torch.equal(sft['feature_vector'], reader.directions([3, 5]))
+    collate = FeatureCollator(DataCollatorForPreference(0), reader, TOKEN, copies=2)
+    dpo = collate([dict(prompt_ids=PROMPT, chosen_ids=[9]*i, rejected_ids=[8]*i, feature=i) for i in (3, 5)])
+    assert torch.equal(dpo['feature_vector'], reader.directions([3, 5, 3, 5])) and len(dpo['input_ids']) == 4
+    with pytest.raises(AssertionError, match='exactly one placeholder'):
+        FeatureCollator(DataCollatorForLanguageModeling(0), reader, TOKEN)([dict(input_ids=[9, 9], labels=[9, 9], feature=1)])
+
+
+# ---- the explainer
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A preset on a tiny model and SAE, and a saved explainer with a random adapter"
+    d = tmp_path_factory.mktemp('explainer')
+    tiny_model().save_pretrained(d/'model'); TOKENIZER.save_pretrained(d/'model')
+    reader = FeatureReader.load(tiny_sae(d/'sae'))
+    preset = load_preset('smollm2-135m', explainer=str(d/'model'), target=str(d/'model'), sae=str(d/'sae'), layer=2, device='cpu', template=TEMPLATE)
+    torch.manual_seed(0)
+    from saeexplainer.models import load_model
+    tuned = get_peft_model(load_model(preset.explainer, device='cpu')[0], LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False))
+    save_adapter(tuned, ExplainerCard.from_preset(preset, reader, 'sft'), d/'sft')
+    return preset, reader, d
+
+
+def test_save_and_load(made, tmp_path):
+    preset, reader, d = made
+    merged, kept = Explainer.from_pretrained(d/'sft', reader), Explainer.from_pretrained(d/'sft', reader, trainable=True)
+    v = reader.directions(range(5))
+    assert merged.card.stage == 'sft' and not hasattr(merged.model, 'peft_config') and any(p.requires_grad for p in kept.model.parameters())
+    assert merged.explain(v, max_new_tokens=5) == kept.explain(v, max_new_tokens=5) != Explainer.from_preset(preset, reader).explain(v, max_new_tokens=5)
+    for e, name in ((merged, 'a'), (kept, 'b')):
+        e.save(tmp_path/name)
+        assert Explainer.from_pretrained(tmp_path/name, reader).explain(v, max_new_tokens=5) == merged.explain(v, max_new_tokens=5)
+        assert (tmp_path/name/'adapter_model.safetensors').read_bytes() == (d/'sft'/'adapter_model.safetensors').read_bytes()
+    assert sorted(f.name for f in (tmp_path/'a').iterdir()) == ['adapter_config.json', 'adapter_model.safetensors', CARD]
+
+
+def test_adapter_is_small_and_names_no_path(made, tmp_path):
+    from safetensors.torch import load_file
+    preset, reader, d = made
+    tuned = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM'))
+    tuned.peft_config['default'].base_model_name_or_path = '/somewhere/on/this/machine'
+    save_adapter(tuned, dataclasses.replace(ExplainerCard.from_preset(preset, reader), base_model='some/model'), tmp_path)
+    assert {t.dtype for t in load_file(tmp_path/'adapter_model.safetensors').values()} == {torch.bfloat16}
+    assert json.loads((tmp_path/'adapter_config.json').read_text())['base_model_name_or_path'] == 'some/model'
+
+
+def test_explainer_is_its_own_copy(made):
+    from saeexplainer.models import load_model
+    preset, reader, d = made
+    target, _ = load_model(preset.target, device='cpu')
+    state = {k: t.clone() for k, t in target.state_dict().items()}
+    Explainer.from_pretrained(d/'sft', reader).explain(reader.directions([1]), max_new_tokens=3)
+    assert all(torch.equal(t, state[k]) for k, t in target.state_dict().items())
+    assert getattr(target.base_model, 'injector', None) is None
+
+
+def test_candidates_depend_on_their_seeds_alone(made):
+    preset, reader, d = made
+    e, v = Explainer.from_pretrained(d/'sft', reader), reader.directions(range(6))
+    kw = dict(temperature=1., top_p=.95, max_new_tokens=6)
+    seeds = [[seed_for(0, 'round1', f, j) for j in range(3)] for f in range(6)]
+    together = e.sample(v, 3, seeds=seeds, **kw)
+    assert together == e.sample(v, 3, seeds=seeds, batch_size=4, **kw)
+    assert [together[4]] == e.sample(v[4:5], 3, seeds=seeds[4:5], **kw) and [row[:2] for row in together] == e.sample(v, 2, seeds=[s[:2] for s in seeds], **kw)
+    assert e.sample(v, 3, seed=1, **kw) == e.sample(v, 3, seed=1, **kw) != e.sample(v, 3, seed=2, **kw)
+    assert all(PLACEHOLDER not in text for row in together for text in row)
+    assert e.explain(v[0], max_new_tokens=4) == e.explain(v[:1].numpy(), max_new_tokens=4) # one vector, an array
+    with pytest.raises(ValueError, match=r'seeds must be \(6, 3\)'): e.sample(v, 3, seeds=seeds[:5])
+
+
+def test_placeholder_is_never_generated(made):
+    preset, reader, d = made
+    e = Explainer.from_preset(preset, reader)
+    with torch.no_grad(): e.model.get_output_embeddings().weight[TOKEN] = 100 * e.model.get_output_embeddings().weight[TOKEN]
+    ids = torch.tensor([e.prompt])
+    with e.injector.using(directions(1)): assert TOKEN not in e.model.generate(ids, suppress_tokens=[TOKEN], max_new_tokens=8, do_sample=False)[0, len(PROMPT):]
+    e.explain(directions(1), max_new_tokens=8)
+
+
+@pytest.mark.parametrize('bad,message', [
+    (torch.randn(2, 48), 'has 48 components, the residual stream has 64'), (torch.zeros(1, 64), 'direction 0 of 1 is zero'),
+    (torch.full((1, 64), float('nan')), 'is not finite'), (torch.full((1, 64), float('inf')), 'is not finite')])
+def test_bad_directions(made, bad, message):
+    preset, reader, d = made
+    e = Explainer.from_pretrained(d/'sft')
+    with pytest.raises(ValueError, match=message): e.explain(bad)
+    with pytest.raises(ValueError, match=message): e.sample(bad, 2)
+
+
+@pytest.mark.parametrize('change,message', [
+    (dict(sae_sha256='0'*64), 'another SAE: its weights have hash .* trained on .* with 000000000000'),
+    (dict(sae_layer=3), 'the SAE reads layer 2, the explainer was trained for layer 3'),
+    (dict(d_model=48), "the SAE's directions have width 64, the explainer reads width 48"),
+    (dict(model_sha256='0'*64), 'other weights: .* the explainer was trained on 000000000000'),
+    (dict(layer=9), 'there is no layer 9 to inject after'),
+    (dict(placeholder='no such token'), 'tokens here, not one')])
+def test_card_that_does_not_fit(made, tmp_path, change, message):
+    preset, reader, d = made
+    Explainer.from_pretrained(d/'sft').save(tmp_path)
+    dataclasses.replace(ExplainerCard.load(tmp_path), **change).save(tmp_path)
+    with pytest.raises(ValueError, match=message): Explainer.from_pretrained(tmp_path, reader)
+
+
+def test_model_of_another_width(made, tmp_path):
+    preset, reader, d = made
+    tiny_model(d=32).save_pretrained(tmp_path); TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has hidden size 32, the SAE's directions have 64"):
+        Explainer.from_preset(dataclasses.replace(preset, explainer=str(tmp_path)), reader)
+
+
+def test_folders_that_hold_no_explainer(made, tmp_path):
+    preset, reader, d = made
+    with pytest.raises(FileNotFoundError, match=f'is no explainer: it has no {CARD}'): Explainer.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no explainer at .*nowhere: give a folder or a hub id'): Explainer.from_pretrained(str(tmp_path/'nowhere'))
+    (tmp_path/CARD).write_text('{"base_model": "x"')
+    with pytest.raises(ValueError, match='is not an explainer card'): Explainer.from_pretrained(tmp_path)
+    (tmp_path/CARD).write_text('{"base_model": "x", "colour": "red"}')
+    with pytest.raises(ValueError, match="is not an explainer card.*'colour'"): Explainer.from_pretrained(tmp_path)
+    Explainer.from_pretrained(d/'sft').card.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match='its adapter is missing'): Explainer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='an untrained explainer has no adapter to save'): Explainer.from_preset(preset, reader).save(tmp_path)
+
+
+def test_chat_template_of_the_preset(made, tmp_path):
+    preset, reader, d = made
+    bare = tiny_tokenizer(); bare.chat_template = None
+    tiny_model().save_pretrained(tmp_path); bare.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='has no chat template'): Explainer.from_preset(dataclasses.replace(preset, explainer=str(tmp_path)), reader)
+    e = Explainer.from_preset(dataclasses.replace(preset, explainer=str(tmp_path), chat_template="{{ messages[0]['content'] }}"), reader)
+    assert TOKENIZER.decode(e.prompt) == TEMPLATE.format(placeholder=PLACEHOLDER)
+
+
+def test_push_to_hub(made, monkeypatch):
+    "Against a small server on loopback that speaks the hub's upload protocol"
+    import huggingface_hub
+    got = {}
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers['Content-Length'])); path = self.path
+            if path.endswith('/repos/create'): reply = dict(url='http://127.0.0.1/me/mine', name='me/mine', id='1')
+            elif path.endswith('/validate-yaml'): reply = dict(errors=[], warnings=[])
+            elif '/preupload/' in path: reply = dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False) for f in json.loads(body)['files']])
+            elif '/commit/' in path:
+                for line in map(json.loads, body.decode().splitlines()):
+                    if line['key'] == 'file': got[line['value']['path']] = line['value']['content']
+                reply = dict(success=True, commitOid='0'*40, commitUrl='http://127.0.0.1/me/mine/commit/0', hookOutput='', pullRequestUrl=None)
+            else: return self.send_error(404)
+            out = json.dumps(reply).encode()
+            self.send_response(200); self.send_header('Content-Type', 'application/json'); self.send_header('Content-Length', str(len(out)))
+            self.end_headers(); self.wfile.write(out)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address, plain = f'http://127.0.0.1:{server.server_port}', huggingface_hub.HfApi
+    monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: plain(endpoint=address, token='hf_test'))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    try: Explainer.from_pretrained(made[2]/'sft').push_to_hub('me/mine')
+    finally: server.shutdown()
+    assert sorted(got) == ['adapter_config.json', 'adapter_model.safetensors', CARD]

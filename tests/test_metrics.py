@@ -1,0 +1,343 @@
+"Edge cases of the metrics and of the stages behind them"
+import json, math
+from types import SimpleNamespace
+import numpy as np, pandas as pd, pytest
+from helpers import tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer import metrics as M, prefs
+from saeexplainer.metrics import *
+from saeexplainer.presets import load_preset
+from saeexplainer.saes import FeatureReader
+from saeexplainer.store import RunStore
+from saeexplainer.target import Target
+from saeexplainer.writer import LocalWriter, Reply
+
+nan = math.nan
+
+
+# pure functions
+
+def test_all_comparisons_are_strict():
+    assert generative_accuracy([[5., 5.0001]], [10.]).tolist() == [.5]
+    assert generative_accuracy(np.array([[5.]], dtype=np.float32), np.array([10.], dtype=np.float32)).tolist() == [0.]
+    assert input_score([[1., 2.]], [[2., 1.]]).tolist() == [0.] and discriminative_gap([[1., 2.]], [[2., 1.]]).tolist() == [0.]
+
+
+def test_texts_that_could_not_be_made_are_left_out():
+    assert generative_accuracy([[nan, 9., nan]], [10.]).tolist() == [1.]
+    assert mean_activation([[nan, 4.], [None, 2.]]).tolist() == [4., 2.]
+    assert input_score([[nan, 3.]], [[2., nan]]).tolist() == [1.]
+
+
+@pytest.mark.parametrize('value', [
+    generative_accuracy([[nan, nan]], [10.]), generative_accuracy(np.empty((1, 0)), [10.]), generative_accuracy([[1.]], [0.]),
+    generative_accuracy([[1.]], [nan]), mean_activation([[nan]]), input_score([[nan]], [[1.]]), input_score([[1.]], [[nan]]),
+    discriminative_gap([[1.]], [[nan]]), output_score([None], [0]), output_score([nan], [0])])
+def test_nothing_to_go_by_is_nan_and_never_zero(value): assert value.shape == (1,) and np.isnan(value[0])
+
+
+def test_one_value_per_feature_without_warnings(recwarn):
+    acts = np.where(np.random.default_rng(0).random((7, 5)) < .3, nan, 1.)
+    for value in (generative_accuracy(acts, np.ones(7)), mean_activation(acts), input_score(acts, acts[:, :2]),
+                  discriminative_gap(acts, acts)):
+        assert value.shape == (7,)
+    assert mean_activation(np.empty((0, 4))).shape == (0,) and not recwarn.list
+
+
+@pytest.mark.parametrize('call, line', [
+    (lambda: generative_accuracy([1., 2.], [1.]), r'max_acts must have the shape \(n_features, n_texts\), not \(2,\)'),
+    (lambda: generative_accuracy([[1.], [2.]], [1.]), 'feature_max must hold one value for each of the 2 features'),
+    (lambda: input_score([[1.]], [[1.], [2.]]), 'activating has 1 features, neutral 2'),
+    (lambda: discriminative_gap([[1.]], [[1.], [2.]]), 'high has 1 features, low 2'),
+    (lambda: output_score([0, 1], [0]), '2 choices came with 1 right answers'),
+    (lambda: bootstrap_ci([1.], level=95), 'level must lie between 0 and 1, not 95')])
+def test_bad_input_is_refused_in_one_line(call, line):
+    with pytest.raises(ValueError, match=line) as e: call()
+    assert '\n' not in str(e.value)
+
+
+def test_bootstrap_in_pieces_is_the_bootstrap():
+    values = np.random.default_rng(0).normal(size=1500) # 10,000 resamples of these do not fit into one piece
+    ci = bootstrap_ci(values)
+    half = 1.96*values.std()/len(values)**.5
+    assert abs(ci.mean - ci.low - half) < .1*half and abs(ci.high - ci.mean - half) < .1*half
+    gaps = bootstrap_ci([*values, nan, nan])
+    assert tuple(gaps) == tuple(ci) and (gaps.mean, gaps.n, gaps.missing) == (ci.mean, 1500, 2)
+
+
+def test_bootstrap_of_constants_and_of_nothing():
+    assert tuple(bootstrap_ci([.5]*9)) == (.5, .5) and tuple(bootstrap_ci([3])) == (3., 3.)
+    assert all(map(math.isnan, bootstrap_ci([nan, nan]))) and bootstrap_ci([nan, nan]).missing == 2
+
+
+@pytest.mark.parametrize('explanation, label, named', [
+    ("the word 'National'", "the word 'national'", True), ('nationality', "the word 'national'", False), ('', "the word 'a'", False),
+    ('a national-park', "the word 'national'", True), ('STRASSE', "the word 'Straße'", True), ("don't", "the word 'don't'", True),
+    ('don', "the word 'don't'", False),
+    ('c++ code', ['C++'], True), ('c code', ['C++'], False), ('New  York', ['new york'], True), ('words', "words such as 'pass'", False)])
+def test_names_label(explanation, label, named): assert names_label(explanation, label) is named
+
+
+def test_only_the_first_words_count():
+    assert not names_label('x '*20 + 'national', ['national']) and names_label('x '*19 + 'national', ['national'])
+    assert quoted_words("what follows the word 'such'") == ['such'] and quoted_words("words such as 'a', 'b c', 'd'") == ['a', 'b c', 'd']
+
+
+# prompts and replies
+
+def test_evaluation_prompts_are_not_the_preference_prompt():
+    texts = {prefs.ONE_TEXT, prefs.TEXT_LIST, M.GENERATIVE_ONE, M.GENERATIVE_LIST, M.ACTIVATING_ONE, M.CONTRAST_LIST, M.NEUTRAL_ONE}
+    assert len(texts) == 7
+
+
+def test_braces_and_quotes_in_an_explanation_are_text():
+    preset = load_preset('gemma-2-9b-l20')
+    for kind in ('generative', 'activating'):
+        keys = [(kind, 0)]
+        for make in (M._single_requests, M._list_request):
+            (_, request), = make(7, 'LaTeX {braces} and "quotes"', keys, preset)
+            assert '{braces} and "quotes"' in request.prompt
+
+
+@pytest.mark.parametrize('reply', [None, '', 'no', '[]', '3', '{}', '{"sentences": "one"}', '{"sentences": ["a"'])
+def test_a_reply_that_is_not_the_json_asked_for(reply):
+    assert parse_lists(reply, {'sentences': 2}) == {'sentences': [(None, 'not the JSON that was asked for')]*2}
+
+
+def test_a_reply_with_too_few_or_too_many():
+    parsed = parse_lists('{"sentences": [" a ", null, 3, "b", "c"]}', {'sentences': 4})['sentences']
+    assert parsed == [('a', None), (None, 'empty'), (None, 'empty'), ('b', None)]
+    assert parse_lists('{"sentences": []}', {'sentences': 1})['sentences'] == [(None, '0 of 1 texts in the reply')]
+
+
+def test_neutral_subjects_avoid_the_explanation():
+    assert all('garden' not in neutral_subject("the word 'Garden'", s) for s in range(50))
+    assert neutral_subject(' '.join(M.SUBJECTS), 5) in M.SUBJECTS # nothing left: any
+
+
+# stages on a tiny model
+
+PRESET = dict(size='demo', n_generative=3, n_activating=2, n_neutral=2, text_tokens=6, steering_tokens=4, steering_kl=(.3,),
+              n_output=3, n_test=6, dtype='float32')
+EXPLANATIONS = {'label': {3: "the word 'rain'", 5: "words such as 'cat', 'dog'", 8: "the word 'park'"},
+                'sft': {3: 'weather', 5: "words such as 'cat', 'dog'", 8: ''}, 'dpo1': {3: 'the word Rain', 5: 'animals', 8: 'the sea'}}
+
+
+@pytest.fixture(scope='module')
+def machine(tmp_path_factory):
+    "A target, a local writer and features on a tiny random model"
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    reader = FeatureReader.load(tiny_sae(tmp_path_factory.mktemp('sae')))
+    return SimpleNamespace(target=Target(model, tokenizer, reader), writer=LocalWriter(model, tokenizer),
+                           features=[SimpleNamespace(id=SimpleNamespace(index=i), max_act=0. if i==11 else 2.) for i in range(12)])
+
+
+@pytest.fixture
+def store(tmp_path):
+    with RunStore(tmp_path/'store.sqlite') as store: yield store
+
+
+def evaluation(machine, store, writer=None, judge=None, **preset):
+    preset = load_preset('smollm2-135m', **PRESET | preset)
+    return Evaluation(store, machine.target, writer or machine.writer, judge or machine.writer, preset, machine.features)
+
+
+def dump(store): return {t: store.table(t) for t in ('explanations', 'texts', 'steering', 'steered_texts', 'judgements', 'metrics')}
+
+
+def same(a, b): # the judge's scores to rounding: other batches, other last digits
+    for t in a: pd.testing.assert_frame_equal(a[t].drop(columns='scores', errors='ignore'), b[t].drop(columns='scores', errors='ignore'))
+    for x, y in zip(a['judgements'].scores, b['judgements'].scores):
+        assert json.loads(x)['order'] == json.loads(y)['order'] and json.loads(x)['scores'] == pytest.approx(json.loads(y)['scores'], abs=1e-3)
+
+
+class Scripted:
+    "A writer with answers of its own, in the place of a capable one"
+    def __init__(self, answer): self.answer, self.requests = answer, []
+    def write(self, requests, schema=None, choices=None, progress=False):
+        self.requests += [(r, schema, choices) for r in requests]
+        return [Reply(text=self.answer(r, schema, choices)) for r in requests]
+
+
+class Dies(Exception): pass
+
+class Mortal:
+    "A writer or target that dies when the calls that it shares with others are used up"
+    def __init__(self, inner, clock): self.inner, self.clock = inner, clock
+    def __getattr__(self, name):
+        method = getattr(self.inner, name)
+        if not callable(method): return method
+        def call(*args, **kw):
+            self.clock['left'] -= 1
+            if self.clock['left'] < 0: raise Dies
+            return method(*args, **kw)
+        return call
+
+
+def test_evaluate_from_end_to_end(machine, store):
+    run = evaluation(machine, store)
+    table = evaluate(run, EXPLANATIONS, progress=False)
+    assert {'n', 'mean', 'low', 'high', 'unavailable', 'failures', 'empty'} == set(table.columns)
+    assert list(table.index.get_level_values(0).unique()) == ['label', 'sft', 'dpo1', 'control']
+    assert table.loc[('sft', 'generative'), 'unavailable'] >= 1 and table.loc[('sft', 'generative'), 'empty'] == 1 # feature 8 said nothing
+    assert not len(store.texts('sft', 'generative').query('feature == 8')) and pd.isna(value(store, 'sft', 8, 'output'))
+    assert [value(store, *of, 'names_label') for of in (('dpo1', 3), ('sft', 3))] == [1, 0] and value(store, 'sft', 3, 'names_other') == 0
+    assert pd.isna(value(store, 'sft', 8, 'names_label')) and not len(store.metrics('label').query("metric == 'names_label'"))
+    before = dump(store)
+    assert evaluate(run, EXPLANATIONS, progress=False).equals(table)
+    same(before, dump(store))
+    assert '-' not in stage_table(table).loc['label', ['generative', 'gap']].tolist()
+
+
+def value(store, stage, feature, metric):
+    rows = store.metrics(stage)
+    return rows[(rows.feature == feature) & (rows.metric == metric)].value.item()
+
+
+def test_values_are_those_of_the_pure_functions(machine, store):
+    run = evaluation(machine, store)
+    evaluate(run, EXPLANATIONS, progress=False)
+    texts = store.texts('dpo1')
+    for f in (3, 5, 8):
+        read = {kind: machine.target.max_acts(g.text.fillna('').tolist(), f)[None] for kind, g in texts[texts.feature == f].groupby('kind')}
+        assert value(store, 'dpo1', f, 'generative') == pytest.approx(generative_accuracy(read['generative'], [2.]).item(), nan_ok=True)
+        gap = discriminative_gap(read['activating'], read['neutral']).item()
+        assert value(store, 'dpo1', f, 'gap') == pytest.approx(gap, abs=1e-4, nan_ok=True)
+
+
+def test_equal_explanations_have_equal_values_whenever_they_come(machine, store):
+    run = evaluation(machine, store)
+    evaluate(run, {'sft': {3: 'rain', 5: 'cats'}}, progress=False)
+    asked = len(store.texts())
+    evaluate(run, {'dpo1': {3: 'rain', 5: 'dogs'}, 'again': {3: 'rain', 5: 'cats'}}, progress=False) # later, and without the stage 'sft'
+    evaluate(run, {'sft': {3: 'rain', 5: 'cats'}, 'late': {3: 'rain'}}, progress=False)
+    assert asked == 2*7 and len(store.texts().drop_duplicates(['feature', 'kind', 'j', 'text'])) <= 3*7 # only the dogs are new
+    wide = store.metrics().pivot(index=['feature', 'metric'], columns='stage', values='value')
+    of3 = wide.loc[3].drop(index=['missed_kl'])
+    for stage in ('dpo1', 'again', 'late'): pd.testing.assert_series_equal(of3[stage], of3.sft, check_names=False)
+    pd.testing.assert_series_equal(wide.loc[5].again, wide.loc[5].sft, check_names=False)
+
+
+def test_evaluation_that_dies_anywhere_ends_the_same(machine, store, tmp_path):
+    def mortal(other, calls):
+        clock = {'left': calls}
+        run = evaluation(machine, other, Mortal(machine.writer, clock), Mortal(machine.writer, clock), batch_size=16)
+        run.target = Mortal(machine.target, clock)
+        return run, clock
+    run, clock = mortal(store, 1000)
+    evaluate(run, EXPLANATIONS, progress=False)
+    whole, total = dump(store), 1000 - clock['left']
+    for calls in range(1, total, total//5):
+        with RunStore(tmp_path/f'{calls}.sqlite') as other:
+            with pytest.raises(Dies): evaluate(mortal(other, calls)[0], EXPLANATIONS, progress=False)
+            evaluate(evaluation(machine, other, batch_size=16), EXPLANATIONS, progress=False)
+            same(whole, dump(other))
+
+
+def test_steering_draws_controls_per_feature_and_is_made_once(machine, store):
+    run = evaluation(machine, store, steering_kl=(.3, -.2))
+    assert steer(store, machine.target, [3, 5], run.preset, range(12)) > 0
+    rows = store.steering()
+    assert len(rows) == 2*3*2 and not rows.duplicated(['feature', 'steered', 'kl_target']).any()
+    assert (rows[rows.control == 0].steered == rows[rows.control == 0].feature).all()
+    assert rows[rows.feature == 3].steered.unique().tolist() == [3, *control_features(3, range(12), 2, run.preset.seed)]
+    before = dump(store)
+    assert steer(store, machine.target, [5, 3], run.preset, range(12)) == 0
+    same(before, dump(store))
+
+
+def test_a_missed_kl_target_is_left_out_and_counted(machine, store):
+    run = evaluation(machine, store, steering_kl=(.3, 1e6))
+    table = evaluate(run, EXPLANATIONS, progress=False)
+    missed = store.steering().query('kl_target == 1e6')
+    assert len(missed) == 9 and not missed.reached.any() and missed.kl.notna().all()
+    assert set(store.steered_texts().kl_target) <= {.3}
+    assert table.loc[('label', 'output'), 'failures'] >= 3
+
+
+def test_no_kl_target_left_no_output_score(machine, store):
+    table = evaluate(evaluation(machine, store, steering_kl=(1e6,)), EXPLANATIONS, progress=False)
+    assert not len(store.steered_texts()) and set(store.judgements().stage) <= {'control'}
+    assert table.loc[('dpo1', 'output'), ['n', 'unavailable']].tolist() == [0, 3] and math.isnan(table.loc[('dpo1', 'output'), 'mean'])
+
+
+def test_steering_needs_enough_live_features(machine, store):
+    with pytest.raises(ValueError, match='2 control features are wanted, but only 1 other features are alive'):
+        steer(store, machine.target, [3], evaluation(machine, store).preset, [3, 4])
+
+
+def test_the_local_judge_takes_the_set_that_makes_the_explanation_likeliest(machine, store):
+    evaluate(evaluation(machine, store), EXPLANATIONS, progress=False)
+    verdicts = store.judgements()
+    assert set(verdicts.stage) == {'label', 'sft', 'dpo1', 'control'} and verdicts.true.isin([0, 1, 2]).all()
+    for row in verdicts.itertuples():
+        scores = json.loads(row.scores)
+        assert row.choice == int(np.argmax(scores['scores'])) and scores['order'].index(0) == row.true
+    said = "the word 'rain'"
+    (choice, scores), = judge_locally(machine.writer, [(said, [['a b'], ['c d', 'e']])])
+    assert len(scores) == 2 and choice == int(np.argmax(scores))
+
+
+# a capable writer and judge
+
+def lists(request, schema, choices):
+    if choices: return choices[0]
+    return json.dumps({name: [f'{name} {i} of the cat.' for i in range(5)] for name in schema['properties']})
+
+
+def test_a_capable_writer_is_asked_once_per_explanation(machine, store):
+    writer = Scripted(lists)
+    run = evaluation(machine, store, writer, writer, evaluation_writer='gpt-5.4-mini')
+    evaluate(run, EXPLANATIONS, progress=False)
+    kinds = [('sentences' in s['properties'], r.prompt) for r, s, c in writer.requests if s]
+    assert len(kinds) == 2*7 and len({p for _, p in kinds}) == 14 # 7 explanations that differ, E.3 and E.4 each
+    assert len(store.texts('dpo1')) == 3*(3 + 2 + 2) and not store.texts().error.notna().any()
+    judged = [r for r, s, c in writer.requests if c]
+    assert all(c == ['A', 'B', 'C'] for _, s, c in writer.requests if c)
+    assert len(judged) == len(store.judgements()) - 1 # two stages say the same of feature 5
+    assert (store.judgements().choice == 0).all() and store.judgements().true.nunique() > 1 # A each time, the order varies
+
+
+def test_replies_that_are_no_json_and_no_letter_are_counted(machine, store):
+    writer = Scripted(lambda r, s, c: 'the second one' if c else 'Here you are: ...')
+    table = evaluate(evaluation(machine, store, writer, writer, evaluation_writer='gpt-5.4-mini'), EXPLANATIONS, progress=False)
+    assert store.texts().text.isna().all() and (store.texts().error == 'not the JSON that was asked for').all()
+    assert table.loc[('label', 'generative'), ['n', 'unavailable', 'failures']].tolist() == [0, 3, 9]
+    assert table.loc[('label', 'gap'), 'failures'] == 12 and table.loc[('label', 'output'), 'n'] == 0
+    asked = len(writer.requests)
+    evaluate(evaluation(machine, store, writer, writer, evaluation_writer='gpt-5.4-mini'), EXPLANATIONS, progress=False)
+    assert len(writer.requests) == asked # an unparsed reply is a result, not something to ask again
+
+
+def test_controls_have_a_known_answer(machine, store):
+    words = {3: 'rain', 5: 'cats', 8: 'parks'}
+    def knows(r, schema, choices): # writes its subject into every text, and finds it again
+        subject = next(w for w in words.values() if w in r.prompt.split('\n\nThe model then wrote')[0])
+        if choices: return next((s[0] for s in r.prompt.split('Set ')[1:] if subject in s.split('Which set')[0]), 'A')
+        return json.dumps({name: [f'{subject} {name} {i}' for i in range(5)] for name in schema['properties']})
+    writer = Scripted(knows)
+    table = evaluate(evaluation(machine, store, writer, writer, evaluation_writer='gpt-5.4-mini'), {'label': words}, progress=False)
+    assert table.loc[('control', 'output'), ['n', 'mean']].tolist() == [3, 1]
+
+
+# what evaluate refuses
+
+def test_evaluate_refuses(machine, store):
+    run = evaluation(machine, store)
+    with pytest.raises(ValueError, match="unknown metric 'accuracy': choose from generative"): evaluate(run, EXPLANATIONS, ('accuracy',))
+    with pytest.raises(ValueError, match="a stage cannot be called 'control'"): evaluate(run, {'control': {3: 'x'}})
+    with pytest.raises(ValueError, match="feature 99 is explained, but it is not among"): evaluate(run, {'sft': {99: 'x'}})
+    store.put_explanations([('sft', 3, 0, 'cats')])
+    with pytest.raises(ValueError, match="another explanation of feature 3 at stage sft: 'cats', not 'x'"): evaluate(run, {'sft': {3: 'x'}})
+
+
+def test_a_part_of_the_metrics(machine, store):
+    table = evaluate(evaluation(machine, store), EXPLANATIONS, metrics=('generative', 'gap'), progress=False)
+    assert set(table.index.get_level_values(1)) == {'generative', 'gap'} and not len(store.steering())
+    full = evaluate(evaluation(machine, store), EXPLANATIONS, progress=False)
+    assert full.loc[('sft', 'gap'), 'mean'] == pytest.approx(table.loc[('sft', 'gap'), 'mean']) and ('sft', 'output') in full.index
+
+
+def test_comparisons_are_over_features_with_both_values():
+    rows = [('a', 1, 'gap', 1.), ('a', 2, 'gap', nan), ('a', 3, 'gap', 2.), ('b', 1, 'gap', 3.), ('b', 2, 'gap', 9.), ('b', 3, 'gap', 4.)]
+    table = compare(pd.DataFrame(rows, columns=['stage', 'feature', 'metric', 'value']), [('b', 'a')])
+    assert table.loc[('b', 'a', 'gap'), ['n', 'difference', 'low', 'high']].tolist() == [2, 2, 2, 2]

@@ -1,0 +1,131 @@
+import dataclasses, re
+import pandas as pd
+import pytest
+from saeexplainer.presets import Preset, data_dir, diff, field_help, load_preset, preset_table, presets
+
+ALL = [(n, s) for n in presets() for s in (['full', 'demo'] if n == 'smollm2-135m' else ['full'])]
+
+
+def message(call, *args, kind=ValueError, **kwargs):
+    with pytest.raises(kind) as e: call(*args, **kwargs)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+def test_names_are_those_of_the_design():
+    assert set(presets()) == {'gemma-2-9b-l20', 'gemma-2-9b-l31', 'llama3.1-8b-l15', 'llama3.1-8b-l25', 'gemma-2-27b-l10', 'gemma-2-27b-l22',
+                              'gemma-2-2b-l12', 'gemma-3-270m-l12', 'gpt2-small-l8', 'smollm2-135m'}
+
+
+@pytest.mark.parametrize('name,size', ALL)
+def test_each_preset_is_whole_and_reads_back(name, size, tmp_path):
+    p = load_preset(name, size=size)
+    assert (p.name, p.size) == (name, size)
+    file = tmp_path/'other.yaml'
+    file.write_text(p.to_yaml())
+    assert load_preset(file) == p == load_preset(str(file)) and diff(p, load_preset(file)) == ''
+    assert re.search(r'l?\b(\d+)', p.source.split('/')[1])[1] == str(p.layer)
+
+
+@pytest.mark.parametrize('name', [n for n in presets() if n != 'smollm2-135m'])
+def test_values_of_appendix_b(name):
+    p = load_preset(name)
+    assert (p.sft_lr, p.sft_epochs, p.sft_warmup, p.sft_weight_decay) == (5e-5, 2.5, .03, .01)
+    assert (p.lora_r, p.lora_alpha, p.lora_dropout) == (32, 64, .05)
+    assert (p.n_candidates, p.n_texts, p.spread, p.margin, p.candidate_temperature, p.candidate_top_p) == (6, 4, .10, .15, .9, .9)
+    assert (p.dpo_rounds, p.dpo_beta, p.dpo_lr, p.dpo_length_normalised, p.dpo_sft_weight, p.reward) == (2, (.1, .15), (5e-6, 3e-6), False, 0, 'max')
+    assert (p.n_test, p.n_generative, p.n_activating, p.n_neutral, p.success, p.n_controls) == (300, 10, 5, 5, .5, 2)
+    assert p.evaluation_writer == 'gpt-5.4-mini' and p.steering_kl == (.25, .5, -.25, -.5) and p.injection_layer == 1
+    assert p.sft_batch * p.sft_accumulation == 16 and p.dpo_batch * p.dpo_accumulation == 16
+
+
+def test_table_1_and_4_of_the_paper():
+    paper = data_dir()/'paper'
+    one, four = pd.read_csv(paper/'table1.csv'), pd.read_csv(paper/'table4.csv')
+    assert len(one) == 30 and not one.isna().any().any() and (one.high - one.low - one.gap).abs().max() < 1e-9
+    assert set(zip(one.model, one.layer_slot, one.layer)) == set(zip(four.model, four.layer_slot, four.layer))
+    features = {(row.model, row.layer): row.sae_features for row in four.itertuples()}
+    for row in four.itertuples():
+        p = load_preset(f'{row.model}-l{row.layer}')
+        rounds = 1 + p.new_features_in_round_2
+        assert p.n_sft + rounds*p.n_pref + p.n_test <= features[row.model, row.layer]
+
+
+def test_public_saes_are_known_to_sae_lens():
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    known = get_pretrained_saes_directory()
+    for name in presets():
+        p = load_preset(name)
+        if ':' not in p.sae: continue
+        release, sae_id = p.sae.split(':', 1)
+        assert sae_id in known[release].saes_map, p.sae
+        assert known[release].neuronpedia_id[sae_id] == p.source
+
+
+def test_overrides_and_their_types():
+    p = load_preset('smollm2-135m', size='full', sft_lr=1, dpo_lr=['1e-4', 5e-5], n_sft=12., threshold='2.5', layer=3)
+    assert (p.sft_lr, p.dpo_lr, p.n_sft, p.threshold, p.layer) == (1., (1e-4, 5e-5), 12, 2.5, 3) and isinstance(p.n_sft, int)
+    assert load_preset(p, seed=4) == dataclasses.replace(p, seed=4) != p
+    with pytest.raises(dataclasses.FrozenInstanceError): p.seed = 1
+    assert hash(p) == hash(load_preset(p))
+
+
+@pytest.mark.parametrize('fields,says', [
+    (dict(n_sft='many'), "preset field n_sft must be a whole number, not 'many'"),
+    (dict(n_sft=1.5), 'preset field n_sft must be a whole number, not 1.5'),
+    (dict(n_sft=True), 'preset field n_sft must be a whole number, not True'),
+    (dict(n_sft=0), 'preset field n_sft must be more than 0, not 0'),
+    (dict(sft_lr=float('nan')), 'preset field sft_lr must be a number, not nan'),
+    (dict(dpo_lr=.1), 'preset field dpo_lr must be a list, each item a number, not 0.1'),
+    (dict(dpo_lr=[1e-5]), 'dpo_beta and dpo_lr need one value for each of the 2 rounds'),
+    (dict(dpo_length_normalised='yes'), "preset field dpo_length_normalised must be true or false, not 'yes'"),
+    (dict(label_model=3), 'preset field label_model must be text or null, not 3'),
+    (dict(threshold='low'), "threshold must be a number or 'auto', not 'low'"),
+    (dict(template='no place for it'), 'template must contain {placeholder} exactly once'),
+    (dict(reward='median'), "reward must be 'max' or 'mean', not 'median'"),
+    (dict(n_candidates=1), 'n_candidates must be 2 or more'),
+    (dict(n_output=301), 'n_output (301) cannot be more than n_test (300)'),
+    (dict(dtype='int8'), "dtype must be 'bfloat16'"),
+    (dict(steering_kl=[0]), 'steering_kl has a target of 0'),
+    (dict(source='gemma'), "source must be 'model/source', not 'gemma'"),
+    (dict(sft_rl=1e-4), "a preset has no field 'sft_rl': did you mean sft_lr"),
+    (dict(zzzzzz=1), "a preset has no field 'zzzzzz': see `saeexplainer presets`"),
+    (dict(size='demo'), "preset gemma-2-9b-l20 has no size 'demo': use full"),
+])
+def test_bad_fields_get_one_line(fields, says):
+    assert says in message(load_preset, 'gemma-2-9b-l20', **fields)
+
+
+def test_unknown_presets_get_one_line():
+    assert 'did you mean smollm2-135m' in message(load_preset, 'smollm-135m')
+    assert 'there are gemma-2-9b-l20' in message(load_preset, 'qqq')
+    assert 'did you mean demo' not in message(load_preset, 'smollm2-135m', size='tiny')
+    assert 'demo' in message(load_preset, 'smollm2-135m', size='tiny')
+
+
+def test_yaml_files(tmp_path):
+    file = tmp_path/'mine.yaml'
+    def read(text, **overrides):
+        file.write_text(text)
+        return load_preset(file, **overrides)
+    p = read('base: smollm2-135m\nsize: full\nsft_lr: 5e-5\ndpo_lr: [1e-5, 2e-5]\n', seed=3)
+    assert (p.name, p.size, p.n_sft, p.sft_lr, p.dpo_lr, p.seed) == ('mine', 'full', 1800, 5e-5, (1e-5, 2e-5), 3)
+    assert read('base: smollm2-135m\nsft_lr: 5e-5', size='full').n_sft == 1800
+    assert 'lacks target, explainer' in message(read, 'sft_lr: 1')
+    assert f'{file} has no field \'lerning_rate\'' in message(read, 'base: smollm2-135m\nlerning_rate: 1')
+    assert 'unknown preset' in message(read, 'base: nothing')
+    assert 'is not YAML' in message(read, 'a: [1')
+    assert 'must hold lines of the form' in message(read, '- a\n- b')
+    assert 'must hold lines of the form' in message(read, '')
+    assert message(load_preset, tmp_path/'none.yaml', kind=FileNotFoundError) == f'no preset file {tmp_path/"none.yaml"}'
+
+
+def test_diff_names_each_changed_field():
+    a = load_preset('smollm2-135m', size='full')
+    assert diff(a, load_preset(a, sft_lr=1e-3, seed=1)).splitlines() == ['sft_lr: 0.0006 -> 0.001', 'seed: 0 -> 1']
+
+
+def test_every_field_has_help_and_stands_in_the_table():
+    assert all(field_help().values()) and set(field_help()) == {f.name for f in dataclasses.fields(Preset)}
+    table = preset_table()
+    assert set(table.index) | {'name', 'size'} == set(field_help()) and table.loc['n_sft', 'smollm2-135m (full)'] == 1800

@@ -1,0 +1,154 @@
+"The closed loop at its smallest, on a tiny real model: killed in each stage it ends complete, and it refuses what would mix two runs"
+import json, os, signal, sqlite3, subprocess, sys, time
+from pathlib import Path
+import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
+import pytest
+from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer.presets import load_preset
+from saeexplainer.report import result_tables
+from saeexplainer.run import Run, execute, stage_functions
+from saeexplainer.store import KEYS, RunStore
+
+WORDS = 'cat dog mat fire sea shells rain nation park large area land model feature word natural state hello range print'.split()
+STAGES = ['sft', 'prefs1', 'dpo1', 'prefs2', 'dpo2', 'evaluate']
+
+
+def make_preset(folder, **kw):
+    "A tiny model, its SAE, a feature table under data/tiny and the YAML preset that names them"
+    model, data = folder/'model', folder/'data'
+    tiny_model(n_layers=3).save_pretrained(model); tiny_tokenizer().save_pretrained(model)
+    tiny_sae(data/'tiny'/'sae', d_sae=40, layer=1, model_name='tiny', threshold=(.01, .02))
+    context = dict(source='test', tokens=['a', ' cat'], values=[0., 4.], peak=1)
+    rows = [dict(index=i, density=.01, max_act=1., status='ok' if i < 36 else ('dead', 'dense', 'unlabelled', 'dead')[i-36], words=[WORDS[i % 20]],
+                 explanation=f"the word '{WORDS[i % 20]}'" if i < 36 else None, contexts=[context]) for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), data/'tiny'/'features.parquet')
+    fields = dict(base='smollm2-135m', target=str(model), explainer=str(model), sae='tiny/sae', source='tiny/1-res', layer=1, placeholder=PLACEHOLDER, device='cpu',
+                  dtype='float32', n_sft=8, n_pref=4, n_test=4, n_output=2, sft_batch=2, dpo_batch=1, sft_epochs=2., dpo_epochs=2., threshold=0., spread=0., margin=0.,
+                  n_candidates=4, n_texts=2, n_generative=2, n_activating=2, n_neutral=2, explanation_tokens=6, text_tokens=8, steering_kl=[.01], steering_tokens=4, batch_size=4)
+    file = folder/'tiny.yaml'
+    file.write_text(''.join(f'{k}: {json.dumps(v)}\n' for k, v in (fields | kw).items()))
+    return file
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('world')
+    os.environ['SAEEXPLAINER_DATA'] = str(folder/'data')
+    yield folder, make_preset(folder)
+    del os.environ['SAEEXPLAINER_DATA']
+
+
+@pytest.fixture(scope='module')
+def finished(world):
+    "A run that nothing interrupted"
+    folder, file = world
+    with Run(folder/'runs'/'whole', load_preset(file), progress=False) as run:
+        report = execute(run, say=lambda line: None)
+    return folder/'runs'/'whole', report
+
+
+def rows_of(store:Path) -> dict: # table -> {key: the other columns}
+    if not store.exists(): return {}
+    with sqlite3.connect(f'file:{store}?mode=ro', uri=True) as db:
+        tables = {}
+        for table, keys in KEYS.items():
+            if table in ('progress', 'meta', 'replies'): continue
+            frame = pd.read_sql_query(f'SELECT * FROM "{table}"', db)
+            assert not frame.duplicated(keys).any()
+            tables[table] = {tuple(r[keys]): {c: None if pd.isna(r[c]) else r[c] for c in frame.columns.difference(keys)} for _, r in frame.iterrows()}
+        return tables
+
+
+def begun(store:Path, stage:str, before:dict) -> bool: # the stage runs and has written something, or has been at it for a while
+    try:
+        with sqlite3.connect(f'file:{store}?mode=ro', uri=True) as db:
+            row = db.execute('SELECT started, finished FROM progress WHERE stage=?', [stage]).fetchone()
+            if not row or row[1]: return bool(row)
+            written = sum(db.execute(f'SELECT count(*) FROM "{t}"').fetchone()[0] for t in before) - sum(map(len, before.values()))
+    except sqlite3.OperationalError: return False
+    if stage == 'sft' or stage.startswith('dpo'): return (store.parent/'explainer'/stage/'checkpoints').exists() or time.time() - row[0] > 3
+    return written > 2
+
+
+def test_killed_in_every_stage(world, finished):
+    folder, file = world
+    store = folder/'runs'/'killed'/'store.sqlite'
+    command = [sys.executable, '-m', 'saeexplainer.cli', 'run', str(file), '--root', str(folder/'runs'), '--name', 'killed', '--json']
+    kills = []
+    for stage in STAGES:
+        before = rows_of(store) or {t: {} for t in KEYS if t not in ('progress', 'meta', 'replies')}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not begun(store, stage, before): time.sleep(.01)
+        process.send_signal(signal.SIGKILL); process.wait()
+        kills.append(process.returncode)
+        after = rows_of(store)
+        for table, rows in before.items(): # a score may be filled in, nothing else changes
+            for key, row in rows.items():
+                assert {k: v for k, v in row.items() if v is not None} == {k: after[table][key][k] for k, v in row.items() if v is not None}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert kills == [-signal.SIGKILL]*len(STAGES)
+    killed, whole = rows_of(store), rows_of(finished[0]/'store.sqlite')
+    assert {t: set(r) for t, r in killed.items()} == {t: set(r) for t, r in whole.items()} # no row lost, none twice
+    assert killed['explanations'] == whole['explanations'] and killed['pairs'] == whole['pairs'] # and the same questions got the same answers
+    with RunStore(store) as s: assert not len(s.unscored()) and all(s.finished(stage) for stage in STAGES)
+
+
+def test_splits_never_overlap(world):
+    with Run(world[0]/'runs'/'splits', load_preset(world[1], new_features_in_round_2=True), progress=False) as run:
+        used = [i for part in run.splits.values() for i in part]
+        assert len(used) == len(set(used)) and all(run.features[i].status == 'ok' for i in used)
+        assert not set(run.preference_features(1)) & set(run.preference_features(2))
+
+
+def test_target_is_bit_equal_before_during_and_after(world, finished):
+    "Training and sampling an explainer never touch the weights that judge"
+    import numpy as np
+    from saeexplainer.sft import train_sft
+    preset = load_preset(world[1])
+    with Run(world[0]/'runs'/'bits', preset, progress=False) as run:
+        texts, features = ['The cat sat on the mat.', 'A national park'], list(range(2))
+        read = lambda: run.target.max_acts(texts, features)
+        before = read()
+        during = []
+        from transformers import TrainerCallback, Trainer
+        step = Trainer.training_step
+        def watched(self, *args, **kw):
+            loss = step(self, *args, **kw); during.append(read()); return loss
+        Trainer.training_step = watched
+        try: train_sft(preset, [run.features[i] for i in run.splits['sft']], run.reader, run.adapter('sft'), progress=False)
+        finally: Trainer.training_step = step
+        explainer = run.explainer('sft'); explainer.sample(run.reader.directions([0, 1]), 3, seed=1)
+        assert len(during) >= 4 and all(np.array_equal(before, d) for d in [*during, read()])
+
+
+def test_a_changed_preset_is_refused(world, finished):
+    with pytest.raises(ValueError, match=r"begun with another preset \(n_texts: 2 -> 3\): choose another --name"):
+        Run(finished[0], load_preset(world[1], n_texts=3))
+
+
+def test_one_process_at_a_time(world, finished):
+    with Run(finished[0], load_preset(world[1])):
+        with pytest.raises(RuntimeError, match='another process is working on'): Run(finished[0], load_preset(world[1]))
+
+
+def test_too_few_features(world):
+    with Run(world[0]/'runs'/'many', load_preset(world[1], n_sft=99), progress=False) as run:
+        with pytest.raises(ValueError, match=r'are wanted, there are 36 with a label'): run.splits
+
+
+def test_no_pair_is_an_error(world):
+    with Run(world[0]/'runs'/'none', load_preset(world[1], threshold=1e9, sft_epochs=.5), progress=False) as run:
+        with pytest.raises(ValueError, match=r'round 1: none of 4 features gave a pair \(4 below_threshold\)'): execute(run, say=lambda line: None)
+
+
+def test_report(finished):
+    folder, report = finished
+    names = {p.name for p in report.iterdir()}
+    assert {'report.md', 'summary.csv', 'provenance.json', 'metrics.csv', 'pairs.csv', 'candidates.csv', 'sft_log.csv', 'dpo_log.csv', 'explanations.csv', 'stages.png'} <= names
+    made = json.loads((report/'provenance.json').read_text())
+    assert made['seed'] == 0 and made['versions']['torch'] and set(made['seconds']) == set(STAGES)
+    summary = pd.read_csv(report/'summary.csv')
+    assert set(summary.stage) >= {'label', 'sft', 'dpo1', 'dpo2'} and (summary.low <= summary['mean'] + 1e-9).all()
+    candidates = pd.read_csv(report/'candidates.csv')
+    assert list(candidates.columns) == ['round', 'feature', 'k', 'text', 'reward'] and len(candidates) == 2*4*4

@@ -1,0 +1,260 @@
+"The run's store: killed writers, concurrent readers, full disks, and what the rows mean"
+import json, os, signal, sqlite3, subprocess, sys, textwrap, time
+import numpy as np
+import pytest
+from saeexplainer.store import COLUMNS, KEYS, SCHEMA_VERSION, RunStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    with RunStore(tmp_path/'run'/'store.sqlite') as s: yield s
+
+
+def texts(n, stage='round1', **kw):
+    return [dict(stage=stage, feature=f, k=0, kind='preference', j=j, text=f'text {j}', **kw) for f in range(n) for j in range(2)]
+
+
+def start(code, *args): # a real process
+    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, text=True)
+
+
+# ---- killed at any moment
+
+WRITE = '''
+    import sys
+    from saeexplainer.store import RunStore
+    store = RunStore(sys.argv[1])
+    for f in range(10**6): # five rows a call, their scores in another
+        key = lambda j: ('round1', f, 0, 'preference', j)
+        if store.missing('texts', [key(0)]):
+            store.put_texts([(*key(j), f'text {j} ' + 'x'*300, None, None) for j in range(5)])
+        store.put_scores([(*key(j), f + j/10) for j in range(5)])
+        print(f, flush=True)
+'''
+
+
+def test_kill_9_loses_no_row_and_doubles_none(tmp_path):
+    path, said = tmp_path/'store.sqlite', -1
+    for kill in range(3): # each time the next process goes on where the last one died
+        process = start(WRITE, path)
+        stop = said + 25 + 7*kill
+        for line in process.stdout:
+            said = int(line)
+            if said >= stop: break
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        said = max([said, *map(int, process.stdout.read().split())])
+        process.stdout.close()
+        with RunStore(path) as store:
+            t = store.texts()
+            assert store._rows('PRAGMA integrity_check') == [('ok',)]
+            assert not t.duplicated(KEYS['texts']).any()
+            per_feature = t.groupby('feature').agg(rows=('j', 'size'), scored=('score', 'count'))
+            assert (per_feature.rows == 5).all() and set(per_feature.scored) <= {0, 5} # a call is there as a whole or not at all
+            done = t[t.feature <= said]
+            assert len(done) == 5*(said + 1) and done.score.tolist() == pytest.approx([f + j/10 for f in range(said + 1) for j in range(5)])
+            assert len(per_feature) <= said + 2 # at most one call that was not reported any more
+
+
+def test_two_processes_read_while_one_writes(tmp_path):
+    path = tmp_path/'store.sqlite'
+    RunStore(path).close()
+    read = '''
+        import sys, time
+        from saeexplainer.store import RunStore
+        store, seen, reads = RunStore(sys.argv[1]), 0, 0
+        while seen < 200:
+            t = store.texts('round1')
+            assert len(t) >= seen and len(t) % 5 == 0, (len(t), seen) # whole calls, never fewer than before
+            seen, reads = len(t), reads + 1
+            time.sleep(.005)
+        print(reads)
+    '''
+    writer, readers = start(WRITE, path), [start(read, path) for _ in range(2)]
+    try: assert all(int(r.communicate(timeout=240)[0]) > 1 and r.returncode == 0 for r in readers)
+    finally:
+        for p in (writer, *readers): p.kill(); p.wait(); p.stdout.close()
+
+
+def test_two_processes_write_the_same_rows(tmp_path):
+    path = tmp_path/'store.sqlite' # does not exist: both make it
+    code = '''
+        import sys
+        from saeexplainer.store import RunStore
+        with RunStore(sys.argv[1]) as store: print(sum(store.put_metrics([('sft', f, 'input', 1.)]) for f in range(100)))
+    '''
+    both = [start(code, path) for _ in range(2)]
+    new = [int(p.communicate(timeout=240)[0]) for p in both]
+    assert sum(new) == 100 and RunStore(path).count('metrics') == 100
+
+
+# ---- the file
+
+def test_a_full_disk_is_one_line_and_the_rows_before_it_stay(store):
+    store.put_texts(texts(3))
+    store._db.execute(f'PRAGMA max_page_count={store._rows("PRAGMA page_count")[0][0] + 2}')
+    with pytest.raises(OSError) as e: store.put_explanations([('sft', f, 0, 'x'*2000) for f in range(100)])
+    assert str(e.value) == f'cannot write the store {store.path}: database or disk is full'
+    assert store.count('explanations') == 0 and store.count('texts') == 6 # nothing of the failed call
+    store._db.execute('PRAGMA max_page_count=1000000')
+    assert store.put_explanations([('sft', f, 0, 'x'*2000) for f in range(100)]) == 100
+
+
+def test_a_limit_on_file_size_stops_the_process_with_one_line(tmp_path):
+    code = '''
+        import resource, signal, sys
+        from saeexplainer.store import RunStore
+        store = RunStore(sys.argv[1])
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        try:
+            for f in range(10**5): store.put_explanations([('sft', f, 0, 'x'*1000)])
+        except OSError as e: print(f, e)
+    '''
+    said = start(code, tmp_path/'store.sqlite').communicate(timeout=240)[0]
+    n, line = said.split(' ', 1)
+    assert line.startswith('cannot write the store') and line.count('\n') == 1
+    with RunStore(tmp_path/'store.sqlite') as store: # room again: everything before is there, and it goes on
+        assert list(store.explanations().feature) == list(range(int(n))) and store.put_explanations([('sft', int(n), 0, 'x')]) == 1
+
+
+@pytest.mark.parametrize('place', ['file/store.sqlite', 'folder'])
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path, place):
+    (tmp_path/'file').write_text('x')
+    (tmp_path/'folder').mkdir()
+    with pytest.raises(OSError) as e: RunStore(tmp_path/place)
+    assert str(e.value).startswith(f'cannot open the store {tmp_path/place}: ') and '\n' not in str(e.value)
+
+
+def test_other_files_and_versions_are_refused(tmp_path):
+    (tmp_path/'text').write_text('not a database '*100)
+    with pytest.raises(ValueError, match=r'text is not a run store \(not an SQLite file\)'): RunStore(tmp_path/'text')
+    with sqlite3.connect(tmp_path/'other') as db: db.execute('CREATE TABLE t (x)')
+    with pytest.raises(ValueError, match=r'other is not a run store \(an SQLite file with other tables\)'): RunStore(tmp_path/'other')
+    with sqlite3.connect(tmp_path/'newer') as db: db.execute(f'PRAGMA user_version={SCHEMA_VERSION + 1}')
+    with pytest.raises(ValueError, match=f'newer has store version {SCHEMA_VERSION + 1}, this saeexplainer reads version {SCHEMA_VERSION}'): RunStore(tmp_path/'newer')
+
+
+def test_wal_and_synchronous(store):
+    assert store._rows('PRAGMA journal_mode') == [('wal',)] and store._rows('PRAGMA synchronous') == [(1,)]
+
+
+# ---- rows
+
+def test_the_first_row_stays(store):
+    assert store.put_explanations([('sft', 1, 0, 'first'), ('sft', 1, 0, 'second')]) == 1
+    assert store.put_explanations([dict(stage='sft', feature=1, k=0, text='third'), ('sft', 2, 0, 'new')]) == 1
+    assert store.explanations('sft').text.tolist() == ['first', 'new']
+
+
+def test_numpy_values_and_generators(store):
+    store.put_steering((np.int64(1), np.int32(c), np.float32(.25), np.int64(9), np.float64(3), .24, np.bool_(True)) for c in range(3))
+    store.put_judgements([dict(stage='sft', feature=np.int64(1), choice=2, true=np.int64(0), scores=dict(order=[1, 0], scores=[np.float32(.5), None]))])
+    s, j = store.steering(1), store.judgements('sft')
+    assert s.control.tolist() == [0, 1, 2] and s.reached.tolist() == [1, 1, 1] and str(s.kl.dtype) == 'float64'
+    assert json.loads(j.scores[0]) == {'order': [1, 0], 'scores': [.5, None]} and j.true[0] == 0
+
+
+@pytest.mark.parametrize('put,row,says', [
+    ('put_explanations', dict(stage='sft', feature=1, k=0), 'NOT NULL constraint failed: explanations.text'),
+    ('put_explanations', dict(stage='sft', feature=1, text='x'), 'NOT NULL constraint failed: explanations.k'),
+    ('put_explanations', dict(stage='sft', feature='seven', k=0, text='x'), 'cannot store TEXT value in INT column explanations.feature'),
+    ('put_explanations', dict(stage='sft', feature=1, k=0, txt='x'), "explanations has no column 'txt': it has stage, feature, k, text"),
+    ('put_explanations', ('sft', 1, 0), 'a row of explanations has 4 values (stage, feature, k, text), not 3'),
+    ('put_texts', dict(stage='sft', feature=1, k=0, kind='a', j=0), 'text IS NOT NULL OR error IS NOT NULL'),
+    ('put_pairs', dict(round=1, feature=1), 'CHECK constraint failed'),
+    ('put_pairs', dict(round=1, feature=1, chosen='a', rejected='a', chosen_score=2., rejected_score=1.), 'CHECK constraint failed'),
+    ('put_pairs', dict(round=1, feature=1, chosen='a', rejected='b', chosen_score=1., rejected_score=2.), 'CHECK constraint failed'),
+])
+def test_wrong_rows_are_refused_and_nothing_of_the_call_stays(store, put, row, says):
+    good = {'put_explanations': ('sft', 5, 0, 'good'), 'put_texts': ('sft', 5, 0, 'a', 0, 'good', None, None), 'put_pairs': (1, 5, 'a', 'b', 2., 1., None)}[put]
+    with pytest.raises(ValueError) as e: getattr(store, put)([good, row])
+    assert says in str(e.value) and '\n' not in str(e.value)
+    assert store.count(put.removeprefix('put_')) == 0 and getattr(store, put)([good]) == 1
+
+
+def test_views_filter_and_keep_their_types(store):
+    store.put_texts(texts(3) + texts(2, 'label'))
+    store.put_texts([('round1', 9, 0, 'neutral', 0, None, 'not JSON', None)])
+    assert len(store.texts()) == 11 and len(store.texts(['round1', 'label'], ['preference'])) == 10 and len(store.texts('round1', 'neutral')) == 1
+    assert store.texts('round1', 'neutral').text[0] is None and store.texts('label').error.tolist() == [None]*4
+    empty = store.texts('nothing')
+    assert len(empty) == 0 and list(empty.columns) == list(COLUMNS['texts']) and str(empty.score.dtype) == 'float64' and str(empty.feature.dtype) == 'int64'
+    assert str(store.texts().score.dtype) == 'float64'
+
+
+def test_missing_keys_come_back_in_their_order(store):
+    store.put_explanations([('round1', 3, 1, 'x')])
+    assert store.missing('explanations', [('round1', np.int64(f), k) for f in (4, 3) for k in (0, 1)]) == [('round1', 4, 0), ('round1', 4, 1), ('round1', 3, 0)]
+
+
+# ---- scores
+
+def test_each_text_is_scored_once(store):
+    store.put_texts(texts(2))
+    key = ('round1', 0, 0, 'preference', 0)
+    assert store.put_scores([(*key, 1.5)]) == 1 and store.put_scores([(*key, 2.5)]) == 0
+    assert store.put_scores([dict(zip([*KEYS['texts'], 'score'], (*key, 3.5)))]) == 0 and store.texts().score[0] == 1.5
+    assert store.put_scores([('round1', 0, 0, 'preference', 1, 0.)]) == 1 and len(store.unscored('round1')) == 2 # 0 is a score
+
+
+def test_a_text_without_tokens_is_told_from_one_that_waits(store):
+    store.put_texts(texts(1) + [('round1', 1, 0, 'preference', 0, None, 'not JSON', None)])
+    assert len(store.unscored()) == 2 # the unparsed one does not wait
+    assert store.put_scores([('round1', 0, 0, 'preference', 0, np.float32('nan'))]) == 1
+    t = store.texts()
+    assert t.error.tolist() == ['empty', None, 'not JSON'] and t.score.isna().all() and store.unscored().j.tolist() == [1]
+    assert store.put_scores([('round1', 0, 0, 'preference', 0, 4.), ('round1', 1, 0, 'preference', 0, 4.)]) == 0 # neither is scored later
+
+
+def test_a_score_needs_its_text(store):
+    store.put_texts(texts(1))
+    with pytest.raises(ValueError, match=r"no text \('round1', 7, 0, 'preference', 0\) to score"):
+        store.put_scores([('round1', 0, 0, 'preference', 0, 1.), ('round1', 7, 0, 'preference', 0, 1.)])
+    assert len(store.unscored()) == 2 # nothing of the call
+
+
+# ---- stages, facts, replies, preferences
+
+def test_stages(store):
+    store.start('sft')
+    assert not store.finished('sft')
+    store.start('sft'); time.sleep(.02); store.finish('sft', loss=np.float32(1.5))
+    p = store.progress().iloc[0]
+    assert store.finished('sft') and .02 <= p.seconds < 10 and p.started <= p.finished and json.loads(p.detail) == {'attempts': 2, 'loss': 1.5}
+    store.start('sft'); store.finish('sft', loss=9)
+    assert json.loads(store.progress().detail[0]) == {'attempts': 2, 'loss': 1.5} # a finished stage stays as it was
+
+
+def test_facts_are_written_once(store):
+    store.put_meta(template='a {placeholder}', versions={'torch': '2.13'}, beta=(.1, .15))
+    store.put_meta(template='a {placeholder}', beta=[.1, .15])
+    assert store.meta('versions') == {'torch': '2.13'} and store.meta('beta') == [.1, .15] and store.meta('none', 3) == 3
+    with pytest.raises(ValueError, match="has template 'a {placeholder}', not 'b': give the run another name"): store.put_meta(template='b')
+
+
+def test_replies_and_their_cost(store):
+    store.put_replies({'a': (dict(prompt='x'), dict(text='y', cost=.25)), 'b': (dict(prompt='x'), dict(text=None, error='empty', cost=None))})
+    store.put_replies({'a': (dict(prompt='x'), dict(text='other', cost=9.))})
+    assert store.replies(['a', 'c']) == {'a': dict(text='y', cost=.25)} and store.cost() == .25
+
+
+def test_preferences_are_what_trl_trains_on(store):
+    from trl.data_utils import is_conversational, maybe_apply_chat_template
+    from helpers import tiny_tokenizer
+    with pytest.raises(ValueError, match='has no template or placeholder: write them with put_meta'): store.export_preferences()
+    store.put_meta(template='What is {placeholder} {here}?', placeholder='<repo_name>')
+    assert len(store.export_preferences()) == 0
+    store.put_pairs([(1, 7, 'ships', 'boats', 3., 1., None), (1, 8, None, None, None, None, 'low_spread'), (2, 7, 'fleets', 'ships', 4., 2., None)])
+    d = store.export_preferences()
+    assert d['round'] == [1, 2] and store.export_preferences(2)['chosen_score'] == [4.] and d['feature'] == [7, 7]
+    assert is_conversational(d[0]) and d[0]['prompt'] == [dict(role='user', content='What is <repo_name> {here}?')]
+    assert d[0]['chosen'] == [dict(role='assistant', content='ships')] and d[0]['rejected'] == [dict(role='assistant', content='boats')]
+    flat = maybe_apply_chat_template({k: d[0][k] for k in ('prompt', 'chosen', 'rejected')}, tiny_tokenizer())
+    assert flat['prompt'].endswith('<|im_start|>assistant\n') and flat['chosen'] == 'ships<|im_end|>\n'
+
+
+def test_threads_share_a_store(store):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(8) as pool: new = list(pool.map(lambda i: store.put_metrics([('sft', i % 50, 'input', 1.)]), range(200)))
+    assert sum(new) == 50 == store.count('metrics')

@@ -1,0 +1,330 @@
+"saeexplainer.target: early exit, reading and steering on five tiny architectures, and what bad input is told"
+import math
+import numpy as np, pytest, torch
+from types import SimpleNamespace
+from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer import models, target as T
+from saeexplainer.models import weights_sha256
+from saeexplainer.sampling import sample
+from saeexplainer.saes import FeatureReader
+from saeexplainer.target import Target, find_steering_value, pad, residual_hook, residual_stream, steering, tokenise
+
+TEXTS = ['The cat sat on the mat.', 'I think that rain', 'A', '', 'She sells sea shells by the sea shore, and the dog lay by the fire.']
+PROMPTS = ['The explanation is simple:', 'I think', 'We']
+
+
+@pytest.fixture(scope='module')
+def tokenizer(): return tiny_tokenizer()
+
+
+@pytest.fixture(scope='module')
+def lms(): return {arch: tiny_model(arch) for arch in ARCHITECTURES}
+
+
+@pytest.fixture(scope='module')
+def readers(tmp_path_factory): # one for each place
+    make = lambda hook, layer: FeatureReader.load(tiny_sae(tmp_path_factory.mktemp('sae'), hook=hook, layer=layer))
+    return {(hook, layer): make(hook, layer) for hook in ('resid_post', 'resid_pre') for layer in (0, 2, 3)}
+
+
+@pytest.fixture(scope='module')
+def llama(lms, tokenizer, readers): return Target(lms['llama'], tokenizer, readers['resid_post', 2])
+
+
+def lively(target, texts=TEXTS, n=4): # features that are active on these texts
+    acts = np.concatenate([target.reader.encode(residual_stream(target.model, **pad([t.ids], 0), layer=target.reader.layer, hook=target.reader.hook))[0, 1:]
+                           for t in tokenise(target.tokenizer, texts) if t.counts.any()])
+    return [int(f) for f in acts.max(0).argsort()[::-1][:n]]
+
+
+# ---- early exit
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_early_exit_equals_hidden_states(lms, tokenizer, arch):
+    model, ids = lms[arch], tokenizer('The cat sat on the mat and the dog lay by the fire.', return_tensors='pt').input_ids
+    with torch.no_grad(): states = model(ids, output_hidden_states=True).hidden_states
+    mask = torch.ones_like(ids)
+    for layer in range(4):
+        assert torch.equal(residual_stream(model, ids, mask, layer, 'resid_pre'), states[layer])
+        if layer < 3: assert torch.equal(residual_stream(model, ids, mask, layer, 'resid_post'), states[layer+1])
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_last_layer_is_read_before_the_final_norm(lms, tokenizer, arch):
+    model, ids = lms[arch], tokenizer('The cat sat on the mat.', return_tensors='pt').input_ids
+    with torch.no_grad(): last = model(ids, output_hidden_states=True).hidden_states[-1]
+    resid, body = residual_stream(model, ids, torch.ones_like(ids), 3), models.backbone(model)
+    norm = body.norm if hasattr(body, 'norm') else body.ln_f
+    assert not torch.allclose(resid, last, atol=1e-3) and torch.allclose(norm(resid), last, atol=1e-5)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+@pytest.mark.parametrize('left', (True, False))
+def test_padding_on_either_side(lms, tokenizer, arch, left):
+    rows = [t.ids for t in tokenise(tokenizer, [t for t in TEXTS if t])]
+    batch = pad(rows, 0, left=left)
+    together = residual_stream(lms[arch], **batch, layer=2)
+    for i, row in enumerate(rows):
+        alone = residual_stream(lms[arch], **pad([row], 0), layer=2)[0]
+        assert (together[i][batch['attention_mask'][i].bool()] - alone).abs().max() < 2e-5
+
+
+def test_later_layers_are_not_run_and_no_hook_stays(lms, tokenizer):
+    model, ran = tiny_model(), []
+    handles = [layer.register_forward_hook(lambda m, a, o, i=i: ran.append(i)) for i, layer in enumerate(model.model.layers)]
+    ids = tokenizer('The cat', return_tensors='pt').input_ids
+    residual_stream(model, ids, torch.ones_like(ids), 1)
+    assert ran == [0, 1]
+    ran.clear(); residual_stream(model, ids, torch.ones_like(ids), 1, 'resid_pre')
+    assert ran == [0]
+    for h in handles: h.remove()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    with pytest.raises(RuntimeError, match='mine'): # an error of the model's own is not swallowed, and leaves no hook either
+        with residual_hook(model, 1, 'resid_post', lambda r: (_ for _ in ()).throw(RuntimeError('mine'))): model(ids)
+    assert not model.model.layers[1]._forward_hooks
+
+
+# ---- reading
+
+def test_tokens_are_the_text(tokenizer):
+    for text in ('The cat', ' two  spaces ', 'naïve 中文 🙂!', 'a\n\nb', ''):
+        t = tokenise(tokenizer, [text])[0]
+        assert ''.join(t.strings)==text and t.ids[0]==tokenizer.bos_token_id and not t.counts[0] and t.counts[1:].all()
+    assert tokenise(tokenizer, []) == [] and tokenise(tokenizer, ['a'], bos=False)[0].counts.all()
+
+
+def test_bos_is_fed_once_even_if_the_tokenizer_adds_it():
+    plain, adds = tiny_tokenizer(), tiny_tokenizer(add_bos=True)
+    assert adds('The cat')['input_ids'][0] == 1 != plain('The cat')['input_ids'][0]
+    assert tokenise(adds, ['The cat'])[0].ids == tokenise(plain, ['The cat'])[0].ids
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+@pytest.mark.parametrize('place', [('resid_post', 0), ('resid_post', 2), ('resid_pre', 2), ('resid_post', 3), ('resid_pre', 0)])
+def test_activations_equal_sae_lens(lms, tokenizer, readers, arch, place):
+    target = Target(lms[arch], tokenizer, readers[place])
+    hook, layer = place
+    for f in lively(target):
+        readings = target.activations(TEXTS, f)
+        for text, reading in zip(TEXTS, readings):
+            ids = torch.tensor([[1] + tokenizer(text, add_special_tokens=False)['input_ids']])
+            with torch.no_grad(): states = target.model(ids, output_hidden_states=True).hidden_states
+            if place==('resid_post', 3): x = residual_stream(target.model, ids, torch.ones_like(ids), 3) # tested above
+            else: x = states[layer + (hook=='resid_post')]
+            full = target.reader.sae.encode(x)[0, 1:, f].numpy()
+            assert ''.join(reading.tokens)==text and reading.values.dtype==np.float32
+            assert np.abs(reading.values - full).max(initial=0) <= 1e-4 * max(1., full.max(initial=0))
+        assert max(r.max for r in readings if len(r.tokens)) > 0
+
+
+def test_batch_and_order_do_not_matter(lms, tokenizer, readers):
+    one, many = (Target(lms['gemma3'], tokenizer, readers['resid_post', 2], batch_size=n) for n in (1, 64))
+    tight = Target(lms['gemma3'], tokenizer, readers['resid_post', 2], max_tokens=20)
+    features = lively(many, n=5)
+    wanted = many.max_acts(TEXTS, features)
+    for other in (one, tight): np.testing.assert_allclose(other.max_acts(TEXTS, features), wanted, atol=1e-4)
+    np.testing.assert_allclose(many.max_acts(TEXTS[::-1], features[::-1])[::-1], wanted, atol=1e-4)
+    np.testing.assert_allclose([r.max for r in many.activations(TEXTS, features)], wanted, atol=1e-4)
+
+
+def test_empty_and_special_only_texts(llama):
+    acts = llama.max_acts(['', 'The cat', '<|im_end|>'], 3)
+    assert np.isnan(acts[[0, 2]]).all() and np.isfinite(acts[1]) and acts.dtype==np.float32
+    empty = llama.activations([''], 3)[0]
+    assert empty.tokens == [] and math.isnan(empty.max)
+    assert llama.max_acts([], 3).shape == (0,) and llama.activations([], []) == []
+
+
+def test_bos_and_special_tokens_never_count(llama):
+    bos = residual_stream(llama.model, torch.tensor([[1]]), torch.ones(1, 1), 2)
+    f = int(llama.reader.encode(bos)[0, 0].argmax()) # a feature that fires on BOS
+    height = llama.reader.encode(bos)[0, 0, f].item()
+    assert height > 0 and len(llama.activations(['A'], f)[0].tokens) == 1
+    llama.reader.sae.W_enc.data[:, f] *= 1e3 # now BOS would win everywhere if it counted
+    try:
+        ids = torch.tensor([tokenise(llama.tokenizer, ['The cat<|im_end|> sat'])[0].ids])
+        all_acts = llama.reader.encode(residual_stream(llama.model, ids, torch.ones_like(ids), 2))[0, :, f]
+        reading = llama.activations(['The cat<|im_end|> sat'], f)[0]
+        assert ''.join(reading.tokens)=='The cat sat' and len(reading.values) == len(ids[0]) - 2
+        counted = [i for i, t in enumerate(ids[0].tolist()) if t not in (1, 4)]
+        np.testing.assert_allclose(reading.values, all_acts[counted].numpy(), rtol=1e-4, atol=1e-3)
+    finally: llama.reader.sae.W_enc.data[:, f] /= 1e3
+
+
+def test_saes_trained_without_bos(lms, tokenizer, tmp_path):
+    target = Target(lms['llama'], tokenizer, FeatureReader.load(tiny_sae(tmp_path, metadata={'prepend_bos': False})))
+    assert not target.bos and len(target.activations(['A'], 1)[0].tokens) == 1
+
+
+def test_reading_errors(llama):
+    with pytest.raises(ValueError, match='2 texts and 3 features: one feature per text'): llama.max_acts(['a', 'b'], [1, 2, 3])
+    with pytest.raises(ValueError, match='there is no feature 512: this SAE has features 0 to 511'): llama.max_acts(['a'], 512)
+    with pytest.raises(ValueError, match=r'text 1 has \d+ tokens, the model reads 512: split it'): llama.max_acts(['a', 'z y '*600], 1)
+
+
+def test_progress(llama, capfd):
+    llama.max_acts(TEXTS, 1); assert 'text' not in capfd.readouterr().err
+    llama.max_acts(TEXTS, 1, progress=True); assert '4/4' in capfd.readouterr().err
+
+
+# ---- steering
+
+def the_long_way(target, features, values, mask): # decode(encode with the feature changed) + error, at all tokens but padding
+    sae = target.reader.sae
+    def change(resid):
+        acts = sae.encode(resid); error = resid - sae.decode(acts); acts = acts.clone()
+        for i, (f, v) in enumerate(zip(features, values)): acts[i, :, f] = v
+        new = sae.decode(acts) + error
+        return torch.where(mask[..., None].bool(), new, resid) if len(mask[0])==resid.shape[1] else new
+    return residual_hook(target.model, target.reader.layer, target.reader.hook, change)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+@pytest.mark.parametrize('place', [('resid_post', 2), ('resid_pre', 2), ('resid_post', 3)])
+def test_steered_generation_equals_the_long_way(lms, tokenizer, readers, arch, place):
+    target = Target(lms[arch], tokenizer, readers[place])
+    features, values = lively(target, n=3), [20., -20., 0.]
+    steered = target.generate(PROMPTS, features, values, max_new_tokens=12, seeds=[1, 2, 3])
+    batch = pad([t.ids for t in tokenise(tokenizer, PROMPTS)], 0, left=True)
+    assert 0 in batch['attention_mask'] # prompts differ in length
+    with the_long_way(target, features, values, batch['attention_mask']):
+        wanted = sample(target.model, tokenizer, **batch, seeds=[1, 2, 3], max_new_tokens=12, temperature=.75)
+    assert steered == wanted
+    assert steered != target.generate(PROMPTS, max_new_tokens=12, seeds=[1, 2, 3])
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_steered_logits_with_and_without_cache(lms, tokenizer, readers, arch):
+    target = Target(lms[arch], tokenizer, readers['resid_post', 2])
+    batch, f = pad([t.ids for t in tokenise(tokenizer, PROMPTS)], 0, left=True), lively(target, n=3)
+    with steering(target.model, target.reader, f, [15., 15., 15.], batch['attention_mask']):
+        out = target.model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    longer = torch.cat([batch['attention_mask'], torch.ones(3, 6, dtype=torch.long)], 1) # all of it once more, without a cache
+    with torch.no_grad(), steering(target.model, target.reader, f, [15., 15., 15.], longer):
+        logits = target.model(out.sequences, attention_mask=longer, position_ids=(longer.cumsum(-1)-1).clamp(min=0), use_cache=False).logits
+    for step in range(6): assert (out.logits[step] - logits[:, -7+step]).abs().max() < 2e-4
+
+
+def test_a_row_is_its_own(llama):
+    f = lively(llama, n=3)
+    hooks = lambda: [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in llama.model.model.layers]
+    before = hooks() # transformers leaves some of its own
+    together = llama.generate(PROMPTS, f, [9., 9., 9.], seeds=[5, 6, 7], max_new_tokens=8)
+    assert together == [llama.generate([p], i, 9., seeds=[s], max_new_tokens=8)[0] for p, i, s in zip(PROMPTS, f, [5, 6, 7])]
+    small = Target(llama.model, llama.tokenizer, llama.reader, batch_size=2)
+    assert small.generate(PROMPTS, f, 9., seeds=[5, 6, 7], max_new_tokens=8) == together
+    assert llama.generate([], seeds=[]) == []
+    assert hooks() == before
+
+
+def test_greedy_and_default_seeds(llama):
+    assert llama.generate(PROMPTS, temperature=0, seeds=[1, 2, 3], max_new_tokens=5) == llama.generate(PROMPTS, temperature=0, seeds=[4, 5, 6], max_new_tokens=5)
+    assert llama.generate(PROMPTS, max_new_tokens=5) == llama.generate(PROMPTS, max_new_tokens=5)
+
+
+def test_generation_errors(llama, lms):
+    for kw in (dict(feature=1), dict(value=1.)):
+        with pytest.raises(ValueError, match='steering needs both a feature and a value'): llama.generate(PROMPTS, **kw)
+    with pytest.raises(ValueError, match='3 prompts and 1 seeds'): llama.generate(PROMPTS, seeds=[1])
+    with pytest.raises(ValueError, match='there is no feature 900'): llama.generate(PROMPTS, 900, 1.)
+    nobos = tiny_tokenizer(); nobos.bos_token = None
+    with pytest.raises(ValueError, match='a prompt is empty and this model has no BOS token'): Target(lms['llama'], nobos, llama.reader).generate([''])
+
+
+# ---- the search for a clamp
+
+@pytest.mark.parametrize('arch', ('llama', 'gemma2', 'gpt2'))
+@pytest.mark.parametrize('kl', (.1, .2, -.1, -.2))
+def test_steering_value_has_the_kl_it_says(lms, tokenizer, readers, arch, kl):
+    target = Target(lms[arch], tokenizer, readers['resid_post', 2])
+    for f in lively(target, n=2):
+        found = target.steering_value(f, kl, PROMPTS)
+        batch = pad([t.ids for t in tokenise(tokenizer, PROMPTS)], 0, left=True)
+        probs = []
+        for value in (None, found.value):
+            each = []
+            for row in tokenise(tokenizer, PROMPTS): # each prompt alone, without padding
+                one = pad([row.ids], 0)
+                with torch.no_grad():
+                    if value is None: each.append(target.model(**one).logits[0, -1].log_softmax(-1))
+                    else:
+                        with steering(target.model, target.reader, [f], [value], one['attention_mask']): each.append(target.model(**one).logits[0, -1].log_softmax(-1))
+            probs.append(torch.stack(each))
+        realised = (probs[1].exp() * (probs[1] - probs[0])).sum(-1).mean().item()
+        assert realised == pytest.approx(found.kl, rel=.01, abs=1e-4)
+        assert found.reached == (abs(found.kl - abs(kl)) <= .05*abs(kl)) and found.reached
+        assert (found.value < 0) == (kl < 0)
+
+
+def test_steering_that_cannot_reach_its_kl_says_so(llama):
+    found = llama.steering_value(lively(llama)[0], 50., PROMPTS)
+    assert not found.reached and 0 < found.kl < 50
+    with pytest.raises(ValueError, match='the KL to reach is 0'): llama.steering_value(1, 0., PROMPTS)
+    with pytest.raises(ValueError, match='there is no feature 512'): llama.steering_value(512, .1, PROMPTS)
+
+
+def test_dead_feature_cannot_steer(lms, tokenizer, tmp_path):
+    target = Target(lms['llama'], tokenizer, FeatureReader.load(tiny_sae(tmp_path)))
+    target.reader.sae.W_dec.data[9] = 0
+    with pytest.raises(ValueError, match=r'is zero \(a dead feature\)'): target.steering_value(9, .1, PROMPTS)
+
+
+@pytest.mark.parametrize('curve, target', [(lambda v: v*v, .25), (lambda v: v*v, 1e-3), (lambda v: 1e-6*v*v, .5), (lambda v: 1e4*v*v, .5),
+                                           (lambda v: abs(v), .25), (lambda v: min(v**4, 9.), .25), (lambda v: math.nan if abs(v) > .6 else v*v, .25),
+                                           (lambda v: math.inf if abs(v) > .6 else v*v, .25), (lambda v: .01 if abs(v) < 3 else (abs(v)-3)**2, .25)])
+@pytest.mark.parametrize('step', (1., -1.))
+def test_search(curve, target, step):
+    found = find_steering_value(curve, target, step=step)
+    assert found.reached and abs(found.kl - target) <= .05*target and found.kl == curve(found.value) and found.value*step > 0
+
+
+@pytest.mark.parametrize('curve', [lambda v: 0., lambda v: .2, lambda v: 3., lambda v: math.nan, lambda v: 0. if abs(v) < 2 else 9.])
+def test_search_that_misses(curve):
+    found = find_steering_value(curve, .5)
+    assert not found.reached and (found.kl == curve(found.value) or math.isnan(found.kl))
+
+
+def test_search_starts_at_the_base():
+    assert find_steering_value(lambda v: (v-10)**2, .25, base=10.).value == pytest.approx(10.5, abs=.02)
+
+
+# ---- loading
+
+@pytest.fixture
+def preset(tmp_path, lms, tokenizer):
+    lms['llama'].save_pretrained(tmp_path/'model'); tokenizer.save_pretrained(tmp_path/'model')
+    card = {'model_sha256': weights_sha256(tmp_path/'model')}
+    sae = tiny_sae(tmp_path/'sae', model_name='tiny-llama', card=card)
+    return SimpleNamespace(target=str(tmp_path/'model'), sae=str(sae), layer=2, dtype='float32', device='cpu')
+
+
+def test_load(preset, llama):
+    loaded = Target.load(preset)
+    np.testing.assert_allclose(loaded.max_acts(TEXTS, 3), llama.max_acts(TEXTS, 3), atol=1e-4)
+
+
+def test_other_weights_are_refused(preset, tmp_path):
+    tiny_model(seed=1).save_pretrained(tmp_path/'model')
+    with pytest.raises(ValueError, match='this SAE belongs to weights with hash .* its activations would mean something else'): Target.load(preset)
+
+
+def test_other_embedded_weights_are_refused(tmp_path, monkeypatch):
+    (tmp_path/models.EMBEDDED).mkdir()
+    tiny_model(seed=1).save_pretrained(tmp_path/models.EMBEDDED)
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path))
+    reader = FeatureReader.load(tiny_sae(tmp_path/'sae', card={'model_sha256': models.EMBEDDED_SHA256}))
+    with pytest.raises(ValueError, match=f"belongs to weights with hash {models.EMBEDDED_SHA256[:12]}, those of '{models.EMBEDDED}'"):
+        T.check_weights(models.EMBEDDED, reader)
+
+
+def test_saes_of_other_models_are_refused(preset, tmp_path, lms, tokenizer):
+    with pytest.raises(ValueError, match='the preset says layer 1, its SAE .* reads layer 2'): Target.load(SimpleNamespace(**{**vars(preset), 'layer': 1}))
+    with pytest.raises(ValueError, match="this SAE is for the model 'tiny-llama', not for 'org/gemma-9b'"): Target.load(SimpleNamespace(**{**vars(preset), 'target': 'org/gemma-9b'}))
+    wide, deep = (FeatureReader.load(tiny_sae(tmp_path/n, **kw)) for n, kw in (('wide', dict(d_in=32)), ('deep', dict(layer=4))))
+    with pytest.raises(ValueError, match='the SAE is 32 wide and the model 64: this SAE is for another model'): Target(lms['llama'], tokenizer, wide)
+    with pytest.raises(ValueError, match='the SAE reads layer 4, the model has layers 0 to 3'): Target(lms['llama'], tokenizer, deep)
+
+
+def test_names_that_go_together(tmp_path):
+    reader = FeatureReader.load(tiny_sae(tmp_path/'sae', model_name='gemma-2-9b'))
+    for name in ('google/gemma-2-9b', 'google/gemma-2-9b-it', 'org/Gemma-2-9B'): T.check_model_name(name, reader)
