@@ -8,6 +8,7 @@ __all__ = ['EMBEDDED', 'EMBEDDED_SHA256', 'EMBEDDED_WHEEL', 'PLAIN_TURNS', 'cach
 
 # %% ../nbs/parts/models.ipynb #7121b5f4
 import hashlib, os, shutil, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 
@@ -81,6 +82,15 @@ def load_tokenizer(name:str): # `EMBEDDED`, a hub id or a folder
     return tokenizer
 
 # %% ../nbs/parts/models.ipynb #b4c2670b
+@contextmanager
+def _quiet(quiet:bool): # no bar for a load that takes a second
+    from transformers.utils import logging
+    shown = logging.is_progress_bar_enabled()
+    if quiet: logging.disable_progress_bar()
+    try: yield
+    finally:
+        if quiet and shown: logging.enable_progress_bar()
+
 def load_model(name:str, # `EMBEDDED`, a hub id or a folder
                dtype=None, # torch dtype or its name; None: float32 on a CPU, bfloat16 on a GPU
                device=None # None or 'auto': a GPU where there is one
@@ -90,7 +100,8 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
     source, device = embedded_model_dir() if name==EMBEDDED else name, model_device(device)
     if dtype is None: dtype = torch.bfloat16 if device.type=='cuda' else torch.float32
     eager = {'attn_implementation': 'eager'} if AutoConfig.from_pretrained(source).model_type=='gemma2' else {}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, use_safetensors=True, **eager)
+    with _quiet(name==EMBEDDED):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, use_safetensors=True, **eager)
     return model.to(device).eval().requires_grad_(False), load_tokenizer(name)
 
 # %% ../nbs/parts/models.ipynb #216be6e5

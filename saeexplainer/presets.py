@@ -86,7 +86,7 @@ class Preset:
     success: float = _field(.5, "a text counts above this share of the feature's max_act (Eq. 12)")
     n_activating: int = _field(5, 'activating sentences per feature (input score and gap)')
     n_neutral: int = _field(5, 'neutral sentences per feature (input score and gap)')
-    steering_prompts: tuple[str, ...] = _field(('The explanation is simple:', 'I think', 'We'), 'beginnings that the steered target continues')
+    steering_prompts: tuple[str, ...] = _field(('The explanation is simple:', 'I think', 'We'), 'what the steered target continues')
     steering_tokens: int = _field(25, 'new tokens per steered text')
     steering_temperature: float = _field(.75, 'temperature of the steered texts')
     steering_kl: tuple[float, ...] = _field((.25, .5, -.25, -.5), 'KL targets; a negative one clamps the feature to a negative value')
@@ -138,12 +138,14 @@ _RULES = ( # what must hold, and the line that says so
     (lambda p: p.dtype in ('bfloat16', 'float32', 'float16'), "dtype must be 'bfloat16', 'float16' or 'float32', not {p.dtype!r}"),
     (lambda p: p.n_candidates >= 2, 'n_candidates must be 2 or more: a pair needs two explanations'),
     (lambda p: p.n_output <= p.n_test, 'n_output ({p.n_output}) cannot be more than n_test ({p.n_test})'),
-    (lambda p: min(len(p.dpo_beta), len(p.dpo_lr)) >= p.dpo_rounds, 'dpo_beta and dpo_lr need one value for each of the {p.dpo_rounds} rounds'),
+    (lambda p: min(len(p.dpo_beta), len(p.dpo_lr)) >= p.dpo_rounds,
+     'dpo_beta and dpo_lr need one value for each of the {p.dpo_rounds} rounds'),
     (lambda p: 0 not in p.steering_kl, 'steering_kl has a target of 0: a search for no change at all'),
     (lambda p: p.source.count('/') == 1, "source must be 'model/source', not {p.source!r}"))
 
-_POSITIVE = ('n_sft n_test n_candidates n_texts n_generative n_activating n_neutral lora_r lora_alpha sft_lr sft_epochs sft_batch sft_accumulation '
-             'max_length candidate_temperature explanation_tokens text_tokens dpo_epochs dpo_batch dpo_accumulation steering_tokens batch_size').split()
+_POSITIVE = ('n_sft n_test n_candidates n_texts n_generative n_activating n_neutral lora_r lora_alpha sft_lr sft_epochs sft_batch '
+             'sft_accumulation max_length candidate_temperature explanation_tokens text_tokens dpo_epochs dpo_batch dpo_accumulation '
+             'steering_tokens batch_size').split()
 
 def _check(preset) -> None: # types and relations of a new Preset
     for name, hint in _HINTS.items():
@@ -185,20 +187,22 @@ _PRESETS |= {
         sae='gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical', source='gemma-2-2b/12-gemmascope-res-16k'),
     'gemma-3-270m-l12': dict(target='google/gemma-3-270m', explainer='google/gemma-3-270m-it', layer=12,
         sae='gemma-scope-2-270m-pt-res:layer_12_width_16k_l0_medium', source='gemma-3-270m/12-gemmascope-2-res-16k'),
-    'gpt2-small-l8': dict(target='openai-community/gpt2', explainer='openai-community/gpt2', layer=8, sae='gpt2-small-res-jb:blocks.8.hook_resid_pre',
-        source='gpt2-small/8-res-jb', max_length=512,
-        chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}\n"
-                      "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")}
+    'gpt2-small-l8': dict(target='openai-community/gpt2', explainer='openai-community/gpt2', layer=8,
+        sae='gpt2-small-res-jb:blocks.8.hook_resid_pre', source='gpt2-small/8-res-jb', max_length=512,
+        chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}"
+                      "\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")}
 
 # %% ../nbs/parts/presets.ipynb #a86a5c3b
 _PRESETS['smollm2-135m'] = dict(
     target='smollm2-135m-instruct', explainer='smollm2-135m-instruct', sae='smollm2-135m/sae', source='smollm2-135m/9-res-4k', layer=9,
     n_sft=1800, n_pref=220, n_test=200, n_output=60, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
     sft_lr=6e-4, sft_epochs=2., sft_batch=16, sft_accumulation=1, explanation_tokens=24, writer='local', evaluation_writer='local',
-    text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_length_normalised=True, dpo_sft_weight=.2, batch_size=96)
+    text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_length_normalised=True, dpo_sft_weight=.2,
+    batch_size=96)
 
 _SIZES = {'smollm2-135m': {'full': {}, 'demo': dict(
-    n_sft=240, n_pref=24, n_test=16, n_output=6, n_candidates=4, n_texts=3, n_generative=4, n_activating=2, n_neutral=2, steering_kl=(.5,))}}
+    n_sft=240, n_pref=24, n_test=16, n_output=6, n_candidates=4, n_texts=3, n_generative=4, n_activating=2, n_neutral=2,
+    steering_kl=(.5,))}}
 
 # %% ../nbs/parts/presets.ipynb #a2c8d641
 def presets() -> list[str]: # in the order of the paper, then smaller ones
@@ -212,11 +216,13 @@ def data_dir() -> Path: # `$SAEEXPLAINER_DATA`, or data/ beside the package
 
 def _near(name, names) -> str: # "did you mean ...?", or all of a few names
     "The nearest names; one that begins with the same word counts as nearer"
-    words = str(name).lower().replace('-', '_').split('_')
-    near = {n: difflib.SequenceMatcher(None, str(name).lower(), n).ratio() + .25*(n.replace('-', '_').split('_')[0] == words[0]) for n in names}
+    first = lambda text: text.replace('-', '_').split('_')[0]
+    name = str(name).lower()
+    near = {n: difflib.SequenceMatcher(None, name, n).ratio() + .25*(first(n) == first(name)) for n in names}
     best = max(near.values())
     found = [n for n in sorted(near, key=lambda n: -near[n]) if near[n] >= max(.5, best - .1)][:3]
-    return f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(names)}" if len(names) < 15 else 'see `saeexplainer presets`'
+    if found: return f"did you mean {' or '.join(found)}?"
+    return f"there are {', '.join(names)}" if len(names) < 15 else 'see `saeexplainer presets`'
 
 def _known(fields, where) -> dict: # `fields`, if every one of them exists
     for name in fields:
@@ -259,7 +265,8 @@ def load_preset(name, # one of `presets()`, or the path of a YAML file
 # %% ../nbs/parts/presets.ipynb #1fb3e883
 def diff(old:Preset, new:Preset) -> str: # one line per field, empty where both are equal
     "What differs between two presets"
-    return '\n'.join(f'{name}: {getattr(old, name)!r} -> {getattr(new, name)!r}' for name in _HINTS if getattr(old, name) != getattr(new, name))
+    pairs = {name: (getattr(old, name), getattr(new, name)) for name in _HINTS}
+    return '\n'.join(f'{name}: {a!r} -> {b!r}' for name, (a, b) in pairs.items() if a != b)
 
 # %% ../nbs/parts/presets.ipynb #595fd664
 def preset_table(names=None # default: all built-in presets; `smollm2-135m` at both sizes
@@ -268,7 +275,8 @@ def preset_table(names=None # default: all built-in presets; `smollm2-135m` at b
     import pandas as pd
     loaded = {name if len(sizes) == 1 else f'{name} ({size})': load_preset(name, size=size)
               for name in names or presets() for sizes in [_SIZES.get(name, {'full': {}})] for size in sizes}
-    rows = {f: {k: ', '.join(map(str, v)) if isinstance(v := getattr(p, f), tuple) else v for k, p in loaded.items()} for f in _HINTS if f not in ('name', 'size')}
+    show = lambda value: ', '.join(map(str, value)) if isinstance(value, tuple) else value
+    rows = {f: {k: show(getattr(p, f)) for k, p in loaded.items()} for f in _HINTS if f not in ('name', 'size')}
     return pd.DataFrame.from_dict(rows, orient='index', columns=list(loaded))
 
 def field_help() -> dict[str, str]: # field -> help text

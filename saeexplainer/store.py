@@ -20,7 +20,8 @@ CREATE TABLE pairs (round INT, feature INT, chosen TEXT, rejected TEXT, chosen_s
     CHECK (dropped IS NOT NULL OR (chosen <> rejected AND chosen_score >= rejected_score) IS TRUE), PRIMARY KEY (round, feature)) STRICT;
 CREATE TABLE steering (feature INT, control INT, steered INT NOT NULL, kl_target REAL, value REAL, kl REAL, reached INT,
     PRIMARY KEY (feature, control, kl_target)) STRICT;
-CREATE TABLE steered_texts (feature INT, control INT, kl_target REAL, prompt ANY, text TEXT, PRIMARY KEY (feature, control, kl_target, prompt)) STRICT;
+CREATE TABLE steered_texts (feature INT, control INT, kl_target REAL, prompt ANY, text TEXT,
+    PRIMARY KEY (feature, control, kl_target, prompt)) STRICT;
 CREATE TABLE judgements (stage TEXT, feature INT, choice INT, "true" INT, scores TEXT, PRIMARY KEY (stage, feature)) STRICT;
 CREATE TABLE metrics (stage TEXT, feature INT, metric TEXT, value REAL, PRIMARY KEY (stage, feature, metric)) STRICT;
 CREATE TABLE replies (key TEXT PRIMARY KEY, request TEXT, reply TEXT) STRICT;
@@ -32,38 +33,17 @@ def _columns() -> tuple[dict, dict]: # table -> {column: type}, table -> key col
     db = sqlite3.connect(':memory:')
     db.executescript(SCHEMA)
     tables = [name for name, in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
-    info = {t: db.execute(f'PRAGMA table_info({t})').fetchall() for t in tables} # (position, name, type, not null, default, place in the key)
-    return {t: {c[1]: c[2] for c in info[t]} for t in tables}, {t: [c[1] for c in sorted(info[t], key=lambda c: c[5]) if c[5]] for t in tables}
+    info = {t: db.execute('SELECT name, type, pk FROM pragma_table_info(?)', [t]).fetchall() for t in tables} # pk: place in the key, or 0
+    keys = {t: [name for _, name in sorted((pk, name) for name, _, pk in info[t] if pk)] for t in tables}
+    return {t: {name: kind for name, kind, _ in info[t]} for t in tables}, keys
 
 COLUMNS, KEYS = _columns()
 
-# %% ../nbs/parts/store.ipynb #1a3ff495
-class _File:
-    "An SQLite file with our tables: opening, transactions, closing"
-    def __init__(self, path): # created with its folder where it does not exist
-        self.path, self._lock = Path(path), threading.RLock()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            for pragma in ('busy_timeout=60000', 'journal_mode=WAL', 'synchronous=NORMAL'): self._db.execute(f'PRAGMA {pragma}')
-            version = self._db.execute('PRAGMA user_version').fetchone()[0]
-        except (OSError, sqlite3.OperationalError) as e: raise OSError(f'cannot open the store {path}: {e}') from None
-        except sqlite3.DatabaseError: raise ValueError(f'{path} is not a run store (not an SQLite file)') from None
-        if version not in (0, SCHEMA_VERSION):
-            self.close()
-            raise ValueError(f'{path} has store version {version}, this saeexplainer reads version {SCHEMA_VERSION}: use the release that wrote it')
-        if version == 0: self._make()
-
-    def _make(self): # tables of a new file
-        with self._write() as db:
-            if db.execute("SELECT count(*) FROM sqlite_master WHERE type='table'").fetchone()[0]:
-                if db.execute('PRAGMA user_version').fetchone()[0] == SCHEMA_VERSION: return # another process was quicker
-                raise ValueError(f'{self.path} is not a run store (an SQLite file with other tables)')
-            for statement in SCHEMA.split(';')[:-1]: db.execute(statement)
-            db.execute(f'PRAGMA user_version={SCHEMA_VERSION}')
-
+# %% ../nbs/parts/store.ipynb #c8ddbe76
+class _Transactions:
+    "One SQLite connection, shared by threads; a call is there as a whole or not at all"
     @contextmanager
-    def _write(self): # a transaction: all of it or nothing
+    def _write(self): # a transaction
         with self._lock:
             try:
                 self._db.execute('BEGIN IMMEDIATE')
@@ -75,9 +55,38 @@ class _File:
                 if isinstance(e, sqlite3.OperationalError): raise OSError(f'cannot write the store {self.path}: {e}') from None
                 raise
 
+    def _rows(self, sql, values=()) -> list[tuple]:
+        with self._lock: return self._db.execute(sql, values).fetchall()
+
     def close(self): self._db.close()
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
+
+# %% ../nbs/parts/store.ipynb #38df9f4b
+class _File(_Transactions):
+    "An SQLite file with our tables; made with its folder where it does not exist"
+    def __init__(self, path):
+        self.path, self._lock = Path(path), threading.RLock()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            for pragma in ('journal_mode=WAL', 'synchronous=NORMAL'): self._db.execute(f'PRAGMA {pragma}')
+            version = self._rows('PRAGMA user_version')[0][0]
+        except (OSError, sqlite3.OperationalError) as e: raise OSError(f'cannot open the store {path}: {e}') from None
+        except sqlite3.DatabaseError: raise ValueError(f'{path} is not a run store (not an SQLite file)') from None
+        if version not in (0, SCHEMA_VERSION):
+            self.close()
+            raise ValueError(f'{path} has store version {version}, this saeexplainer reads version {SCHEMA_VERSION}: '
+                             'use the release that wrote it')
+        if version == 0: self._make()
+
+    def _make(self): # tables of a new file
+        with self._write() as db:
+            if self._rows("SELECT 1 FROM sqlite_master WHERE type='table'"):
+                if self._rows('PRAGMA user_version') == [(SCHEMA_VERSION,)]: return # another process was quicker
+                raise ValueError(f'{self.path} is not a run store (an SQLite file with other tables)')
+            for statement in SCHEMA.split(';')[:-1]: db.execute(statement)
+            db.execute(f'PRAGMA user_version={SCHEMA_VERSION}')
 
 # %% ../nbs/parts/store.ipynb #a3cdc051
 def _plain(value): # what SQLite can hold; numpy scalars as Python's, lists and dicts as JSON
@@ -92,9 +101,11 @@ class _Rows(_File):
         columns, values = list(COLUMNS[table]), []
         for row in rows:
             if isinstance(row, dict):
-                if unknown := set(row) - set(columns): raise ValueError(f'{table} has no column {sorted(unknown)[0]!r}: it has {", ".join(columns)}')
+                if unknown := sorted(set(row) - set(columns)):
+                    raise ValueError(f'{table} has no column {unknown[0]!r}: it has {", ".join(columns)}')
                 row = [row.get(c) for c in columns]
-            elif len(row) != len(columns): raise ValueError(f'a row of {table} has {len(columns)} values ({", ".join(columns)}), not {len(row)}')
+            elif len(row) != len(columns):
+                raise ValueError(f'a row of {table} has {len(columns)} values ({", ".join(columns)}), not {len(row)}')
             values.append([_plain(v) for v in row])
         marks = ', '.join('?' * len(columns))
         keys = ', '.join(f'"{k}"' for k in KEYS[table])
@@ -102,9 +113,6 @@ class _Rows(_File):
             before = db.total_changes
             db.executemany(f'INSERT INTO "{table}" VALUES ({marks}) ON CONFLICT ({keys}) DO NOTHING', values)
             return db.total_changes - before
-
-    def _rows(self, sql, values=()) -> list[tuple]:
-        with self._lock: return self._db.execute(sql, values).fetchall()
 
     def count(self, table) -> int:
         "How many rows a table has"
@@ -119,7 +127,8 @@ class _Views(_Rows):
         where = {k: list(v) if isinstance(v, (list, tuple, set, range)) else [v] for k, v in where.items() if v is not None}
         marks = ' AND '.join(f'"{k}" IN (SELECT value FROM json_each(?))' for k in where) or '1'
         order = ', '.join(f'"{k}"' for k in KEYS[name])
-        rows = self._rows(f'SELECT * FROM "{name}" WHERE {marks} ORDER BY {order}', [json.dumps([_plain(x) for x in v]) for v in where.values()])
+        values = [json.dumps([_plain(x) for x in v]) for v in where.values()]
+        rows = self._rows(f'SELECT * FROM "{name}" WHERE {marks} ORDER BY {order}', values)
         kinds = COLUMNS[name]
         columns = zip(*rows) if rows else [()]*len(kinds)
         frame = {}
@@ -203,16 +212,18 @@ class _Pairs(_Texts):
         import datasets
         template, placeholder = self.meta('template'), self.meta('placeholder')
         if template is None or placeholder is None:
-            raise ValueError(f'the store {self.path} has no template or placeholder: write them with put_meta(template=..., placeholder=...)')
+            raise ValueError(f'the store {self.path} has no template or placeholder: '
+                             'write them with put_meta(template=..., placeholder=...)')
         turn = lambda role, text: [{'role': role, 'content': text}]
         prompt = turn('user', template.replace('{placeholder}', placeholder))
         pairs = self.pairs(round)
-        rows = [dict(prompt=prompt, chosen=turn('assistant', p.chosen), rejected=turn('assistant', p.rejected), feature=p.feature, round=p.round,
-                     chosen_score=p.chosen_score, rejected_score=p.rejected_score) for p in pairs[pairs.dropped.isna()].itertuples()]
-        message = [{'role': datasets.Value('string'), 'content': datasets.Value('string')}]
-        features = datasets.Features({**{c: message for c in ('prompt', 'chosen', 'rejected')}, 'feature': datasets.Value('int64'),
-                                      'round': datasets.Value('int64'), **{c: datasets.Value('float64') for c in ('chosen_score', 'rejected_score')}})
-        return datasets.Dataset.from_list(rows, features=features)
+        rows = [dict(prompt=prompt, chosen=turn('assistant', p.chosen), rejected=turn('assistant', p.rejected), feature=p.feature,
+                     round=p.round, chosen_score=p.chosen_score, rejected_score=p.rejected_score)
+                for p in pairs[pairs.dropped.isna()].itertuples()]
+        value = datasets.Value
+        kinds = dict.fromkeys(('prompt', 'chosen', 'rejected'), [{'role': value('string'), 'content': value('string')}])
+        kinds |= dict(feature=value('int64'), round=value('int64'), chosen_score=value('float64'), rejected_score=value('float64'))
+        return datasets.Dataset.from_dict({k: [row[k] for row in rows] for k in kinds}, features=datasets.Features(kinds))
 
 # %% ../nbs/parts/store.ipynb #3f6a430f
 class RunStore(_Pairs):

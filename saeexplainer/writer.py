@@ -61,7 +61,7 @@ def whole_sentences(text:str) -> str: # unchanged where no sentence ends
 _TYPES = {'object': dict, 'array': list, 'string': str, 'boolean': bool, 'integer': int, 'number': (int, float), 'null': type(None)}
 
 def schema_error(value, schema:dict, where:str='reply') -> str|None: # None: it fits
-    "The first way in which a value breaks a JSON schema (type, properties, required, items, enum, minItems, maxItems, additionalProperties)"
+    "The first way in which a value breaks a schema of type, properties, required, items, enum, minItems, maxItems, additionalProperties"
     kinds = schema.get('type', list(_TYPES))
     kinds = [kinds] if isinstance(kinds, str) else kinds
     fits = [k for k in kinds if isinstance(value, _TYPES[k]) and (k == 'boolean' or not isinstance(value, bool))]
@@ -70,7 +70,8 @@ def schema_error(value, schema:dict, where:str='reply') -> str|None: # None: it 
     if isinstance(value, dict):
         properties = schema.get('properties', {})
         if lost := [k for k in schema.get('required', []) if k not in value]: return f'{where} lacks {lost[0]!r}'
-        if schema.get('additionalProperties') is False and (more := [k for k in value if k not in properties]): return f'{where} has {more[0]!r} too'
+        more = [k for k in value if k not in properties]
+        if more and schema.get('additionalProperties') is False: return f'{where} has {more[0]!r} too'
         return next((e for k, s in properties.items() if k in value and (e := schema_error(value[k], s, f'{where}.{k}'))), None)
     if isinstance(value, list):
         if len(value) < schema.get('minItems', 0): return f'{where} has {len(value)} items, not {schema["minItems"]} or more'
@@ -121,7 +122,8 @@ class _Remembering:
 # %% ../nbs/parts/writer.ipynb #a57bbdec
 def chat_ids(tokenizer, request:Request) -> list[int]: # token ids
     "A request as the model's own chat turns, up to where its answer begins"
-    if not tokenizer.chat_template: raise ValueError(f'{tokenizer.name_or_path} has no chat template: take an instruction-tuned model as the writer')
+    if not tokenizer.chat_template:
+        raise ValueError(f'{tokenizer.name_or_path} has no chat template: take an instruction-tuned model as the writer')
     turns = ([{'role': 'system', 'content': request.system}] if request.system else []) + [{'role': 'user', 'content': request.prompt}]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False)['input_ids']
@@ -143,7 +145,8 @@ def new_tokens(model, tokenizer, rows, # prompts as token ids
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends)
     ids, mask = _pad_left(rows, pad)
     sampler = LogitsProcessorList([RowSampler(seeds, temperature, top_p)] if temperature else [])
-    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, logits_processor=sampler)
+    inputs = dict(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+    out = model.generate(**inputs, generation_config=config, logits_processor=sampler)
     ends, found = set(np.atleast_1d(ends).tolist()), []
     for row in out[:, ids.shape[1]:].tolist():
         stop = next((i + 1 for i, t in enumerate(row) if t in ends), None)
@@ -180,8 +183,9 @@ class _Likelihoods:
         ids, mask = (t.to(self.model.device) for t in _pad_left([b + a for b, a in zip(before, after)], 0))
         keep = max(map(len, after)) + 1
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
         if keep == 1: return np.zeros(len(before))
+        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        logits = logits[:, :-1].float()
         said = ids[:, -(keep - 1):]
         scores = logits.gather(-1, said[..., None])[..., 0] - logits.logsumexp(-1)
         counts = torch.tensor([len(a) for a in after], device=ids.device)[:, None]
@@ -237,7 +241,8 @@ def json_format(schema) -> dict: # `response_format` of chat completions
     return {'type': 'json_schema', 'json_schema': {'name': 'reply', 'strict': True, 'schema': schema}}
 
 def choice_schema(choices) -> dict: # a JSON object with one of the choices
-    return {'type': 'object', 'properties': {'choice': {'type': 'string', 'enum': list(choices)}}, 'required': ['choice'], 'additionalProperties': False}
+    choice = {'type': 'string', 'enum': list(choices)}
+    return {'type': 'object', 'properties': {'choice': choice}, 'required': ['choice'], 'additionalProperties': False}
 
 # %% ../nbs/parts/writer.ipynb #c4dce252
 class _Purse:
@@ -253,8 +258,8 @@ class _Purse:
         most = self.cost((len(request.prompt) + len(request.system or ''))/3 + 20, request.max_tokens) or 0.
         with self.lock:
             if self.budget is not None and self.spent + self.reserved + most > self.budget:
-                raise BudgetSpent(f'the budget of {self.budget:g} is used up: {self.spent:.6g} is spent, and the next request may cost {most:.2g}; '
-                                  'raise the budget and run the same command again, stored replies are not paid twice')
+                raise BudgetSpent(f'the budget of {self.budget:g} is used up: {self.spent:.6g} is spent, '
+                                  f'the next request may cost {most:.2g}; raise the budget and run the same command again, stored replies are not paid twice')
             self.reserved += most
         return most
 
@@ -270,42 +275,62 @@ def _client(base_url, key_env, timeout, tries): # openai.OpenAI
     return openai.OpenAI(api_key=key or 'none', base_url=base_url, timeout=timeout, max_retries=tries - 1)
 
 # %% ../nbs/parts/writer.ipynb #672a669c
-class _Server(_Remembering):
-    "One request to a chat completions server"
-    def _one(self, request, schema, choices) -> Reply:
-        turns = ([{'role': 'system', 'content': request.system}] if request.system else []) + [{'role': 'user', 'content': request.prompt}]
-        form = choice_schema(choices) if choices is not None else schema
-        wanted = dict(max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p, seed=request.seed % 2**31,
-                      **({'response_format': json_format(form)} if form else {}))
-        reserved, cost = self.purse.reserve(request), 0.
-        try:
-            reply, sent, error = self._ask(turns, wanted)
-            if error: return Reply(error=error, sent=sent)
-            usage, choice = reply.usage, reply.choices[0]
-            tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-            cost = self.purse.cost(*tokens)
-            facts = dict(prompt_tokens=tokens[0], completion_tokens=tokens[1], cost=cost, sent={**sent, 'answered_by': reply.model})
-            if refusal := getattr(choice.message, 'refusal', None): return Reply(error=f'refused: {refusal}', **facts)
-            if choice.finish_reason == 'content_filter': return Reply(error='refused: content filter', **facts)
-            return Reply(**_finish(choice.message.content or '', choice.finish_reason == 'length', schema, choices), **facts)
-        finally: self.purse.settle(reserved, cost)
-
+class _Talk:
+    "Calls to `self.client`, and its errors in one line each"
     def _ask(self, turns, wanted): # (completion, parameters sent, error of this request)
         import openai
         while True:
             sent = {k: v for k, v in wanted.items() if k not in self.dropped}
             try: reply = self.client.chat.completions.create(model=self.model, messages=turns, **sent)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as e:
-                name = refused_parameter(str(e.message), getattr(e, 'param', None), sent)
-                if name is None: return None, sent, f'refused: {self._hide(e.message)}'
-                if name not in self.dropped: warnings.warn(f'{self.model} does not accept {name}={sent[name]!r}: asked without it', stacklevel=2)
+                says = e.body.get('message', e.message) if isinstance(e.body, dict) else e.message
+                name = refused_parameter(str(says), getattr(e, 'param', None), sent)
+                if name is None: return None, sent, f'refused: {self._hide(says)}'
+                if name not in self.dropped: warnings.warn(f'{self.model} does not accept {name}={sent[name]!r}: asked without it')
                 self.dropped.add(name)
                 continue
             except openai.OpenAIError as e: raise self._stop(e) from None
             if not getattr(reply, 'choices', None): raise ConnectionError(f'{self.where} does not answer as a chat completions server does')
             return reply, sent, None
 
+    def _hide(self, text) -> str: # one line, without the key
+        key = os.environ.get(self.key_env)
+        text = ' '.join(str(text).split())[:300]
+        return text.replace(key, '***') if key else text
+
+    def _stop(self, e) -> Exception: # why no request can succeed, in one line
+        import openai
+        if isinstance(e, (openai.AuthenticationError, openai.PermissionDeniedError)):
+            return PermissionError(f'{self.where} refuses the key in {self.key_env}')
+        if isinstance(e, openai.NotFoundError): return ValueError(f'{self.where} has no model {self.model!r} (error 404)')
+        if getattr(e, 'code', None) == 'insufficient_quota': return BudgetSpent(f'the account at {self.where} has no quota left')
+        why = f'{type(e).__name__}: {self._hide(getattr(e, "message", e))}'
+        return ConnectionError(f'{self.where} gave no reply in {self.tries} tries ({why}); run the same command again when it is back')
+
 # %% ../nbs/parts/writer.ipynb #9cba2e14
+class _Server(_Talk, _Remembering):
+    "One request, its cost and its reply"
+    def _one(self, request, schema, choices) -> Reply:
+        turns = ([{'role': 'system', 'content': request.system}] if request.system else []) + [{'role': 'user', 'content': request.prompt}]
+        form = choice_schema(choices) if choices is not None else schema
+        wanted = dict(max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p, seed=request.seed % 2**31)
+        if form: wanted['response_format'] = json_format(form)
+        reserved, cost = self.purse.reserve(request), 0.
+        try:
+            reply, sent, error = self._ask(turns, wanted)
+            if error: return Reply(error=error, sent=sent)
+            tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
+            cost = self.purse.cost(*tokens)
+            facts = dict(prompt_tokens=tokens[0], completion_tokens=tokens[1], cost=cost, sent={**sent, 'answered_by': reply.model})
+            return Reply(**self._content(reply.choices[0], schema, choices), **facts)
+        finally: self.purse.settle(reserved, cost)
+
+    def _content(self, choice, schema, choices) -> dict: # text, error and cut
+        if refusal := getattr(choice.message, 'refusal', None): return dict(error=f'refused: {refusal}')
+        if choice.finish_reason == 'content_filter': return dict(error='refused: content filter')
+        return _finish(choice.message.content or '', choice.finish_reason == 'length', schema, choices)
+
+# %% ../nbs/parts/writer.ipynb #084bebbe
 class OpenAIWriter(_Server):
     "A writer and judge behind an OpenAI-compatible server; raises one line where the server as a whole cannot be used"
     def __init__(self, model:str, # model id at the server
@@ -319,24 +344,12 @@ class OpenAIWriter(_Server):
                  key_env:str='OPENAI_API_KEY'): # the environment variable with the key
         self.model, self.store, self.concurrency, self.tries, self.key_env = model, store, concurrency, tries, key_env
         price = (prices or {}).get(model)
-        if budget is not None and price is None: raise ValueError(f'a budget needs a price: prices={{{model!r}: (input, output)}} per million tokens')
+        if budget is not None and price is None:
+            raise ValueError(f'a budget needs a price: prices={{{model!r}: (input, output)}} per million tokens')
         self.client = _client(base_url, key_env, timeout, tries)
         self.where = f'{self.client.base_url.scheme}://{self.client.base_url.host}'
         self.name, self.dropped = f'{self.where}:{model}', set()
         self.purse = _Purse(budget, price, store.cost() if store else 0.)
-
-    def _hide(self, text) -> str: # one line, without the key
-        key = os.environ.get(self.key_env)
-        text = ' '.join(str(text).split())[:300]
-        return text.replace(key, '***') if key else text
-
-    def _stop(self, e) -> Exception: # why no request can succeed, in one line
-        import openai
-        if isinstance(e, (openai.AuthenticationError, openai.PermissionDeniedError)): return PermissionError(f'{self.where} refuses the key in {self.key_env}')
-        if isinstance(e, openai.NotFoundError): return ValueError(f'{self.where} has no model {self.model!r} (error 404)')
-        if getattr(e, 'code', None) == 'insufficient_quota': return BudgetSpent(f'the account at {self.where} has no quota left')
-        return ConnectionError(f'{self.where} gave no reply in {self.tries} tries ({type(e).__name__}: {self._hide(getattr(e, "message", e))}); '
-                               'run the same command again when it is back')
 
     def _answer(self, requests, schema, choices):
         from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait

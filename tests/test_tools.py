@@ -45,7 +45,7 @@ def write(path, nb):
 def tool(project, name, *args):
     "Run one of the project's tools; exit code and what it said"
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
-    done = subprocess.run([sys.executable, f'tools/{name}.py', *args], cwd=project, env=env, capture_output=True, text=True, timeout=170)
+    done = subprocess.run([sys.executable, f'tools/{name}.py', *args], cwd=project, env=env, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 def edit(path, change):
