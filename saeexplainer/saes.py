@@ -20,14 +20,16 @@ def _check_kind(architecture:str): # raises `ValueError` where a feature's activ
     if architecture in ('batchtopk', 'matryoshka_batchtopk'):
         raise ValueError(f"this folder holds an SAE in training ({architecture}): export it with sae-lens' save_inference_model first")
     if architecture not in ONE_COLUMN + FULL_ENCODE:
-        raise ValueError(f"SAEs of kind '{architecture}' cannot be read one feature at a time; supported: {', '.join(ONE_COLUMN + FULL_ENCODE)}")
+        supported = ', '.join(ONE_COLUMN + FULL_ENCODE)
+        raise ValueError(f"SAEs of kind '{architecture}' cannot be read one feature at a time; supported: {supported}")
 
 # %% ../nbs/parts/saes.ipynb #06e2eb80
 def parse_hook(name:str # as in the SAE's metadata
               ) -> tuple[int, str]: # layer, 'resid_post' or 'resid_pre'
     "Layer and place of a hook name; raises `ValueError` for SAEs that do not read the residual stream"
     found = re.fullmatch(r'blocks\.(\d+)\.hook_(resid_post|resid_pre)', name or '')
-    if not found: raise ValueError(f"this SAE reads '{name}': only SAEs on the residual stream (blocks.N.hook_resid_post or _pre) are supported")
+    if not found:
+        raise ValueError(f"this SAE reads '{name}': only SAEs on the residual stream (blocks.N.hook_resid_post or _pre) are supported")
     return int(found[1]), found[2]
 
 # %% ../nbs/parts/saes.ipynb #a5b692de
@@ -36,7 +38,8 @@ def check_directions(directions, # (n, d), or (d,) for one
                     ) -> torch.Tensor: # (n, d) fp32
     "Directions as an fp32 matrix; raises `ValueError` for a wrong width, a zero direction, or one that is not finite"
     directions = torch.atleast_2d(torch.as_tensor(directions)).float()
-    if directions.shape[-1] != d_model: raise ValueError(f'a direction has {directions.shape[-1]} components, the residual stream has {d_model}')
+    d = directions.shape[-1]
+    if d != d_model: raise ValueError(f'a direction has {d} components, the residual stream has {d_model}')
     for bad, what in ((~directions.isfinite().all(-1), 'is not finite'), ((directions==0).all(-1), 'is zero (a dead feature)')):
         if bad.any(): raise ValueError(f'direction {bad.nonzero()[0].item()} of {len(directions)} {what}: it cannot be explained')
     return directions
@@ -94,9 +97,10 @@ def load_sae(source, # as `find_sae` returns it
             sae.fold_activation_norm_scaling_factor(json.loads(scale.read_text())['scaling_factor'])
     _check_kind(sae.cfg.architecture())
     if (norm := sae.cfg.normalize_activations) not in NORMALISED:
-        raise ValueError(f"this SAE expects inputs normalised by '{norm}' and does not bring the factor: fold it into the weights before saving "
-                         "(sae-lens: fold_activation_norm_scaling_factor)")
-    if sae.cfg.reshape_activations!='none': raise ValueError(f"this SAE reshapes its input ({sae.cfg.reshape_activations}): it does not read the residual stream")
+        raise ValueError(f"this SAE expects inputs normalised by '{norm}' and does not bring the factor: fold it into the weights "
+                         "before saving (sae-lens: fold_activation_norm_scaling_factor)")
+    if sae.cfg.reshape_activations!='none':
+        raise ValueError(f'this SAE reshapes its input ({sae.cfg.reshape_activations}): it does not read the residual stream')
     return sae.eval().requires_grad_(False)
 
 # %% ../nbs/parts/saes.ipynb #05d39589
@@ -135,7 +139,8 @@ class LoadedSAE:
         return self._sha256
 
     def __repr__(self):
-        return f'{type(self).__name__}({self.sae.cfg.architecture()}, {self.n_features} features, width {self.d_model}, {self.hook} of layer {self.layer})'
+        what = f'{self.sae.cfg.architecture()}, {self.n_features} features, width {self.d_model}, {self.hook} of layer {self.layer}'
+        return f'{type(self).__name__}({what})'
 
 # %% ../nbs/parts/saes.ipynb #9ed5b49e
 class FeatureReader(LoadedSAE):
@@ -144,11 +149,13 @@ class FeatureReader(LoadedSAE):
         f = torch.as_tensor(features, device=self.sae.W_dec.device).long()
         f = f.reshape(-1) if n is None or f.ndim else f.expand(n)
         if n is not None and len(f) != n: raise ValueError(f'{n} rows and {len(f)} features: one feature per row is needed')
-        for i in f[(f < 0) | (f >= self.n_features)].tolist(): raise ValueError(f'there is no feature {i}: this SAE has features 0 to {self.n_features-1}')
+        wrong = f[(f < 0) | (f >= self.n_features)].tolist()
+        if wrong: raise ValueError(f'there is no feature {wrong[0]}: this SAE has features 0 to {self.n_features-1}')
         return f
 
     def _rows(self, resid) -> torch.Tensor: # fp32, on the SAE's device
-        if resid.shape[-1] != self.d_model: raise ValueError(f'this SAE reads vectors of width {self.d_model}, got {resid.shape[-1]}: is it for another model?')
+        d = resid.shape[-1]
+        if d != self.d_model: raise ValueError(f'this SAE reads vectors of width {self.d_model}, got {d}: is it for another model?')
         return resid.detach().to(self.sae.W_dec.device, torch.float32)
 
     def directions(self, features) -> torch.Tensor: # (n, d) fp32

@@ -77,7 +77,8 @@ def tokenise(tokenizer, texts, # str each
     encoded = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
     for text, ids, spans in zip(texts, encoded['input_ids'], encoded['offset_mapping']):
         ends = [0, *np.maximum.accumulate([e for _, e in spans]).tolist()] if spans else [0]
-        out.append(Tokens(first + ids, [text[a:b] for a, b in zip(ends, ends[1:])], np.array([False]*len(first) + [i not in special for i in ids], bool)))
+        counts = np.array([False]*len(first) + [i not in special for i in ids], bool)
+        out.append(Tokens(first + ids, [text[a:b] for a, b in zip(ends, ends[1:])], counts))
     return out
 
 # %% ../nbs/parts/target.ipynb #dfd4d112
@@ -126,7 +127,8 @@ def check_fits(model, reader): # raises `ValueError` where they do not
     "The SAE's width and layer against the model's"
     width, layers = model.config.get_text_config().hidden_size, len(decoder_layers(model))
     if width != reader.d_model: raise ValueError(f'the SAE is {reader.d_model} wide and the model {width}: this SAE is for another model')
-    if reader.layer >= layers: raise ValueError(f'the SAE reads layer {reader.layer}, the model has layers 0 to {layers-1}: this SAE is for another model')
+    if reader.layer >= layers:
+        raise ValueError(f'the SAE reads layer {reader.layer}, the model has layers 0 to {layers-1}: this SAE is for another model')
 
 def check_model_name(name:str, reader): # raises `ValueError` for names that have nothing in common
     "The model's name against the one in the SAE's metadata; a base model and its instruct twin pass, and so does a folder"
@@ -146,7 +148,8 @@ def check_weights(name:str, reader): # raises `ValueError` for other weights tha
         from huggingface_hub import snapshot_download
         folder = snapshot_download(name, allow_patterns='*.safetensors')
     if (found := weights_sha256(folder)) != wanted:
-        raise ValueError(f"this SAE belongs to weights with hash {wanted[:12]}, those of '{name}' have {found[:12]}: its activations would mean something else")
+        raise ValueError(f"this SAE belongs to weights with hash {wanted[:12]}, those of '{name}' have {found[:12]}: "
+                         'its activations would mean something else')
 
 # %% ../nbs/parts/target.ipynb #8d36e1eb
 @dataclass(frozen=True)
@@ -255,9 +258,10 @@ class SteeredModel(TextReader):
         if not all(t.ids for t in tokens): raise ValueError('a prompt is empty and this model has no BOS token: there is nothing to continue')
         for rows in batches([len(t.ids) for t in tokens], self.batch_size, self.max_tokens):
             batch = pad([tokens[i].ids for i in rows], self.pad_id, left=True, device=self.model.device)
-            hooked = nullcontext() if feature is None else steering(self.model, self.reader, each(feature)[rows], each(value)[rows], batch['attention_mask'])
-            with hooked: texts = sample(self.model, self.tokenizer, **batch, seeds=[seeds[i] for i in rows], max_new_tokens=max_new_tokens,
-                                        temperature=temperature, top_p=top_p)
+            clamped = () if feature is None else (each(feature)[rows], each(value)[rows])
+            with steering(self.model, self.reader, *clamped, batch['attention_mask']) if clamped else nullcontext():
+                texts = sample(self.model, self.tokenizer, **batch, seeds=[seeds[i] for i in rows], max_new_tokens=max_new_tokens,
+                               temperature=temperature, top_p=top_p)
             for i, text in zip(rows, texts): out[i] = text
         return out
 
@@ -269,7 +273,8 @@ class SteeredModel(TextReader):
         batch = pad([t.ids for t in tokenise(self.tokenizer, prompts, self.bos)], self.pad_id, left=True, device=self.model.device)
         plain, features = next_log_probs(self.model, batch), [int(feature)]*len(prompts)
         def kl_at(value):
-            with steering(self.model, self.reader, features, [value]*len(prompts), batch['attention_mask']): steered = next_log_probs(self.model, batch)
+            with steering(self.model, self.reader, features, [value]*len(prompts), batch['attention_mask']):
+                steered = next_log_probs(self.model, batch)
             return (steered.exp() * (steered - plain)).sum(-1).mean().item()
         active, step = steering_scale(self.model, self.reader, feature, batch, self.bos)
         return find_steering_value(kl_at, abs(kl), active if kl > 0 else 0., math.copysign(step, kl), tolerance)
@@ -283,7 +288,8 @@ class Target(SteeredModel):
         from saeexplainer.presets import load_preset
         if isinstance(preset, (str, Path)): preset = load_preset(preset)
         reader = FeatureReader.load(preset.sae)
-        if preset.layer != reader.layer: raise ValueError(f"the preset says layer {preset.layer}, its SAE '{preset.sae}' reads layer {reader.layer}")
+        if preset.layer != reader.layer:
+            raise ValueError(f"the preset says layer {preset.layer}, its SAE '{preset.sae}' reads layer {reader.layer}")
         check_model_name(preset.target, reader)
         check_weights(preset.target, reader)
         model, tokenizer = load_model(preset.target, preset.dtype, preset.device)

@@ -50,7 +50,7 @@ class Writer(Protocol):
               progress:bool=False) -> list[Reply]: ...
 
 # %% ../nbs/parts/writer.ipynb #6569536c
-_END = re.compile(r'(?<=\w\w)[.!?…]+["\')\]”’]*(?=\s|$)')
+_END = re.compile(r'(?<=\w\w)(?<!\bMrs)(?<!\b(?:Mr|Ms|Dr|St|vs))[.!?…]+["\')\]”’]*(?=\s+[^a-z\s]|\s*$)')
 
 def whole_sentences(text:str) -> str: # unchanged where no sentence ends
     "The text up to the end of its last complete sentence"
