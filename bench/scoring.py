@@ -10,11 +10,14 @@ import numpy as np, torch
 from saeexplainer.models import EMBEDDED, load_model
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sampling import batches
-from saeexplainer.target import Target, pad, tokenise
+from saeexplainer.target import Target, pad, residual_stream, tokenise
 
-SUBJECTS = ['The old river', 'A young doctor from the north', 'My neighbour', 'The national park', 'Every winter the council', 'This function']
-VERBS = ['carried letters and coal across', 'wrote a long report about', 'never agreed with', 'was rebuilt in the year after', 'returns the first element of']
-OBJECTS = ['the bridge.', 'the treaty that ended the war.', 'a set of rules which nobody had ever read in full.', 'the list, unless it is empty or has been closed.']
+SUBJECTS = ['The old river', 'A young doctor from the north', 'My neighbour', 'The national park', 'Every winter the council',
+            'This function']
+VERBS = ['carried letters and coal across', 'wrote a long report about', 'never agreed with', 'was rebuilt in the year after',
+         'returns the first element of']
+OBJECTS = ['the bridge.', 'the treaty that ended the war.', 'a set of rules which nobody had ever read in full.',
+           'the list, unless it is empty or has been closed.']
 
 
 def sentences(n): # 10 to 30 words each
@@ -43,13 +46,13 @@ def main():
     p.add_argument('--sae', default='smollm2-135m/sae', help='SAE of the embedded model: a folder, absolute or relative to data/')
     p.add_argument('--texts', type=int, default=96); p.add_argument('--repeats', type=int, default=3)
     p.add_argument('--least', type=float, default=3., help='the ratio that must be reached')
-    p.add_argument('--cpu-time', action='store_true', help="the process' own time instead of the wall's: for a machine that is busy with other work")
+    p.add_argument('--cpu-time', action='store_true', help="the process' own time instead of the wall's: for a busy machine")
     a = p.parse_args()
     now = time.process_time if a.cpu_time else time.perf_counter
     target = Target(*load_model(EMBEDDED, 'float32', 'cpu'), FeatureReader.load(a.sae))
     texts = sentences(a.texts)
-    with torch.no_grad(): busy = target.reader.encode(target.model(**target.tokenizer(texts[:1], return_tensors='pt'), output_hidden_states=True)
-                                                      .hidden_states[target.reader.layer + 1])[0, 1:].amax(0)
+    reader, first = target.reader, pad([tokenise(target.tokenizer, texts)[0].ids], 0)
+    busy = reader.encode(residual_stream(target.model, **first, layer=reader.layer, hook=reader.hook))[0, 1:].amax(0)
     features = busy.topk(16).indices.tolist() # features that fire, so that equality says something
     features = [features[i % 16] for i in range(len(texts))]
     times, tokens = {'plain': [], 'early exit': []}, sum(len(t.ids) for t in tokenise(target.tokenizer, texts))
@@ -60,7 +63,7 @@ def main():
             if name=='plain': wanted = scores
     difference = float(np.abs(scores - wanted).max()) / max(1., float(wanted.max()))
     plain, early = (statistics.median(times[name][1:]) for name in times)
-    print(f'{len(texts)} texts, {tokens} tokens, layer {target.reader.layer} of {target.model.config.num_hidden_layers}, {target.reader.n_features} features')
+    print(f'{len(texts)} texts, {tokens} tokens; layer {reader.layer} of {target.model.config.num_hidden_layers}, {reader.n_features} features')
     print(f'full forward + full encode    {plain:6.2f} s  {tokens/plain:6.0f} tokens/s')
     print(f'early exit + one column       {early:6.2f} s  {tokens/early:6.0f} tokens/s')
     print(f'ratio {plain/early:.2f} (at least {a.least:g}), largest difference {difference:.1e} of the largest activation (at most 1e-4), '

@@ -25,7 +25,9 @@ def main():
     p.add_argument('--model', default=EMBEDDED); p.add_argument('--width', type=int, default=576, help="the model's hidden size")
     p.add_argument('--batch', type=int, default=8); p.add_argument('--repeats', type=int, default=12)
     p.add_argument('--most', type=float, default=1.03, help='the largest ratio that passes')
+    p.add_argument('--cpu-time', action='store_true', help='count processor time instead of wall time, on a machine that does other work too')
     a = p.parse_args()
+    clock = time.process_time if a.cpu_time else time.perf_counter
     preset, reader = load_preset('smollm2-135m', explainer=a.model, sft_batch=a.batch, sft_accumulation=1), Directions(a.width)
     features = [SimpleNamespace(id=SimpleNamespace(index=i), explanation="words such as 'pass', 'passing', 'passed'") for i in range(a.batch)]
     card = ExplainerCard.from_preset(preset, reader)
@@ -40,11 +42,11 @@ def main():
         for name in sorted(batches, reverse=i % 2):
             if body.injector: body.injector.remove()
             if name == 'with injection': Injector(trainer.model, token, card.layer, card.coefficient)
-            start = time.perf_counter()
+            start = clock()
             trainer.training_step(trainer.model, dict(batches[name]))
             trainer.optimizer.step(); trainer.optimizer.zero_grad()
             if injected['input_ids'].is_cuda: torch.cuda.synchronize()
-            if i: times[name].append(time.perf_counter() - start)
+            if i: times[name].append(clock() - start)
     medians, tokens = {name: statistics.median(t) for name, t in times.items()}, injected['attention_mask'].sum().item()
     ratio = medians['with injection'] / medians['without']
     print(f"training step, batch {a.batch}, {tokens} tokens: {medians['with injection']:.3f} s with injection ({tokens/medians['with injection']:.0f} tok/s), "

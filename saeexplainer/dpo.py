@@ -16,7 +16,7 @@ import torch
 from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages
 from .models import weights_sha256
 from .sampling import seed_for
-from .sft import Checkpoints, TrainingBar, claim, finish, last_checkpoint, quiet, trainer_settings
+from .sft import Checkpoints, TrainingBar, claim, finish, last_checkpoint, labels_only, quiet, trainer_settings
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
@@ -26,7 +26,8 @@ def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dic
     from datasets import Dataset
     rows = pd.DataFrame(pairs)
     if 'dropped' in rows: rows = rows[rows['dropped'].isna()]
-    if not len(rows): raise ValueError('no pairs to train on: every feature of this round was dropped; lower the threshold or take more features')
+    if not len(rows):
+        raise ValueError('no pairs to train on: every feature of this round was dropped; lower the threshold or take more features')
     turn = lambda role, text: [{'role': role, 'content': text}]
     question = prompt_messages(card.template, card.placeholder)
     return Dataset.from_list([dict(prompt=question, chosen=turn('assistant', r.chosen), rejected=turn('assistant', r.rejected),
@@ -77,7 +78,7 @@ def step0_loss(trainer, # of `dpo_trainer`, before its first step
     batch = trainer.data_collator([data[i] for i in range(min(rows, len(data)))])
     trainer.loss_weights = [0. if kind=='sft' else 1. for kind in trainer.loss_types]
     trainer.model.train()
-    with quiet(), torch.no_grad(), trainer.compute_loss_context_manager():
+    with quiet(), labels_only(), torch.no_grad(), trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).item()
     trainer.loss_weights, trainer._total_train_tokens = weights, 0
     trainer._metrics['train'].clear()
@@ -94,7 +95,7 @@ def train_to_the_end(trainer, checkpoint=None): # the last complete checkpoint, 
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = state
     else:
-        with quiet(): trainer.train(resume_from_checkpoint=checkpoint)
+        with quiet(), labels_only(): trainer.train(resume_from_checkpoint=checkpoint)
 
 # %% ../nbs/03_dpo.ipynb #8c6c2cb7
 @dataclass
@@ -144,5 +145,6 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
 def _settings(preset, card, rows, previous, round) -> dict: # JSON: what makes two trainings the same
     names = 'dpo_epochs dpo_batch dpo_accumulation dpo_length_normalised dpo_sft_weight max_length seed'.split()
     about = {k: v for k, v in dataclasses.asdict(card).items() if k != 'versions'}
-    return {**{k: getattr(preset, k) for k in names}, 'beta': preset.dpo_beta[round-1], 'lr': preset.dpo_lr[round-1], 'round': round, **about,
-            'pairs': hashlib.sha256(json.dumps(rows.to_list()).encode()).hexdigest(), 'previous': weights_sha256(previous)}
+    return {**{k: getattr(preset, k) for k in names}, 'beta': preset.dpo_beta[round-1], 'lr': preset.dpo_lr[round-1],
+            'round': round, **about, 'pairs': hashlib.sha256(json.dumps(rows.to_list()).encode()).hexdigest(),
+            'previous': weights_sha256(previous)}

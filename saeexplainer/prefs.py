@@ -54,11 +54,11 @@ def select_pair(candidates, # K explanations of one feature
 # %% ../nbs/02_prefs.ipynb #15b6a3da
 def threshold_of(preset, sft_features # with `max_act`
                 ) -> float: # tau of Eq. 8
-    "The preset's threshold; 'auto' is .25 x the median max_act of the SFT features"
+    "The preset's threshold; 'auto' is .25 x the median max_act of the SFT features, for a mean over M texts an M-th of that"
     if preset.threshold != 'auto': return float(preset.threshold)
     peaks = [float(f.max_act) for f in sft_features if f.max_act is not None and f.max_act > 0]
     if not peaks: raise ValueError("threshold 'auto' needs SFT features with a max_act above 0; or give the preset a number")
-    return .25 * statistics.median(peaks)
+    return .25 * statistics.median(peaks) / (preset.n_texts if preset.reward == 'mean' else 1)
 
 # %% ../nbs/02_prefs.ipynb #eca404aa
 ONE_TEXT = 'Write one sentence that contains {explanation}.'
@@ -200,7 +200,8 @@ def build_preferences(store, preset, round:int=1,
     if threshold is None: threshold = threshold_of(preset, [])
     texts = store.texts(stage_of(round), kind='preference')
     wanted = len(distinct_candidates(store, round)) * preset.n_texts
-    if lack := wanted - len(texts): raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
+    if lack := wanted - len(texts):
+        raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
     if n := len(store.unscored(stage_of(round), 'preference')):
         raise ValueError(f'round {round}: {n} texts have no score yet: score_candidates comes first')
     rows = []

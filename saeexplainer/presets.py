@@ -68,7 +68,7 @@ class Preset:
     text_top_p: float = _field(.95, 'top-p of the writer')
     text_tokens: int = _field(48, 'longest text of the writer, in new tokens (15-30 words are asked for)')
     reward: str = _field('max', "score of a candidate over its texts: 'max' (Eq. 7) or 'mean' of the per-text maxima")
-    threshold: float|str = _field('auto', "tau of Eq. 8; 'auto': .25 x the median max_act of the SFT features")
+    threshold: float|str = _field('auto', "tau of Eq. 8; 'auto': .25 x the median max_act of the SFT features (over n_texts, where the reward is a mean)")
     spread: float = _field(.10, 'smallest (s_max - s_min) / s_max of a feature that is kept (Eq. 8)')
     margin: float = _field(.15, 'the rejected one lies at least this share of s_max below the chosen (Eq. 9)')
     # DPO, Eq. 11

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sft_dataset', 'check_disjoint', 'Checkpoints', 'last_checkpoint', 'TrainingBar', 'same_settings', 'claim',
-           'trainer_settings', 'quiet', 'SFTResult', 'train_sft', 'finish']
+           'trainer_settings', 'labels_only', 'quiet', 'SFTResult', 'train_sft', 'finish']
 
 # %% ../nbs/01_sft.ipynb #619390c9
 import json, os, shutil
@@ -98,6 +98,15 @@ def trainer_settings(preset, model, # the loaded explainer, whose device and siz
                 logging_steps=.01, logging_nan_inf_filter=False, report_to='none', disable_tqdm=True, **tenth, **(best if evaluate else {}))
 
 @contextmanager
+def labels_only():
+    """Within, trl's LM head scores only the positions that have a label, as it does on a GPU. On other devices it scores prompt and padding too and
+    drops the result, which is two thirds of the time of a step on the embedded preset (`compact` in `trl.trainer.utils.add_fused_lm_head`)"""
+    from trl.trainer import utils
+    decides, utils._use_triton = utils._use_triton, lambda device: True # read there for this choice alone
+    try: yield
+    finally: utils._use_triton = decides
+
+@contextmanager
 def quiet(): # no bars and notes of datasets and trl while they prepare rows, no warnings of names that are being renamed
     import datasets, logging, warnings
     shown, loggers = not datasets.are_progress_bars_disabled(), [logging.getLogger(n) for n in ('trl', 'accelerate', 'transformers.trainer')]
@@ -175,7 +184,7 @@ def train_sft(preset, # `Preset`
         same_settings(json.loads((out/'training.json').read_text())['settings'], settings, f'{out} holds a finished training')
         return SFTResult.load(out)
     claim(out/'checkpoints', settings)
-    with quiet():
+    with quiet(), labels_only():
         trainer = _sft_trainer(preset, rows, eval_rows, reader, card, out/'checkpoints', progress)
         trainer.train(resume_from_checkpoint=last_checkpoint(out/'checkpoints'))
     finish(trainer, card, out, dict(settings=settings, seconds=time.monotonic() - start, log=_log_rows(trainer.state.log_history)))

@@ -72,7 +72,8 @@ class _File(_Transactions):
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             for pragma in ('journal_mode=WAL', 'synchronous=NORMAL'): self._db.execute(f'PRAGMA {pragma}')
             version = self._rows('PRAGMA user_version')[0][0]
-        except (FileExistsError, NotADirectoryError): raise OSError(f'cannot open the store {path}: {self.path.parent} is not a folder') from None
+        except (FileExistsError, NotADirectoryError):
+            raise OSError(f'cannot open the store {path}: {self.path.parent} is not a folder') from None
         except (OSError, sqlite3.OperationalError) as e: raise OSError(f'cannot open the store {path}: {e}') from None
         except sqlite3.DatabaseError: raise ValueError(f'{path} is not a run store (not an SQLite file)') from None
         if version not in (0, SCHEMA_VERSION):

@@ -259,7 +259,8 @@ class _Purse:
         with self.lock:
             if self.budget is not None and self.spent + self.reserved + most > self.budget:
                 raise BudgetSpent(f'the budget of {self.budget:g} is used up: {self.spent:.6g} is spent, '
-                                  f'the next request may cost {most:.2g}; raise the budget and run the same command again, stored replies are not paid twice')
+                                  f'the next request may cost {most:.2g}; raise the budget and run the same command again, '
+                                  'stored replies are not paid twice')
             self.reserved += most
         return most
 

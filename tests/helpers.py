@@ -7,7 +7,8 @@ ARCHITECTURES = ('llama', 'gemma2', 'gemma3', 'qwen3', 'gpt2')
 PLACEHOLDER = '<repo_name>' # a single reserved token, as in SmolLM2's vocabulary
 SPECIALS = ['<pad>', '<s>', '</s>', '<|im_start|>', '<|im_end|>', PLACEHOLDER] # ids 0 to 5
 SENTENCES = ['The cat sat on the mat and the dog lay by the fire.', 'She sells sea shells by the sea shore.',
-             'What does this feature of the model mean? It means the word nation.', 'I think that the explanation is simple: words about rain.',
+             'What does this feature of the model mean? It means the word nation.',
+             'I think that the explanation is simple: words about rain.',
              'A national park is a large area of land which is kept in its natural state.', 'for i in range(10): print(i, "hello")']
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -22,7 +23,8 @@ def tiny_tokenizer(vocab=512, add_bos=False):
     t.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIALS, show_progress=False,
                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     if add_bos: t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='<pad>', chat_template=CHAT, padding_side='left')
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='<pad>', chat_template=CHAT,
+                                   padding_side='left')
 
 
 def tiny_model(arch='llama', d=64, n_layers=4, vocab=512, seed=0, **kw):
@@ -32,7 +34,8 @@ def tiny_model(arch='llama', d=64, n_layers=4, vocab=512, seed=0, **kw):
     c = dict(vocab_size=vocab, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.1)
     s = dict(hidden_size=d, num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=2*d, head_dim=d//4,
              max_position_embeddings=512)
-    windows = dict(sliding_window=8, query_pre_attn_scalar=d//4, layer_types=[('sliding_attention', 'full_attention')[i%2] for i in range(n_layers)])
+    kinds = [('sliding_attention', 'full_attention')[i%2] for i in range(n_layers)]
+    windows = dict(sliding_window=8, query_pre_attn_scalar=d//4, layer_types=kinds)
     if arch=='llama': m = T.LlamaForCausalLM(T.LlamaConfig(**{**c, **s, **kw}))
     elif arch=='qwen3': m = T.Qwen3ForCausalLM(T.Qwen3Config(**{**c, **s, **kw}))
     elif arch=='gemma2': m = T.Gemma2ForCausalLM(T.Gemma2Config(**{**c, **s, **windows, 'attn_implementation': 'eager', **kw}))
@@ -42,8 +45,8 @@ def tiny_model(arch='llama', d=64, n_layers=4, vocab=512, seed=0, **kw):
     return m.eval()
 
 
-def tiny_sae(folder, architecture='jumprelu', d_in=64, d_sae=512, layer=2, hook='resid_post', seed=0, card=None, model_name=None, metadata=None,
-             threshold=(.1, .6), **cfg):
+def tiny_sae(folder, architecture='jumprelu', d_in=64, d_sae=512, layer=2, hook='resid_post', seed=0, card=None, model_name=None,
+             metadata=None, threshold=(.1, .6), **cfg):
     "Write a random SAE of sae-lens to `folder` (cfg.json, sae_weights.safetensors, card.json if given); returns the folder as a `Path`"
     import sae_lens
     from sae_lens.saes.sae import SAEMetadata

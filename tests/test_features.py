@@ -98,7 +98,7 @@ def test_labels():
     corpus = Counter(dict(the=5000, of=3000, a=2000, river=3, bank=4))
     assert word_label([context(['the', w], 1) for w in ['river', 'River', 'river', 'bank']], corpus) == ("the word 'river'", ('river',))
     assert word_label([context(['the', w], 1) for w in ['river', 'bank', 'bank', 'river']], corpus)[0] == "words such as 'river', 'bank'"
-    assert word_label([context(['of', w], 1) for w in 'abcdefgh'], Counter({'of': 10**6} | {c: 10 for c in 'abcdefgh'})) == (None, ()) # nothing in common
+    assert word_label([context(['of', w], 1) for w in 'abcdefghijklmnop'], Counter({'of': 10**6} | {c: 10 for c in 'abcdefghijklmnop'})) == (None, ()) # nothing in common
     assert word_label([context([f'x{i}', 'the'], 1) for i in range(6)], corpus) == (None, ()) # only a common word
     label = word_label([context(['such', w], 1) for w in 'abcdefgh'], Counter({'the': 10**5, 'such': 9}))
     assert label == ("what follows the word 'such'", ('such',))

@@ -145,9 +145,11 @@ def dump(store): return {t: store.table(t) for t in ('explanations', 'texts', 's
 
 
 def same(a, b): # the judge's scores to rounding: other batches, other last digits
-    for t in a: pd.testing.assert_frame_equal(a[t].drop(columns='scores', errors='ignore'), b[t].drop(columns='scores', errors='ignore'))
+    exact = lambda frame: frame.drop(columns='scores', errors='ignore')
+    for t in a: pd.testing.assert_frame_equal(exact(a[t]), exact(b[t]))
     for x, y in zip(a['judgements'].scores, b['judgements'].scores):
-        assert json.loads(x)['order'] == json.loads(y)['order'] and json.loads(x)['scores'] == pytest.approx(json.loads(y)['scores'], abs=1e-3)
+        x, y = json.loads(x), json.loads(y)
+        assert x['order'] == y['order'] and x['scores'] == pytest.approx(y['scores'], abs=1e-3)
 
 
 class Scripted:

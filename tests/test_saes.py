@@ -90,7 +90,8 @@ def test_whitening_is_refused(tmp_path):
 
 @pytest.mark.parametrize('kind', ('transcoder', 'skip_transcoder', 'jumprelu_transcoder', 'temporal'))
 def test_other_kinds_are_refused(tmp_path, kind):
-    with pytest.raises(ValueError, match=f"kind '{kind}' cannot be read one feature at a time; supported: standard, jumprelu"): read(tmp_path, kind)
+    with pytest.raises(ValueError, match=f"kind '{kind}' cannot be read one feature at a time; supported: standard, jumprelu"):
+        read(tmp_path, kind)
 
 
 def test_training_checkpoint_is_refused(tmp_path):
@@ -102,7 +103,8 @@ def test_training_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize('hook', ('mlp_out', 'attn_out'))
 def test_other_places_are_refused(tmp_path, hook):
-    with pytest.raises(ValueError, match=f'this SAE reads .blocks.2.hook_{hook}.: only SAEs on the residual stream'): read(tmp_path, hook=hook)
+    with pytest.raises(ValueError, match=f'this SAE reads .blocks.2.hook_{hook}.: only SAEs on the residual stream'):
+        read(tmp_path, hook=hook)
 
 
 def test_hook_names():
@@ -121,7 +123,8 @@ def test_index_out_of_range(tmp_path, resid, index):
 def test_wrong_widths(tmp_path):
     reader = read(tmp_path)
     for use in (lambda x: reader.activations(x, 1), lambda x: reader.encode(x), lambda x: reader.clamp(x, 1, 1.)):
-        with pytest.raises(ValueError, match='this SAE reads vectors of width 64, got 32: is it for another model'): use(torch.ones(1, 2, 32))
+        with pytest.raises(ValueError, match='this SAE reads vectors of width 64, got 32: is it for another model'):
+            use(torch.ones(1, 2, 32))
     with pytest.raises(ValueError, match='3 rows and 2 features'): reader.activations(torch.ones(3, 2, 64), [1, 2])
 
 
@@ -139,7 +142,8 @@ def test_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
     assert find_sae('model/sae') == find_sae(folder) == folder
     assert find_sae('release:a:b') == ('release', 'a:b') and find_sae(('release', 'id')) == ('release', 'id')
-    with pytest.raises(FileNotFoundError, match="no SAE in 'model/other'.*a hub SAE is written 'release:sae_id'"): FeatureReader.load('model/other')
+    with pytest.raises(FileNotFoundError, match="no SAE in 'model/other'.*a hub SAE is written 'release:sae_id'"):
+        FeatureReader.load('model/other')
     assert FeatureReader.load('model/sae').card == {'model_sha256': 'abc'}
 
 

@@ -209,3 +209,21 @@ def test_feature_out_of_range(tmp_path, here):
     preset = tiny_preset(here)
     with pytest.raises(ValueError, match='there is no feature 600: this SAE has features 0 to 511'):
         train_sft(preset, features(start=600), FeatureReader.load(preset.sae), tmp_path/'out', progress=False)
+
+
+def test_scoring_labels_only_changes_nothing(here):
+    "The positions that are left out never counted: same loss, same gradients"
+    from saeexplainer.sft import labels_only
+    preset = tiny_preset(here); reader = FeatureReader.load(preset.sae)
+    card = ExplainerCard.from_preset(preset, reader)
+    found = []
+    for context in (quiet, labels_only):
+        torch.manual_seed(0)
+        trainer = _sft_trainer(preset, sft_dataset(features(), card), None, reader, card, here/'only', False)
+        trainer.model.eval() # no dropout
+        batch = next(iter(trainer.get_train_dataloader()))
+        with context(): loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        found.append((loss.item(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}))
+    (a, grads), (b, others) = found
+    assert abs(a - b) < 1e-4 and grads.keys() == others.keys() and all(torch.allclose(g, others[n], atol=1e-3) for n, g in grads.items())

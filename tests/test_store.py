@@ -123,7 +123,8 @@ def test_a_path_that_cannot_be_written_is_one_line(tmp_path, place):
     (tmp_path/'file').write_text('x')
     (tmp_path/'folder').mkdir()
     with pytest.raises(OSError) as e: RunStore(tmp_path/place)
-    assert str(e.value).startswith(f'cannot open the store {tmp_path/place}: ') and '\n' not in str(e.value)
+    why = {'file/store.sqlite': f'{tmp_path/"file"} is not a folder', 'folder': 'unable to open database file'}[place]
+    assert str(e.value) == f'cannot open the store {tmp_path/place}: {why}'
 
 
 def test_other_files_and_versions_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 "saeexplainer.target: early exit, reading and steering on five tiny architectures, and what bad input is told"
 import math
+from contextlib import nullcontext
 import numpy as np, pytest, torch
 from types import SimpleNamespace
 from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
@@ -32,8 +33,8 @@ def llama(lms, tokenizer, readers): return Target(lms['llama'], tokenizer, reade
 
 
 def lively(target, texts=TEXTS, n=4): # features that are active on these texts
-    acts = np.concatenate([target.reader.encode(residual_stream(target.model, **pad([t.ids], 0), layer=target.reader.layer, hook=target.reader.hook))[0, 1:]
-                           for t in tokenise(target.tokenizer, texts) if t.counts.any()])
+    resid = lambda ids: residual_stream(target.model, **pad([ids], 0), layer=target.reader.layer, hook=target.reader.hook)
+    acts = np.concatenate([target.reader.encode(resid(t.ids))[0, 1:] for t in tokenise(target.tokenizer, texts) if t.counts.any()])
     return [int(f) for f in acts.max(0).argsort()[::-1][:n]]
 
 
@@ -198,7 +199,8 @@ def test_steered_logits_with_and_without_cache(lms, tokenizer, readers, arch):
     target = Target(lms[arch], tokenizer, readers['resid_post', 2])
     batch, f = pad([t.ids for t in tokenise(tokenizer, PROMPTS)], 0, left=True), lively(target, n=3)
     with steering(target.model, target.reader, f, [15., 15., 15.], batch['attention_mask']):
-        out = target.model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        out = target.model.generate(**batch, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True,
+                                    return_dict_in_generate=True)
     longer = torch.cat([batch['attention_mask'], torch.ones(3, 6, dtype=torch.long)], 1) # all of it once more, without a cache
     with torch.no_grad(), steering(target.model, target.reader, f, [15., 15., 15.], longer):
         logits = target.model(out.sequences, attention_mask=longer, position_ids=(longer.cumsum(-1)-1).clamp(min=0), use_cache=False).logits
@@ -218,7 +220,8 @@ def test_a_row_is_its_own(llama):
 
 
 def test_greedy_and_default_seeds(llama):
-    assert llama.generate(PROMPTS, temperature=0, seeds=[1, 2, 3], max_new_tokens=5) == llama.generate(PROMPTS, temperature=0, seeds=[4, 5, 6], max_new_tokens=5)
+    greedy = lambda seeds: llama.generate(PROMPTS, temperature=0, seeds=seeds, max_new_tokens=5)
+    assert greedy([1, 2, 3]) == greedy([4, 5, 6])
     assert llama.generate(PROMPTS, max_new_tokens=5) == llama.generate(PROMPTS, max_new_tokens=5)
 
 
@@ -228,7 +231,8 @@ def test_generation_errors(llama, lms):
     with pytest.raises(ValueError, match='3 prompts and 1 seeds'): llama.generate(PROMPTS, seeds=[1])
     with pytest.raises(ValueError, match='there is no feature 900'): llama.generate(PROMPTS, 900, 1.)
     nobos = tiny_tokenizer(); nobos.bos_token = None
-    with pytest.raises(ValueError, match='a prompt is empty and this model has no BOS token'): Target(lms['llama'], nobos, llama.reader).generate([''])
+    with pytest.raises(ValueError, match='a prompt is empty and this model has no BOS token'):
+        Target(lms['llama'], nobos, llama.reader).generate([''])
 
 
 # ---- the search for a clamp
@@ -246,9 +250,8 @@ def test_steering_value_has_the_kl_it_says(lms, tokenizer, readers, arch, kl):
             for row in tokenise(tokenizer, PROMPTS): # each prompt alone, without padding
                 one = pad([row.ids], 0)
                 with torch.no_grad():
-                    if value is None: each.append(target.model(**one).logits[0, -1].log_softmax(-1))
-                    else:
-                        with steering(target.model, target.reader, [f], [value], one['attention_mask']): each.append(target.model(**one).logits[0, -1].log_softmax(-1))
+                    hook = nullcontext() if value is None else steering(target.model, target.reader, [f], [value], one['attention_mask'])
+                    with hook: each.append(target.model(**one).logits[0, -1].log_softmax(-1))
             probs.append(torch.stack(each))
         realised = (probs[1].exp() * (probs[1] - probs[0])).sum(-1).mean().item()
         assert realised == pytest.approx(found.kl, rel=.01, abs=1e-4)
@@ -270,8 +273,10 @@ def test_dead_feature_cannot_steer(lms, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize('curve, target', [(lambda v: v*v, .25), (lambda v: v*v, 1e-3), (lambda v: 1e-6*v*v, .5), (lambda v: 1e4*v*v, .5),
-                                           (lambda v: abs(v), .25), (lambda v: min(v**4, 9.), .25), (lambda v: math.nan if abs(v) > .6 else v*v, .25),
-                                           (lambda v: math.inf if abs(v) > .6 else v*v, .25), (lambda v: .01 if abs(v) < 3 else (abs(v)-3)**2, .25)])
+                                           (lambda v: abs(v), .25), (lambda v: min(v**4, 9.), .25),
+                                           (lambda v: math.nan if abs(v) > .6 else v*v, .25),
+                                           (lambda v: math.inf if abs(v) > .6 else v*v, .25),
+                                           (lambda v: .01 if abs(v) < 3 else (abs(v)-3)**2, .25)])
 @pytest.mark.parametrize('step', (1., -1.))
 def test_search(curve, target, step):
     found = find_steering_value(curve, target, step=step)
@@ -305,7 +310,8 @@ def test_load(preset, llama):
 
 def test_other_weights_are_refused(preset, tmp_path):
     tiny_model(seed=1).save_pretrained(tmp_path/'model')
-    with pytest.raises(ValueError, match='this SAE belongs to weights with hash .* its activations would mean something else'): Target.load(preset)
+    with pytest.raises(ValueError, match='this SAE belongs to weights with hash .* its activations would mean something else'):
+        Target.load(preset)
 
 
 def test_other_embedded_weights_are_refused(tmp_path, monkeypatch):
@@ -318,10 +324,13 @@ def test_other_embedded_weights_are_refused(tmp_path, monkeypatch):
 
 
 def test_saes_of_other_models_are_refused(preset, tmp_path, lms, tokenizer):
-    with pytest.raises(ValueError, match='the preset says layer 1, its SAE .* reads layer 2'): Target.load(SimpleNamespace(**{**vars(preset), 'layer': 1}))
-    with pytest.raises(ValueError, match="this SAE is for the model 'tiny-llama', not for 'org/gemma-9b'"): Target.load(SimpleNamespace(**{**vars(preset), 'target': 'org/gemma-9b'}))
+    other = lambda **kw: SimpleNamespace(**{**vars(preset), **kw})
+    with pytest.raises(ValueError, match='the preset says layer 1, its SAE .* reads layer 2'): Target.load(other(layer=1))
+    with pytest.raises(ValueError, match="this SAE is for the model 'tiny-llama', not for 'org/gemma-9b'"):
+        Target.load(other(target='org/gemma-9b'))
     wide, deep = (FeatureReader.load(tiny_sae(tmp_path/n, **kw)) for n, kw in (('wide', dict(d_in=32)), ('deep', dict(layer=4))))
-    with pytest.raises(ValueError, match='the SAE is 32 wide and the model 64: this SAE is for another model'): Target(lms['llama'], tokenizer, wide)
+    with pytest.raises(ValueError, match='the SAE is 32 wide and the model 64: this SAE is for another model'):
+        Target(lms['llama'], tokenizer, wide)
     with pytest.raises(ValueError, match='the SAE reads layer 4, the model has layers 0 to 3'): Target(lms['llama'], tokenizer, deep)
 
 
