@@ -12,6 +12,7 @@ import json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -69,8 +70,9 @@ def show_report(folder:Path):
     import pandas as pd
     from saeexplainer.metrics import stage_table
     cells = stage_table(pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric']))
-    table = Table('stage', *cells.columns, title='means with 95% intervals; shares in per cent, activations in units of the SAE')
-    for stage, row in zip(cells.index, cells.values): table.add_row(stage, *(Text(c) for c in row))
+    table = Table('', *cells.index, box=box.SIMPLE_HEAD, caption='means with 95% intervals: shares in per cent; high, low and gap in units of the activation')
+    table.columns[0].no_wrap = True
+    for metric, row in zip(cells.columns, cells.T.values): table.add_row(metric, *(Text(c.replace(' [', '\n').replace(', ', '–').rstrip(']')) for c in row))
     out.print(table)
     for example in json.loads((folder/'examples.json').read_text()):
         out.print(Text(example['feature'], style='bold'))

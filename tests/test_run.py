@@ -73,7 +73,7 @@ def begun(store:Path, stage:str, before:dict) -> bool: # the stage runs and has 
 def test_killed_in_every_stage(world, finished):
     folder, file = world
     store = folder/'runs'/'killed'/'store.sqlite'
-    command = [sys.executable, '-m', 'saeexplainer.cli', 'run', str(file), '--root', str(folder/'runs'), '--name', 'killed', '--json']
+    command = [sys.executable, '-c', 'from saeexplainer.cli import main; main()', 'run', str(file), '--root', str(folder/'runs'), '--name', 'killed', '--json']
     kills = []
     for stage in STAGES:
         before = rows_of(store) or {t: {} for t in KEYS if t not in ('progress', 'meta', 'replies')}

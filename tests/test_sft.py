@@ -68,14 +68,14 @@ def test_loss_sees_the_label_alone_and_the_feature(tmp_path, arch):
 
 
 def test_trains_and_explains(here, tmp_path):
-    preset = tiny_preset(here, sft_epochs=30.)
+    preset = tiny_preset(here, sft_epochs=60., sft_batch=12, lora_r=16, lora_alpha=32, lora_dropout=0.)
     reader = FeatureReader.load(preset.sae)
     result = train_sft(preset, features(), reader, tmp_path/'sft', progress=False)
-    assert result.losses[-1] < .3*result.losses[0] and list(result.log.columns) == ['step', 'loss', 'eval_loss', 'epoch'] and result.log.eval_loss.isna().all()
+    assert result.losses[-1] < .2*result.losses[0] and list(result.log.columns) == ['step', 'loss', 'eval_loss', 'epoch'] and result.log.eval_loss.isna().all()
     assert sorted(f.name for f in result.folder.iterdir()) == ['adapter_config.json', 'adapter_model.safetensors', CARD, 'training.json']
     e = Explainer.from_pretrained(result.folder, reader)
     said = e.explain(reader.directions(range(12)), max_new_tokens=16)
-    assert e.card.stage == 'sft' and sum(w in text for w, text in zip(WORDS, said)) >= 6
+    assert e.card.stage == 'sft' and sum(w in text for w, text in zip(WORDS, said)) >= 10
 
 
 def test_runs_under_autocast_with_fp32_weights(here, tmp_path):
@@ -97,9 +97,9 @@ def test_same_seed_same_adapter(here, tmp_path):
 
 
 def test_best_eval_loss_is_kept(here, tmp_path):
-    "Labels of the eval set contradict those trained on: its loss rises in the end, and the result is from before"
-    preset = tiny_preset(here, sft_epochs=30., sft_lr=2e-2)
-    reader, other = FeatureReader.load(preset.sae), features(WORDS[::-1], start=100)
+    "Labels of the eval set have words that the others have not: its loss rises in the end, and the result is from before"
+    preset = tiny_preset(here, sft_epochs=60., sft_batch=12, lora_r=16, lora_alpha=32, lora_dropout=0.)
+    reader, other = FeatureReader.load(preset.sae), features('print hello state kept natural simple model shore'.split(), start=100)
     result = train_sft(preset, features(), reader, tmp_path/'sft', eval_features=other, progress=False)
     evals = result.log.dropna(subset='eval_loss').eval_loss.tolist()
     assert len(evals) == 10 and min(evals) < evals[-1]
