@@ -7,7 +7,7 @@ __all__ = ['training_log', 'result_tables', 'best_texts', 'provenance', 'how_mad
            'escape_markdown', 'report_markdown', 'write_report']
 
 # %% ../nbs/parts/report.ipynb #cfe7fdad
-import json, platform, subprocess
+import json, platform
 from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np
@@ -39,18 +39,14 @@ def best_texts(store, stages): # DataFrame
     return texts.loc[texts.groupby(['stage', 'feature'])['score'].idxmax(), ['stage', 'feature', 'k', 'j', 'text', 'score']].reset_index(drop=True)
 
 # %% ../nbs/parts/report.ipynb #8ffc9882
-def _git_commit() -> str|None: # of the checkout that the package lies in; None outside one
-    try: return subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): return None
-
 def provenance(run) -> dict:
     "What a run was made with"
     from importlib.metadata import version
     import torch
     stages = run.store.progress()
     replies = [json.loads(r) for r in run.store.table('replies')['reply']]
-    return dict(preset=run.preset.name, size=run.preset.size, seed=run.preset.seed, commit=_git_commit(),
-                written=datetime.now(timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
+    return dict(preset=run.preset.name, size=run.preset.size, seed=run.preset.seed, commit=run.store.meta('commit'),
+                begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
                 python=platform.python_version(), versions={p: version(p) for p in ('torch', 'transformers', 'trl', 'peft', 'sae-lens', 'saeexplainer')},
                 sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())),
                 writer_cost=sum(r.get('cost') or 0. for r in replies), command=f'saeexplainer run {run.preset.name} --size {run.preset.size}')

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Run', 'validation_size', 'sft_stage', 'prefs_stage', 'dpo_stage', 'explainer_stages', 'explain_test',
-           'evaluate_stage', 'stage_functions', 'execute']
+           'evaluate_stage', 'git_commit', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #575e9742
-import fcntl, json, os, platform, re, subprocess, time
+import fcntl, subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from .presets import Preset, data_dir, diff, load_preset
+from .presets import Preset, diff, load_preset
 
 # %% ../nbs/parts/run.ipynb #0fab8673
 def _claim_preset(folder:Path, preset:Preset):
@@ -159,6 +159,12 @@ def evaluate_stage(run:Run) -> str:
     return f'{p.n_test} test features, generative accuracy ' + ', '.join(f'{s} {table.loc[(s, "generative"), "mean"]:.2f}' for s in ('label', 'sft', last))
 
 # %% ../nbs/parts/run.ipynb #772a443c
+def git_commit() -> str|None: # of the checkout that the package lies in; None outside one
+    "Which code this is, for the record"
+    import saeexplainer
+    try: return subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12'], cwd=Path(saeexplainer.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return None
+
 def stage_functions(preset) -> dict: # name -> function of the run
     "The stages of a run before its report"
     rounds = {}
@@ -172,6 +178,7 @@ def execute(run:Run, say=print) -> Path: # the report's folder
     from saeexplainer.report import write_report
     say(f'{run.preset.name} ({run.preset.size}): {len(run.features)} features, '
         + ', '.join(f'{len(part)} {name}' for name, part in run.splits.items()))
+    if run.store.meta('commit') is None: run.store.put_meta(commit=git_commit())
     for name, stage in stage_functions(run.preset).items():
         if run.store.finished(name):
             say(f'{name}: done before'); continue
