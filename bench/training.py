@@ -33,6 +33,7 @@ def main():
     card = ExplainerCard.from_preset(preset, reader)
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = _sft_trainer(preset, sft_dataset(features, card), None, reader, card, folder, progress=False)
+    trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer_and_scheduler(100)
     injected = next(iter(trainer.get_train_dataloader()))
     batches = {'with injection': injected, 'without': {k: v for k, v in injected.items() if k != 'feature_vector'}}

@@ -315,7 +315,8 @@ def calibrate(store, target, features, preset, pool, progress:bool=False) -> int
             steered, kl = wanted[key], key[2]
             value = found.get((steered, kl)) or target.steering_value(steered, kl, list(preset.steering_prompts))
             found[steered, kl] = value
-            store.put_steering([dict(feature=key[0], control=key[1], kl_target=kl, steered=steered, value=value.value, kl=value.kl, reached=value.reached)])
+            store.put_steering([dict(feature=key[0], control=key[1], kl_target=kl, steered=steered, value=value.value, kl=value.kl,
+                                     reached=value.reached)])
             bar.update()
     return len(todo)
 

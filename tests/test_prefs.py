@@ -111,7 +111,8 @@ def test_threshold():
     from types import SimpleNamespace as F
     features = [F(max_act=a) for a in (4., 8., 12., 0., None)]
     assert threshold_of(load_preset('gemma-2-9b-l20'), features) == 10.
-    assert threshold_of(load_preset('smollm2-135m', threshold='auto'), features) == 2.
+    assert threshold_of(load_preset('smollm2-135m', reward='max'), features) == 2.
+    assert threshold_of(load_preset('smollm2-135m', reward='mean', n_texts=4), features) == .5 # one text at the threshold is enough
     with pytest.raises(ValueError, match="threshold 'auto' needs SFT features with a max_act above 0"):
         threshold_of(load_preset('smollm2-135m'), [F(max_act=0.)])
 
