@@ -11,7 +11,7 @@ import torch
 from saeexplainer.injection import ExplainerCard, Injector
 from saeexplainer.models import EMBEDDED
 from saeexplainer.presets import load_preset
-from saeexplainer.sft import _sft_trainer, quiet, sft_dataset
+from saeexplainer.sft import _sft_trainer, labels_only, quiet, sft_dataset
 
 
 class Directions: # stands for an SAE: random unit vectors of the model's width
@@ -44,7 +44,7 @@ def main():
             if body.injector: body.injector.remove()
             if name == 'with injection': Injector(trainer.model, token, card.layer, card.coefficient)
             start = clock()
-            trainer.training_step(trainer.model, dict(batches[name]))
+            with labels_only(): trainer.training_step(trainer.model, dict(batches[name])) # as train_sft runs it
             trainer.optimizer.step(); trainer.optimizer.zero_grad()
             if injected['input_ids'].is_cuda: torch.cuda.synchronize()
             if i: times[name].append(clock() - start)
