@@ -195,8 +195,8 @@ _PRESETS |= {
 # %% ../nbs/parts/presets.ipynb #a86a5c3b
 _PRESETS['smollm2-135m'] = dict(
     target='smollm2-135m-instruct', explainer='smollm2-135m-instruct', sae='smollm2-135m/sae', source='smollm2-135m/9-res-4k', layer=9,
-    n_sft=2400, n_pref=220, n_test=200, n_output=60, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
-    sft_lr=6e-4, sft_epochs=2., sft_batch=16, sft_accumulation=1, explanation_tokens=24, writer='local', evaluation_writer='local',
+    n_sft=2900, n_pref=220, n_test=200, n_output=60, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
+    sft_lr=6e-4, sft_epochs=3., sft_batch=16, sft_accumulation=1, explanation_tokens=24, writer='local', evaluation_writer='local',
     text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_length_normalised=True, dpo_sft_weight=.2,
     batch_size=96)
 
