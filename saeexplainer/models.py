@@ -102,7 +102,10 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
     eager = {'attn_implementation': 'eager'} if AutoConfig.from_pretrained(source).model_type=='gemma2' else {}
     with _quiet(name==EMBEDDED):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype, use_safetensors=True, **eager)
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     return model.to(device).eval().requires_grad_(False), load_tokenizer(name)
+
+def _contiguous(head, args): return (args[0].contiguous(), *args[1:])
 
 # %% ../nbs/parts/models.ipynb #216be6e5
 def backbone(model) -> torch.nn.Module: # a causal LM, with or without PEFT around it

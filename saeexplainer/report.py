@@ -45,7 +45,7 @@ def provenance(run) -> dict:
     import torch
     stages = run.store.progress()
     replies = [json.loads(r) for r in run.store.table('replies')['reply']]
-    return dict(preset=run.preset.name, size=run.preset.size, seed=run.preset.seed, commit=run.store.meta('commit'),
+    return dict(preset=run.preset.name, size=run.preset.size, seed=run.preset.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] if (c := run.store.meta(f'commit_{s}')))),
                 begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
                 python=platform.python_version(), versions={p: version(p) for p in ('torch', 'transformers', 'trl', 'peft', 'sae-lens', 'saeexplainer')},
                 sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())),

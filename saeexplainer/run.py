@@ -178,11 +178,12 @@ def execute(run:Run, say=print) -> Path: # the report's folder
     from saeexplainer.report import write_report
     say(f'{run.preset.name} ({run.preset.size}): {len(run.features)} features, '
         + ', '.join(f'{len(part)} {name}' for name, part in run.splits.items()))
-    if run.store.meta('commit') is None: run.store.put_meta(commit=git_commit())
+    commit = git_commit()
     for name, stage in stage_functions(run.preset).items():
         if run.store.finished(name):
             say(f'{name}: done before'); continue
         run.store.start(name)
+        if run.store.meta(f'commit_{name}') is None: run.store.put_meta(**{f'commit_{name}': commit})
         line = stage(run)
         run.store.finish(name, line=line)
         seconds = run.store.progress().set_index('stage').loc[name, 'seconds']
