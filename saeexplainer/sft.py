@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sft_dataset', 'check_disjoint', 'Checkpoints', 'last_checkpoint', 'TrainingBar', 'same_settings', 'claim',
-           'trainer_settings', 'labels_only', 'quiet', 'SFTResult', 'train_sft', 'finish']
+           'trainer_settings', 'labels_only', 'quiet', 'train_to_the_end', 'SFTResult', 'train_sft', 'finish']
 
 # %% ../nbs/01_sft.ipynb #619390c9
 import json, os, shutil
@@ -121,6 +121,17 @@ def quiet(): # no bars and notes of datasets and trl while they prepare rows, no
         if shown: datasets.enable_progress_bars()
         for log, level in zip(loggers, levels): log.setLevel(level)
 
+# %% ../nbs/01_sft.ipynb #b293d9eb
+def train_to_the_end(trainer, checkpoint:str|None=None): # the last complete checkpoint
+    "Train, or go on training; a checkpoint at the last step is loaded and not trained further"
+    from transformers import TrainerState
+    state = checkpoint and TrainerState.load_from_json(f'{checkpoint}/trainer_state.json')
+    if state and state.global_step >= state.max_steps:
+        trainer._load_from_checkpoint(state.best_model_checkpoint or checkpoint)
+        trainer.state = state
+    else:
+        with quiet(), labels_only(): trainer.train(resume_from_checkpoint=checkpoint)
+
 # %% ../nbs/01_sft.ipynb #cbb8825f
 @dataclass
 class SFTResult:
@@ -184,9 +195,8 @@ def train_sft(preset, # `Preset`
         same_settings(json.loads((out/'training.json').read_text())['settings'], settings, f'{out} holds a finished training')
         return SFTResult.load(out)
     claim(out/'checkpoints', settings)
-    with quiet(), labels_only():
-        trainer = _sft_trainer(preset, rows, eval_rows, reader, card, out/'checkpoints', progress)
-        trainer.train(resume_from_checkpoint=last_checkpoint(out/'checkpoints'))
+    with quiet(): trainer = _sft_trainer(preset, rows, eval_rows, reader, card, out/'checkpoints', progress)
+    train_to_the_end(trainer, last_checkpoint(out/'checkpoints'))
     finish(trainer, card, out, dict(settings=settings, seconds=time.monotonic() - start, log=_log_rows(trainer.state.log_history)))
     return SFTResult.load(out)
 

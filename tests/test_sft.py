@@ -27,9 +27,10 @@ def tiny_preset(folder, arch='llama', **kw):
     return load_preset('smollm2-135m', **{**fields, **kw})
 
 
-def train(folder, out, **kw): # as in a process of its own, see `test_killed_anywhere`
+def train(folder, out, evaluated=False, **kw): # as in a process of its own, see `test_killed_anywhere`
     preset = tiny_preset(folder, **kw)
-    return train_sft(preset, features(), FeatureReader.load(preset.sae), out, progress=False)
+    others = features('print hello state kept'.split(), start=100) if evaluated else None
+    return train_sft(preset, features(), FeatureReader.load(preset.sae), out, eval_features=others, progress=False)
 
 
 @pytest.fixture(scope='module')
@@ -133,8 +134,12 @@ make = sft._sft_trainer
 def with_death(*a, **kw):
     trainer = make(*a, **kw); trainer.add_callback(Die()); return trainer
 sft._sft_trainer = with_death
-train({folder!r}, {out!r})
+train({folder!r}, {out!r}, **{more!r})
 '''
+
+def killed(folder, out, kind, step=0, **more): # a process that ends itself
+    code = KILLED.format(tests=str(Path(__file__).parent), kind=kind, step=step, folder=str(folder), out=str(out), more=more)
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
 def whole(here): return train(here, here/'whole')
@@ -142,8 +147,7 @@ def whole(here): return train(here, here/'whole')
 @pytest.mark.parametrize('kind,step', [('step', 7), ('checkpoint', 2), ('finish', 0)])
 def test_killed_anywhere(here, whole, tmp_path, kind, step):
     "kill -9, then the same call: losses and adapter are those of a training that was never killed"
-    code = KILLED.format(tests=str(Path(__file__).parent), kind=kind, step=step, folder=str(here), out=str(tmp_path/'out'))
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    done = killed(here, tmp_path/'out', kind, step)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert not (tmp_path/'out'/CARD).exists()
     if kind == 'checkpoint': assert (tmp_path/'out'/'checkpoints'/f'checkpoint-{step}').exists()
@@ -152,10 +156,20 @@ def test_killed_anywhere(here, whole, tmp_path, kind, step):
     assert same(adapter(resumed.folder), adapter(whole.folder)) and not (tmp_path/'out'/'checkpoints').exists()
 
 
+@pytest.mark.parametrize('evaluated', [False, True])
+def test_killed_between_training_and_saving(here, tmp_path, evaluated):
+    "All steps of a fractional number of epochs are done and checkpointed: no step more, and the best checkpoint is the result"
+    more = dict(sft_epochs=2.3, evaluated=evaluated)
+    done = killed(here, tmp_path/'out', 'finish', **more)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    whole, resumed = (train(here, tmp_path/name, **more) for name in ('whole', 'out'))
+    assert resumed.losses == whole.losses and resumed.log.step.tolist() == whole.log.step.tolist()
+    assert same(adapter(resumed.folder), adapter(whole.folder))
+
+
 def test_half_written_files(here, whole, tmp_path):
     "Checkpoints with a cut file, an empty folder, a broken list: what is whole is resumed from, the rest goes"
-    code = KILLED.format(tests=str(Path(__file__).parent), kind='step', step=9, folder=str(here), out=str(tmp_path/'out'))
-    subprocess.run([sys.executable, '-c', code], capture_output=True)
+    killed(here, tmp_path/'out', 'step', 9)
     folder = tmp_path/'out'/'checkpoints'
     newest, older = sorted(folder.glob('checkpoint-*'), key=lambda c: -int(c.name.split('-')[1]))
     (newest/'optimizer.pt').write_bytes((newest/'optimizer.pt').read_bytes()[:100])
