@@ -10,7 +10,8 @@ import numpy as np, torch
 from saeexplainer.models import EMBEDDED, load_model
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sampling import batches
-from saeexplainer.target import Target, pad, residual_stream, tokenise
+from saeexplainer.sampling import pad
+from saeexplainer.target import Target, residual_stream, tokenise
 
 SUBJECTS = ['The old river', 'A young doctor from the north', 'My neighbour', 'The national park', 'Every winter the council',
             'This function']

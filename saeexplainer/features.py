@@ -125,7 +125,8 @@ def record_firings(target, # `Target`
 
 # %% ../nbs/parts/features.ipynb #805f315d
 def _read_windows(target, windows, rows, bar): # one batch of windows, appended to `rows`
-    from saeexplainer.target import pad, residual_stream
+    from saeexplainer.sampling import pad
+    from saeexplainer.target import residual_stream
     reader = target.reader
     batch = pad([[target.tokenizer.bos_token_id, *w] for _, w in windows], target.pad_id, device=target.model.device)
     real = batch['attention_mask'][:, 1:].bool() # BOS is fed and not counted

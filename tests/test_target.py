@@ -8,7 +8,8 @@ from saeexplainer import models, target as T
 from saeexplainer.models import weights_sha256
 from saeexplainer.sampling import sample
 from saeexplainer.saes import FeatureReader
-from saeexplainer.target import Target, find_steering_value, pad, residual_hook, residual_stream, steering, tokenise
+from saeexplainer.sampling import pad
+from saeexplainer.target import Target, find_steering_value, residual_hook, residual_stream, steering, tokenise
 
 TEXTS = ['The cat sat on the mat.', 'I think that rain', 'A', '', 'She sells sea shells by the sea shore, and the dog lay by the fire.']
 PROMPTS = ['The explanation is simple:', 'I think', 'We']

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from saeexplainer.store import RunStore
-from saeexplainer.writer import (BudgetSpent, LocalWriter, OpenAIWriter, Reply, Request, chat_ids, new_tokens, schema_error, whole_sentences)
+from saeexplainer.sampling import new_tokens, pad
+from saeexplainer.writer import (BudgetSpent, LocalWriter, OpenAIWriter, Reply, Request, chat_ids, schema_error, whole_sentences)
 from helpers import tiny_model, tiny_tokenizer
 
 SAMPLES = {'type': 'object', 'properties': {'samples': {'type': 'array', 'items': {'type': 'string'}, 'minItems': 2}}, 'required': ['samples'],
@@ -83,13 +84,14 @@ def test_equal_requests_are_asked_once(local):
 
 def test_new_tokens_end_at_the_end_token(local):
     rows = [chat_ids(local.tokenizer, Request(p)) for p in ('a', 'a b c')]
-    greedy = [ids for ids, _ in new_tokens(local.model, local.tokenizer, rows, None, 6, 0., 1.)]
+    greedy_tokens = lambda rows, n: new_tokens(local.model, local.tokenizer, **pad(rows, 0, left=True), max_new_tokens=n, temperature=0.)
+    greedy = [ids for ids, _ in greedy_tokens(rows, 6)]
     try: # make a token that greedy decoding reaches the end token: the reply stops there, uncut
         local.model.generation_config.eos_token_id = [1, greedy[0][2]]
-        (ids, cut), (_, _) = new_tokens(local.model, local.tokenizer, rows, None, 6, 0., 1.)
+        (ids, cut), (_, _) = greedy_tokens(rows, 6)
         assert ids == greedy[0][:greedy[0].index(greedy[0][2]) + 1] and not cut
-        assert new_tokens(local.model, local.tokenizer, rows[:1], None, len(ids) - 1, 0., 1.) == [(ids[:-1], True)] if len(ids) > 1 else True
-        assert new_tokens(local.model, local.tokenizer, rows[:1], None, len(ids), 0., 1.) == [(ids, False)] # the end token as the last one allowed
+        assert greedy_tokens(rows[:1], len(ids) - 1) == [(ids[:-1], True)] if len(ids) > 1 else True
+        assert greedy_tokens(rows[:1], len(ids)) == [(ids, False)] # the end token as the last one allowed
     finally: local.model.generation_config.eos_token_id = 2
 
 
