@@ -70,7 +70,7 @@ def show_report(folder:Path):
     import pandas as pd
     from saeexplainer.metrics import stage_table
     cells = stage_table(pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric']))
-    table = Table('', *cells.index, box=box.SIMPLE_HEAD, caption='means with 95% intervals: shares in per cent; high, low and gap in units of the activation')
+    table = Table('', *cells.index, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption='means with 95% intervals: shares in per cent; high, low and gap in units of the activation')
     table.columns[0].no_wrap = True
     for metric, row in zip(cells.columns, cells.T.values): table.add_row(metric, *(Text(c.replace(' [', '\n').replace(', ', '–').rstrip(']')) for c in row))
     out.print(table)

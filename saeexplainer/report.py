@@ -43,7 +43,7 @@ def provenance(run) -> dict:
     "What a run was made with"
     from importlib.metadata import version
     import torch
-    stages = run.store.progress()
+    stages = run.store.progress().sort_values('started')
     replies = [json.loads(r) for r in run.store.table('replies')['reply']]
     return dict(preset=run.preset.name, size=run.preset.size, seed=run.preset.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] if (c := run.store.meta(f'commit_{s}')))),
                 begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
