@@ -183,10 +183,10 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='f
     reader = target.reader if verified else FeatureReader.load(chosen.sae)
     texts = Explainer.from_pretrained(folder, reader=reader, device=chosen.device).explain(reader.directions([f.index for f in shown]), max_new_tokens=chosen.explanation_tokens)
     verdicts = verify(target, chosen, shown, texts, seed) if verified else [None]*len(shown)
-    if as_json: return print(json.dumps([dict(id=str(f.id), explanation=t) | ({} if v is None else {k: v[k] for k in ('reached', 'texts', 'score')} | dict(best=''.join(v['reading'].tokens)))
+    if as_json: return print(json.dumps([dict(id=str(f.id), explanation=t, label=f.explanation) | ({} if v is None else {k: v[k] for k in ('reached', 'texts', 'score')} | dict(best=''.join(v['reading'].tokens)))
                                          for f, t, v in zip(shown, texts, verdicts)], indent=1))
     for f, text, verdict in zip(shown, texts, verdicts):
-        out.print(Text.assemble((str(f.id), 'bold'), f'  {text}'))
+        out.print(Text.assemble((str(f.id), 'bold'), f'  {text}', (f'  (label: {f.explanation})' if f.explanation else '', 'dim')))
         if verdict:
             out.print(Text(f"  {verdict['reached']} of {verdict['texts']} texts reach half of {f.max_act:.1f}; best {verdict['score']:.1f}: ") + marked(lit_words(verdict['reading'])))
 
