@@ -1,0 +1,61 @@
+"Sampling: draws that depend on a row's seed alone, whatever the shortlist and the batch"
+import pytest
+import torch
+from saeexplainer.sampling import RowSampler, batches, new_tokens, pad, sample, seed_for
+from helpers import tiny_model, tiny_tokenizer
+
+
+@pytest.mark.parametrize('top_p', [.3, .9, .999])
+def test_the_shortlist_does_not_change_a_draw(top_p):
+    "Rows from peaked to flat: some nuclei lie inside the shortlist, some inside sixteen times as many, some in neither"
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(300, 200, generator=generator) * torch.linspace(.05, 8, 300)[:, None]
+    p = scores.softmax(-1).sort(-1, descending=True)[0].cumsum(-1)
+    sizes = (p < top_p).sum(-1) + 1
+    if top_p == .9: assert (sizes <= 2).any() and ((sizes > 2) & (sizes <= 32)).any() and (sizes > 32).any()
+    drawn = [RowSampler(range(300), top_p=top_p, shortlist=n)(None, scores).argmax(-1) for n in (2, 200)]
+    assert torch.equal(*drawn)
+    ranks = (scores > scores.gather(1, drawn[0][:, None])).sum(-1)
+    assert (ranks < sizes).all() # never outside the nucleus
+
+
+def test_a_draw_keeps_one_token():
+    scores = RowSampler([1, 2], top_p=.5)(None, torch.zeros(2, 30))
+    assert ((scores == 0).sum(-1) == 1).all() and (scores == -torch.inf).sum() == 2*29
+
+
+@pytest.mark.parametrize('wrong,says', [(dict(temperature=0), 'sampling needs more than 0'), (dict(top_p=0), r'must lie in \(0, 1\]'), (dict(top_p=1.1), 'must lie in')])
+def test_values_that_mean_nothing_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says): RowSampler([0], **wrong)
+
+
+def test_rows_of_different_length_in_company_and_alone():
+    model, tokenizer = tiny_model(n_layers=2), tiny_tokenizer()
+    rows, seeds = [[5, 6, 7, 8, 9], [10], [11, 12, 13]], [seed_for(0, i) for i in range(3)]
+    together = new_tokens(model, tokenizer, **pad(rows, 0, left=True), seeds=seeds, max_new_tokens=6)
+    alone = [new_tokens(model, tokenizer, **pad([row], 0, left=True), seeds=[seed], max_new_tokens=6)[0] for row, seed in zip(rows, seeds)]
+    assert together == alone and all(len(ids) == 6 or not cut for ids, cut in together)
+    texts = sample(model, tokenizer, **pad(rows, 0, left=True), seeds=seeds, max_new_tokens=6)
+    assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids, _ in together]
+
+
+def test_suppressed_tokens_are_never_drawn():
+    model, tokenizer = tiny_model(n_layers=2), tiny_tokenizer()
+    batch = pad([[5, 6]]*8, 0, left=True)
+    free = {t for ids, _ in new_tokens(model, tokenizer, **batch, seeds=range(8), max_new_tokens=8) for t in ids}
+    banned = sorted(free)[:len(free)//2]
+    kept = {t for ids, _ in new_tokens(model, tokenizer, **batch, seeds=range(8), max_new_tokens=8, suppress=banned) for t in ids}
+    assert banned and not kept & set(banned)
+
+
+def test_a_seed_for_every_row():
+    model, tokenizer = tiny_model(n_layers=2), tiny_tokenizer()
+    with pytest.raises(ValueError, match='2 rows need 2 seeds, got 1'): sample(model, tokenizer, **pad([[5], [6]], 0), seeds=[1])
+    with pytest.raises(ValueError, match='2 rows need 2 seeds, got 0'): sample(model, tokenizer, **pad([[5], [6]], 0))
+
+
+def test_batches_hold_every_row_once():
+    lengths = [3, 50, 7, 7, 120, 1, 9]
+    groups = batches(lengths, max_rows=3, max_tokens=100)
+    assert sorted(i for g in groups for i in g) == list(range(7)) and [4] in groups
+    assert all(len(g) <= 3 and (len(g) == 1 or len(g)*max(lengths[i] for i in g) <= 100) for g in groups)
