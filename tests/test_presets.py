@@ -14,6 +14,7 @@ def message(call, *args, kind=ValueError, **kwargs):
 
 def test_names_are_those_of_the_design():
     assert set(presets()) == {'gemma-2-9b-l20', 'gemma-2-9b-l31', 'llama3.1-8b-l15', 'llama3.1-8b-l25', 'gemma-2-27b-l10', 'gemma-2-27b-l22',
+                              'gemma-2-9b-l4', 'gemma-2-9b-l12', 'gemma-2-9b-l29', 'gemma-2-9b-l37', 'gemma-2-27b-l34',
                               'gemma-2-2b-l12', 'gemma-3-270m-l12', 'gpt2-small-l8', 'smollm2-135m'}
 
 
@@ -98,7 +99,7 @@ def test_bad_fields_get_one_line(fields, says):
 
 def test_unknown_presets_get_one_line():
     assert 'did you mean smollm2-135m' in message(load_preset, 'smollm-135m')
-    assert 'there are gemma-2-9b-l20' in message(load_preset, 'qqq')
+    assert 'see `saeexplainer presets`' in message(load_preset, 'qqq')
     assert 'did you mean demo' not in message(load_preset, 'smollm2-135m', size='tiny')
     assert 'demo' in message(load_preset, 'smollm2-135m', size='tiny')
 
