@@ -13,7 +13,7 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
            'evaluate']
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
-import functools, hashlib, json, re
+import functools, hashlib, itertools, json, re
 from dataclasses import dataclass
 import numpy as np, pandas as pd
 
@@ -311,13 +311,14 @@ def calibrate(store, target, features, preset, pool, progress:bool=False) -> int
     todo = store.missing('steering', wanted)
     found = {(r.steered, r.kl_target): r for r in store.steering().itertuples()} # a control of two features is searched once
     with _bar(len(todo), 'steering: KL searches', progress) as bar:
-        for key in todo:
-            steered, kl = wanted[key], key[2]
-            value = found.get((steered, kl)) or target.steering_value(steered, kl, list(preset.steering_prompts))
-            found[steered, kl] = value
-            store.put_steering([dict(feature=key[0], control=key[1], kl_target=kl, steered=steered, value=value.value, kl=value.kl,
-                                     reached=value.reached)])
-            bar.update()
+        for (f, c), keys in itertools.groupby(todo, lambda key: key[:2]):
+            keys, steered = list(keys), conditions[f][c]
+            kls = [kl for _, _, kl in keys if (steered, kl) not in found]
+            values = target.steering_values(steered, kls, preset.steering_prompts, reference=preset.steering_reference) if kls else []
+            found |= {(steered, kl): value for kl, value in zip(kls, values)}
+            store.put_steering([dict(feature=f, control=c, kl_target=kl, steered=steered, value=v.value, kl=v.kl, reached=v.reached)
+                                for f, c, kl in keys for v in [found[steered, kl]]])
+            bar.update(len(keys))
     return len(todo)
 
 # %% ../nbs/04_metrics.ipynb #b8492bf6
@@ -343,7 +344,7 @@ def steer(store, target, # RunStore, Target
         for i in range(0, len(rows), preset.batch_size):
             batch = rows[i:i+preset.batch_size]
             texts = target.generate([row[3] for row in batch], feature=[row[4] for row in batch], value=[row[5] for row in batch],
-                                    max_new_tokens=preset.steering_tokens, temperature=preset.steering_temperature,
+                                    max_new_tokens=preset.steering_tokens, temperature=preset.steering_temperature, reference=preset.steering_reference,
                                     seeds=[seed_for(preset.seed, 'steered', *row[:4]) for row in batch])
             store.put_steered_texts([(*row[:4], text) for row, text in zip(batch, texts)])
             bar.update(len(batch))
