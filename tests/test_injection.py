@@ -4,8 +4,9 @@ import pytest, torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages,
-                                    save_adapter)
+from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, explanation_prompt, oracle_layers, oracle_note,
+                                    placeholder_id, prompt_messages, save_adapter)
+from saeexplainer import models
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sampling import seed_for
