@@ -89,10 +89,9 @@ class Run:
 
     def writer(self, which:str): # 'writer' or 'evaluation_writer'
         "The preset's writer: the target model itself, or an OpenAI-compatible one"
-        from saeexplainer.writer import LocalWriter, OpenAIWriter
+        from saeexplainer.writer import writer_for
         name = getattr(self.preset, which)
-        if name=='local': return LocalWriter(self.target.model, self.target.tokenizer, batch_size=self.preset.batch_size)
-        return OpenAIWriter(name, store=self.store)
+        return writer_for(name, self.target if name=='local' else None, self.preset, self.store)
 
     def adapter(self, stage:str) -> Path: return self.folder/'explainer'/stage
 
