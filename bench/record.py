@@ -1,0 +1,18 @@
+"The rows of a benchmark: printed, appended to a JSON file where one is given, and held against what they must reach"
+import json, statistics, time
+
+
+def row(what, against, value, least, **more): return dict(what=what, against=against, value=round(float(value), 4), least=least, **more)
+
+def finish(rows, file=None) -> int: # exit code: 1 where a row misses its least value
+    for r in rows: print(f"{'ok  ' if r['value'] >= r['least'] else 'MISS'} {r['value']:7.3g}  (at least {r['least']:g})  {r['what']} / {r['against']}")
+    if file: file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else []) + rows, indent=1) + '\n')
+    return 0 if all(r['value'] >= r['least'] for r in rows) else 1
+
+def in_turns(ways, repeats, now=time.perf_counter): # {name: function} -> ({name: median seconds}, {name: latest result}); a first round warms up
+    seconds, results = {name: [] for name in ways}, {}
+    for _ in range(repeats + 1):
+        for name, fn in ways.items():
+            start = now(); results[name] = fn()
+            seconds[name].append(now() - start)
+    return {name: statistics.median(s[1:]) for name, s in seconds.items()}, results
