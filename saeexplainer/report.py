@@ -44,13 +44,18 @@ def provenance(run) -> dict:
     "What a run was made with"
     from importlib.metadata import version
     import torch
+    from saeexplainer.presets import diff, load_preset, presets
+    p, built_in = run.preset, run.preset.name in presets()
+    changes = diff(load_preset(p.name, size=p.size), p).splitlines() if built_in else None
     stages = run.store.progress().sort_values('started')
     replies = [json.loads(r) for r in run.store.table('replies')['reply']]
-    return dict(preset=run.preset.name, size=run.preset.size, seed=run.preset.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] if (c := run.store.meta(f'commit_{s}')))),
+    return dict(preset=p.name, size=p.size, changes=changes, sae=p.sae, source=p.source, target=p.target, explainer=p.explainer, writer=p.writer,
+                evaluation_writer=p.evaluation_writer, seed=p.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] if (c := run.store.meta(f'commit_{s}')))),
                 begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
                 python=platform.python_version(), versions={p: version(p) for p in ('torch', 'transformers', 'trl', 'peft', 'sae-lens', 'saeexplainer')},
                 sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())),
-                notes=run.store.meta('notes') or [], writer_cost=sum(r.get('cost') or 0. for r in replies), command=f'saeexplainer run {run.preset.name} --size {run.preset.size}')
+                notes=run.store.meta('notes') or [], writer_cost=sum(r.get('cost') or 0. for r in replies),
+                command=f'saeexplainer run {p.name} --size {p.size}' if built_in and not changes else f'saeexplainer run {run.folder}/preset.yaml')
 
 # %% ../nbs/parts/report.ipynb #61a78c5e
 def how_made(folder) -> str: # of a report

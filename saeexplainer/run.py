@@ -14,14 +14,13 @@ from pathlib import Path
 from .presets import Preset, diff, load_preset
 
 # %% ../nbs/parts/run.ipynb #0fab8673
-def _claim_preset(folder:Path, preset:Preset):
-    "Write the run's preset, or check that it is the one that was written"
+def _claim_preset(folder:Path, preset:Preset, begun:bool):
+    "Write the run's preset, or check that it is the one that was written, if anything was begun under it"
     file = folder/'preset.yaml'
-    if file.exists():
+    if begun and file.exists():
         changes = diff(load_preset(file), preset)
         if changes: raise ValueError(f'{folder} was begun with another preset ({"; ".join(changes.splitlines())}): choose another --name')
         return
-    folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix('.part'); part.write_text(preset.to_yaml()); part.rename(file)
 
 def _lock(folder:Path): # the open file: the lock lasts as long as it does
@@ -42,10 +41,11 @@ class Run:
     def __post_init__(self):
         from saeexplainer.store import RunStore
         self.folder = Path(self.folder)
-        _claim_preset(self.folder, self.preset)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._held = _lock(self.folder)
         self.store = RunStore(self.folder/'store.sqlite')
-        self.store.put_meta(template=self.preset.template, placeholder=self.preset.placeholder)
+        _claim_preset(self.folder, self.preset, begun=self.store.begun())
+
 
     def close(self):
         self.store.close(); self._held.close()
@@ -64,6 +64,12 @@ class Run:
         from saeexplainer.target import Target
         if self.preset.swap_models: free_memory()
         return Target.load(self.preset, self.reader)
+
+    def check(self):
+        "Raise now what would be raised hours later: an SAE of another layer, too few labels, a writer without a key"
+        self.reader, self.splits
+        for which in ('writer', 'evaluation_writer'):
+            if getattr(self.preset, which) != 'local': self.writer(which)
 
     def make_room(self):
         "Where the two models take turns (`swap_models`), let go of the target: it is loaded again when it is needed"
@@ -202,9 +208,11 @@ def stage_functions(preset) -> dict: # name -> function of the run
 def execute(run:Run, say=print) -> Path: # the report's folder
     "Do what is left of a run; call it again after any interruption"
     from saeexplainer.report import write_report
+    run.check()
     say(f'{run.preset.name} ({run.preset.size}): {len(run.features)} features, '
         + ', '.join(f'{len(part)} {name}' for name, part in run.splits.items()))
     commit = git_commit()
+    run.store.put_meta(template=run.preset.template, placeholder=run.preset.placeholder)
     for name, stage in stage_functions(run.preset).items():
         if run.store.finished(name):
             say(f'{name}: done before'); continue

@@ -189,6 +189,10 @@ class FeatureReader(LoadedSAE):
         if d != self.d_model: raise ValueError(f'this SAE reads vectors of width {self.d_model}, got {d}: is it for another model?')
         return resid.detach().to(self.sae.W_dec.device, torch.float32)
 
+    def _read(self, x): # the residual stream as the SAE was trained on it, and what was taken off
+        mean = x.mean(-1, keepdim=True) if (self.sae.cfg.metadata.model_from_pretrained_kwargs or {}).get('center_writing_weights') else torch.zeros((), device=x.device)
+        return x - mean, mean
+
     def directions(self, features) -> torch.Tensor: # (n, d) fp32
         "Decoder directions of features, as the SAE stores them; raises `ValueError` where one is zero or not finite"
         return check_directions(self.sae.W_dec[self._indices(features)].clone(), self.d_model)
@@ -196,23 +200,24 @@ class FeatureReader(LoadedSAE):
     @torch.no_grad()
     def encode(self, resid) -> torch.Tensor: # (..., d) -> (..., n_features)
         "All activations, by sae-lens' own encode"
-        return self.sae.encode(self._rows(resid))
+        return self.sae.encode(self._read(self._rows(resid))[0])
 
     @torch.no_grad()
     def activations(self, resid, features) -> torch.Tensor: # (n, t, d), (n,) or (n, m) -> (n, t) or (n, t, m), fp32
         "Activation of feature i, or of all m features in row i, on every token of row i"
-        x = self._rows(resid); f = self._indices(features, len(x))
+        (x, _), f = self._read(self._rows(resid)), self._indices(features, len(resid))
         read = one_column if self.sae.cfg.architecture() in ONE_COLUMN else competing
         return read(self.sae, x, f) if f.ndim==2 else read(self.sae, x, f[:, None]).squeeze(-1)
 
     @torch.no_grad()
     def reconstruct(self, resid) -> torch.Tensor: # (..., d) -> like resid
         "What the SAE makes of the residual stream: decode(encode(x))"
-        return self.sae.decode(self.sae.encode(self._rows(resid))).to(resid)
+        x, mean = self._read(self._rows(resid))
+        return (self.sae.decode(self.sae.encode(x)) + mean).to(resid)
 
     def clamp(self, resid, features, values, # (n, t, d), (n,), (n,)
               spliced:bool=False): # on the SAE's reconstruction, instead of on the residual stream itself
         "The residual stream with feature i forced to `values[i]` on every token of row i, like resid"
         x = self._rows(resid); f = self._indices(features, len(x))
         change = torch.as_tensor(values, device=x.device).float().reshape(-1, 1) - self.activations(x, f)
-        return ((self.reconstruct(x) if spliced else x) + change[..., None] * decoder_step(self.sae, x, f)).to(resid)
+        return ((self.reconstruct(x) if spliced else x) + change[..., None] * decoder_step(self.sae, self._read(x)[0], f)).to(resid)

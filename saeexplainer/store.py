@@ -164,6 +164,7 @@ class _Stages(_Views):
 
     def finished(self, stage) -> bool: return bool(self._rows('SELECT 1 FROM progress WHERE stage=? AND finished IS NOT NULL', [stage]))
     def progress(self): return self.table('progress')
+    def begun(self) -> bool: return any(self._rows(f'SELECT 1 FROM "{table}" LIMIT 1') for table in KEYS if table != 'meta')
 
     def put_meta(self, **facts) -> None:
         "Facts about the run, as JSON, each written once; raises `ValueError` where another value stands"

@@ -14,17 +14,16 @@ CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def tiny_tokenizer(vocab=512, add_bos=False):
+def tiny_tokenizer(vocab=512, add_bos=False, specials=SPECIALS, bos='<s>', eos='</s>', pad='<pad>', chat=CHAT, more_text=()):
     "Byte-level BPE of at most `vocab` tokens with a chat template; any text can be encoded; pads on the left"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    t.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIALS, show_progress=False,
-                                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    if add_bos: t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', pad_token='<pad>', chat_template=CHAT,
-                                   padding_side='left')
+    t.train_from_iterator([*SENTENCES, *more_text], trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(specials), show_progress=False,
+                                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if add_bos: t.post_processor = processors.TemplateProcessing(single=f'{bos} $A', special_tokens=[(bos, t.token_to_id(bos))])
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=chat, padding_side='left')
 
 
 def tiny_model(arch='llama', d=64, n_layers=4, vocab=512, seed=0, **kw):
@@ -67,3 +66,78 @@ def tiny_sae(folder, architecture='jumprelu', d_in=64, d_sae=512, layer=2, hook=
     (sae.save_inference_model if trained else sae.save_model)(folder)
     if card is not None: (folder/'card.json').write_text(json.dumps(card))
     return folder
+
+
+# ---- models and SAEs of the paper, tiny: vocabulary, turns and files as the real ones have them
+
+GEMMA_CHAT = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+              "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}")
+LLAMA_CHAT = ("{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday: rain<|eot_id|>' }}{% for m in messages %}"
+              "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+FAMILIES = { # keywords of `tiny_tokenizer`, then what the instruct twin has instead, and the tokens at which it stops
+    'gemma2': (dict(specials=['<pad>', '<eos>', '<bos>', '<start_of_turn>', '<end_of_turn>'], bos='<bos>', eos='<eos>', add_bos=True), dict(chat=GEMMA_CHAT),
+               ['<eos>', '<end_of_turn>']),
+    'llama': (dict(specials=['<|begin_of_text|>', '<|end_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'], bos='<|begin_of_text|>',
+                   eos='<|end_of_text|>', pad=None, add_bos=True), dict(chat=LLAMA_CHAT, eos='<|eot_id|>'), ['<|end_of_text|>', '<|eot_id|>']),
+    'gpt2': (dict(specials=['<|endoftext|>'], bos='<|endoftext|>', eos='<|endoftext|>', pad=None), {}, ['<|endoftext|>'])}
+
+
+def save_twin(folder, family, instruct=False, n_layers=4, d=64, seed=0):
+    "A tiny base model of a family of the paper, or its instruct twin, with its tokenizer, saved to `folder`; ' ?' is one token, as in the real vocabularies"
+    base, own, ends = FAMILIES[family]
+    tokenizer = tiny_tokenizer(**{**base, 'chat': None, **(own if instruct else {})}, more_text=['by ? is ? of ? the ? word ?'])
+    ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    model = tiny_model(family, d, n_layers, vocab=len(tokenizer), seed=seed, **ids)
+    if instruct: model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(e) for e in ends]
+    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
+    return folder
+
+
+def hub_file(hub, repo, path): # where a file of a repository lies in a hub cache, ready to be written
+    commit, root = '0'*40, Path(hub)/('models--' + repo.replace('/', '--'))
+    (root/'refs').mkdir(parents=True, exist_ok=True); (root/'refs'/'main').write_text(commit)
+    file = root/'snapshots'/commit/path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def _arrays(seed, d, n, **scales): # random fp32 tensors by name
+    g = torch.Generator().manual_seed(seed)
+    shapes = dict(W_enc=(d, n), W_dec=(n, d), b_enc=(n,), b_dec=(d,), threshold=(n,))
+    return {k: s*torch.randn(*shapes[k], generator=g) for k, s in scales.items()}
+
+
+def gemma_scope(hub, repo, folder, d=64, n=512, seed=0): # arrays
+    "`params.npz` as Gemma Scope has it"
+    import numpy as np
+    a = _arrays(seed, d, n, W_enc=.1, W_dec=.1, b_enc=.1, b_dec=.1, threshold=3.)
+    a['threshold'] = a['threshold'].abs() + .5
+    with open(hub_file(hub, repo, f'{folder}/params.npz'), 'wb') as f: np.savez(f, **{k: v.numpy() for k, v in a.items()})
+    return a
+
+
+def llama_scope(hub, repo, folder, layer, scale, d=64, n=512, seed=0): # arrays; scale: sqrt(d) / mean norm, which the registry repeats
+    "`hyperparams.json` and weights as Llama Scope has them"
+    from safetensors.torch import save_file
+    a = _arrays(seed, d, n, W_enc=.1, W_dec=.1, b_enc=.1, b_dec=.1)
+    norm, hook = d**.5/scale, f'blocks.{layer}.hook_resid_post'
+    hyper = dict(d_model=d, d_sae=n, jump_relu_threshold=.5, hook_point_in=hook, hook_point_out=hook, dataset_average_activation_norm={'in': norm, 'out': norm})
+    hub_file(hub, repo, f'{folder}/hyperparams.json').write_text(json.dumps(hyper))
+    names = {'encoder.weight': a['W_enc'].T, 'decoder.weight': a['W_dec'].T, 'encoder.bias': a['b_enc'], 'decoder.bias': a['b_dec']}
+    save_file({k: v.contiguous() for k, v in names.items()}, hub_file(hub, repo, f'{folder}/checkpoints/final.safetensors'))
+    return a
+
+
+def res_jb(hub, repo, hook, d=64, n=512, seed=0, centred=True): # arrays; centred: no encoder column reads the mean over the residual stream
+    "`cfg.json` as an SAE of 2024 has it, and weights"
+    from safetensors.torch import save_file
+    a = _arrays(seed, d, n, W_enc=.1, W_dec=.1, b_enc=.1, b_dec=.1)
+    if centred:
+        for k, dim in (('W_enc', 0), ('W_dec', 1), ('b_dec', 0)): a[k] -= a[k].mean(dim, keepdim=True)
+    cfg = dict(model_name='gpt2-small', hook_point=hook, hook_point_layer=int(hook.split('.')[1]), hook_point_head_index=None, d_in=d, d_sae=n, expansion_factor=n//d,
+               dataset_path='Skylion007/openwebtext', is_dataset_tokenized=False, context_size=128, dtype='torch.float32', device='mps', seed=42, b_dec_init_method='geometric_median')
+    hub_file(hub, repo, f'{hook}/cfg.json').write_text(json.dumps(cfg))
+    save_file({k: v.contiguous() for k, v in a.items()}, hub_file(hub, repo, f'{hook}/sae_weights.safetensors'))
+    return a

@@ -1,6 +1,5 @@
 "Writers: the local one on tiny models, the remote one against a real server on loopback"
-import json, socket, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import json, time
 import numpy as np
 import pytest
 import torch
@@ -8,6 +7,7 @@ from saeexplainer.store import RunStore
 from saeexplainer.sampling import new_tokens, pad
 from saeexplainer.writer import (BudgetSpent, LocalWriter, OpenAIWriter, Reply, Request, chat_ids, schema_error, whole_sentences)
 from helpers import tiny_model, tiny_tokenizer
+from writer_server import Server, completion, error
 
 SAMPLES = {'type': 'object', 'properties': {'samples': {'type': 'array', 'items': {'type': 'string'}, 'minItems': 2}}, 'required': ['samples'],
            'additionalProperties': False}
@@ -136,50 +136,6 @@ def test_a_tokenizer_without_chat_template():
 
 
 # ---- the server
-
-class Server(ThreadingHTTPServer):
-    "Answers as `answer(asked, n)` says: text, (status, body, headers) or 'hang up'; keeps what it was asked"
-    daemon_threads = True
-    def __init__(self, answer):
-        self.answer, self.asked, self.keys, self.now, self.most, self.lock = answer, [], set(), 0, 0, threading.Lock()
-        super().__init__(('127.0.0.1', 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-    @property
-    def url(self): return f'http://127.0.0.1:{self.server_port}/v1'
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-        with self.server.lock:
-            self.server.asked.append(asked)
-            n = len(self.server.asked)
-            self.server.keys.add(self.headers['Authorization'])
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-        try: answer = self.server.answer(asked, n)
-        finally:
-            with self.server.lock: self.server.now -= 1
-        if answer == 'hang up':
-            self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
-        status, body, headers = answer if isinstance(answer, tuple) else (200, completion(answer), {})
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for k, v in {'Content-Type': 'application/json', 'Content-Length': len(data), **headers}.items(): self.send_header(k, str(v))
-        self.end_headers()
-        self.wfile.write(data)
-    def log_message(self, *_): pass
-
-
-def completion(text, finish='stop', **message):
-    return dict(id='1', object='chat.completion', created=0, model='small-2026', usage=dict(prompt_tokens=100, completion_tokens=10, total_tokens=110),
-                choices=[dict(index=0, finish_reason=finish, message=dict(role='assistant', content=text, **message))])
-
-
-def error(status, text, param=None, code=None, **headers): return status, dict(error=dict(message=text, param=param, code=code)), headers
-
 
 @pytest.fixture
 def serve(monkeypatch):
