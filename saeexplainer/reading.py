@@ -223,11 +223,12 @@ def read_batch(target, reading:CorpusReading, batch, # list of (source, digest, 
     "Read a batch of documents into the state"
     if windows := [w for _, _, ws in batch for w in ws]:
         acts = target.reader.encode(window_residuals(target, windows)) # (T, F)
-        reading.fired += (acts != 0).sum(0).cpu().numpy()
     at = 0
     for source, reading.digest, windows in batch:
         if ids := [i for w in windows for i in w]:
-            add_document(reading, acts[at:at+len(ids)], ids, source)
+            part = acts[at:at+len(ids)]
+            add_document(reading, part, ids, source)
+            reading.fired += (part != 0).sum(0).cpu().numpy()
             reading.words.update(w.casefold() for w in WORD.findall(''.join(vocabulary[i] for i in ids)))
             reading.sources[source][1] += len(ids); at += len(ids)
         reading.documents += 1
@@ -239,19 +240,19 @@ def reading_settings(target, n_top:int=32, tokens:int|None=None, window:int=127,
     reader, model = target.reader, target.model
     return dict(sae=reader.sha256, n_features=reader.n_features, model=Path(model.name_or_path).name, dtype=str(model.dtype),
                 place=f'{reader.hook} of layer {reader.layer}', bos=target.bos, n_top=n_top, tokens=tokens, window=window,
-                batch_tokens=batch_tokens or min(target.max_tokens, max(1, 2**28//reader.n_features)))
+                batch_tokens=batch_tokens or min(target.max_tokens, max(1, 2**27//reader.n_features)))
 
 def read_corpus(target, # `Target`
                 docs, # iterable of (source, text), long texts split beforehand: a document is encoded as a whole
                 file, # the state, .npz; a pass that was interrupted goes on from here
                 n_top:int=32, # documents kept per feature
                 tokens:int|None=None, # stop after the document that reaches so many; None: read all
-                window:int=127, batch_tokens:int|None=None, # None: 2**28 activations, 1 GB, but no more tokens than the target takes
+                window:int=127, batch_tokens:int|None=None, # None: 2**27 activations, but no more tokens than the target takes at once
                 save_every:float=300, # seconds
                 progress:bool=True) -> CorpusReading:
     """Read documents once and keep each feature's strongest, in bounded memory; raises `ValueError` where the state is of another SAE, model or corpus,
-    or no document is long enough. Memory: `state_bytes(F, n_top)` on the CPU; on the model's device activations of 4 bytes, two to three copies within the
-    SAE's encode, for F features times `batch_tokens` or the longest document; the corpus' distinct words."""
+    or no document is long enough. Memory: `state_bytes(F, n_top)` and the corpus' distinct words on the CPU; where the SAE is, up to four copies, within
+    its encode, of 4 bytes x F x the tokens of a batch: `batch_tokens`, or the longest document."""
     file, settings = Path(file), reading_settings(target, n_top, tokens, window, batch_tokens)
     reading = load_reading(file, settings) if file.exists() else CorpusReading.empty(settings)
     if reading.finished: return reading

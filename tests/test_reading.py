@@ -160,7 +160,7 @@ def test_memory_is_what_the_formula_says(target, tmp_path, monkeypatch):
         tracemalloc.start()
         reading = read_corpus(target, (DOCS[i % 14] for i in range(n)), tmp_path/f'{n}.npz', n_top=8, batch_tokens=300, progress=False)
         used = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
-        assert sum(a.nbytes for a in vars(reading).values() if isinstance(a, np.ndarray)) == state_bytes(64, 8) == (tmp_path/f'{n}.npz').stat().st_size // 1000 * 1000 or True
+        assert sum(a.nbytes for a in vars(reading).values() if isinstance(a, np.ndarray)) == state_bytes(64, 8)
         return used
     peak(14)
     short, long = peak(50), peak(500)
@@ -168,10 +168,10 @@ def test_memory_is_what_the_formula_says(target, tmp_path, monkeypatch):
     assert read_corpus(target, DOCS, tmp_path/'longest.npz', batch_tokens=1, progress=False).documents == len(DOCS) # a long document is a batch of its own
 
 
-def test_default_batches_hold_a_gigabyte_of_activations(target):
+def test_default_batches_hold_half_a_gigabyte_of_activations(target):
     wide = replace_features(target.reader, 131_072)
     assert reading_settings(target)['batch_tokens'] == target.max_tokens == 4096
-    assert reading_settings(Target(target.model, target.tokenizer, wide))['batch_tokens'] == 2048
+    assert reading_settings(Target(target.model, target.tokenizer, wide))['batch_tokens'] == 1024
 
 
 def replace_features(reader, n): # a reader that says it has n features
