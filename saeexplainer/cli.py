@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'JSON', 'Setting', 'resolve', 'presets_command', 'marked', 'show_report', 'run_command',
-           'report_command', 'chosen_features', 'features_command', 'shipped_explainer', 'verify', 'explain_command',
+           'report_command', 'preset_and_names', 'chosen_features', 'features_command', 'make_features',
+           'shipped_explainer', 'explainer_of', 'explain_directions', 'explain_command', 'verdicts_on',
            'evaluate_command', 'main']
 
 # %% ../nbs/parts/cli.ipynb #8e3d0c66
@@ -40,7 +41,7 @@ def resolve(name:str, size:str|None=None, settings=()): # Preset
 def presets_command(name: Annotated[Optional[str], typer.Argument(help='show the fields of this one')] = None, size: Optional[str] = None, as_json: JSON = False):
     "List presets, or show every field of one with its meaning"
     import dataclasses
-    from saeexplainer.presets import load_preset, presets
+    from saeexplainer.presets import load_preset, needs, presets
     if name:
         preset = resolve(name, size)
         if as_json: return print(json.dumps(dataclasses.asdict(preset), indent=1))
@@ -49,8 +50,12 @@ def presets_command(name: Annotated[Optional[str], typer.Argument(help='show the
     else:
         rows = [load_preset(p) for p in presets()]
         if as_json: return print(json.dumps([p.name for p in rows]))
-        table = Table('preset', 'target', 'source', 'writer', 'SFT', 'preferences', 'test')
-        for p in rows: table.add_row(p.name, p.target, p.source, p.writer, f'{p.n_sft:,}', f'{p.n_pref:,}', f'{p.n_test:,}')
+        table = Table('preset', 'target', 'SAE', 'explainer', 'labels', 'SFT / preferences / test', 'memory', 'disk', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+                      caption='memory: models, SAE and training together, expected; disk: what is fetched. `saeexplainer presets NAME` shows every field of one')
+        for p in rows:
+            takes = needs(p)
+            table.add_row(p.name, p.target, p.source.split('/')[1], p.explainer, p.label_model or ('words' if p.corpus else 'default'), f'{p.n_sft:,} / {p.n_pref:,} / {p.n_test}',
+                          *(f'{takes[k]:.0f} GB' if takes and takes[k] >= 1.5 else f'{takes[k]:.1f} GB' if takes else '?' for k in ('memory_gb', 'disk_gb')))
     out.print(table)
 
 # %% ../nbs/parts/cli.ipynb #9c84ee6b
@@ -111,6 +116,20 @@ def report_command(name: Annotated[str, typer.Argument(help='a run under runs/')
     show_report(out_folder or report)
 
 # %% ../nbs/parts/cli.ipynb #cd5bcd0a
+def preset_and_names(names, # the arguments of a command: perhaps a preset, then features
+                     preset:str|None=None # of --preset
+                    ): # (name of a preset, names of features)
+    "The preset that is named first, or that the first feature belongs to, or the embedded default"
+    from saeexplainer.features import FeatureId
+    from saeexplainer.presets import load_preset, presets
+    names = list(names or ())
+    if names and not names[0].isdecimal() and (names[0].endswith(('.yaml', '.yml')) or '/' not in names[0]): preset = names.pop(0)
+    if preset: return preset, names
+    source = next((f'{i.model}/{i.source}' for n in names if not n.isdecimal() for i in [FeatureId.parse(n)]), None)
+    found = [p for p in presets() if load_preset(p).source == source]
+    if source and not found: raise ValueError(f'no preset explains {source}: name your own first, as in mine.yaml {names[0]}')
+    return (found or ['smollm2-135m'])[0], names
+
 def chosen_features(preset, names, random:int, seed:int, features): # list of Feature
     "Features by name or index, and `random` more; raises `ValueError` for what does not exist"
     import numpy as np
@@ -118,7 +137,7 @@ def chosen_features(preset, names, random:int, seed:int, features): # list of Fe
     known, model_source, chosen = {f.index: f for f in features}, preset.source, []
     for name in names or ():
         index = int(name) if name.isdecimal() else (i := FeatureId.parse(name)).index
-        if not name.isdecimal() and f'{i.model}/{i.source}' != model_source: raise ValueError(f'{name} is a feature of {i.model}/{i.source}, the preset explains {model_source}: choose another --preset')
+        if not name.isdecimal() and f'{i.model}/{i.source}' != model_source: raise ValueError(f'{name} is a feature of {i.model}/{i.source}, the preset explains {model_source}: name its preset')
         if index not in known: raise ValueError(f'there is no feature {index}: {model_source} has features 0 to {max(known)}')
         if known[index].status=='dead': raise ValueError(f'feature {index} is dead: it fired on none of the texts it was read on, so there is nothing to explain')
         chosen.append(known[index])
@@ -126,13 +145,19 @@ def chosen_features(preset, names, random:int, seed:int, features): # list of Fe
     return chosen + [alive[i] for i in np.random.default_rng(seed).permutation(len(alive))[:random]]
 
 @app.command('features')
-def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='names or indices; none: a summary')] = None, preset: str = 'smollm2-135m',
-                     random: Annotated[int, typer.Option(help='show this many more, drawn at random')] = 0, seed: int = 0, as_json: JSON = False):
-    "What is known of features: label, strongest activation, density, contexts"
+def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='a preset, then names or indices of features; none: a summary')] = None, preset: Optional[str] = None,
+                     random: Annotated[int, typer.Option(help='show this many more, drawn at random')] = 0, seed: int = 0,
+                     corpus: Annotated[Optional[str], typer.Option(help="read the SAE on these texts: 'embedded', text files, or a dataset; default: the preset's, or Neuronpedia")] = None,
+                     tokens: Annotated[Optional[int], typer.Option(help='tokens of the corpus to read')] = None,
+                     anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False, settings: Setting = None, as_json: JSON = False):
+    "What is known of a preset's features; fetched from Neuronpedia or read from a corpus where there is nothing yet"
     from collections import Counter
-    from saeexplainer.features import load_features
-    features = load_features(resolve(preset))
-    shown = chosen_features(resolve(preset), names, random, seed, features)
+    from saeexplainer.features import features_file, load_features
+    name, names = preset_and_names(names, preset)
+    chosen = resolve(name, settings=[*(settings or ()), *([f'corpus={corpus}'] if corpus else ()), *([f'corpus_tokens={tokens}'] if tokens else ())])
+    if anew or not features_file(chosen).exists(): made = make_features(chosen); print(made, file=sys.stderr)
+    features = load_features(chosen)
+    shown = chosen_features(chosen, names, random, seed, features)
     if not shown:
         counts = Counter(f.status for f in features)
         return print(json.dumps(counts)) if as_json else out.print(Text(f"{len(features)} features: " + ', '.join(f'{n} {s}' for s, n in counts.items())))
@@ -143,66 +168,89 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
             strong = .5*max(c.values)
             out.print(Text('  ') + marked([(t, v >= strong) for t, v in zip(c.tokens, c.values)]))
 
+def make_features(preset): # what came of it, to print
+    "A preset's file of features: by one pass over its corpus, or from Neuronpedia where it names none"
+    from saeexplainer.features import neuronpedia_export
+    from saeexplainer.reading import build_features
+    if preset.corpus: return build_features(preset)
+    return neuronpedia_export(*preset.source.split('/'), explainer=preset.label_model, progress=True)
+
 # %% ../nbs/parts/cli.ipynb #81e56e7d
 def shipped_explainer(preset): # folder, or None
     "The last explainer that is shipped for a preset"
     from saeexplainer.presets import data_dir
     return next((p for s in ('dpo2', 'dpo1', 'sft') if ((p := data_dir()/preset.name/'explainer'/s)/'explainer.json').exists()), None)
 
-def verify(target, preset, features, texts, seed:int=0): # list of dicts, one per feature
-    "What the target's activation says of explanations: written texts, how many reach half of the strongest known activation, and the best"
-    from saeexplainer.metrics import GENERATIVE_ONE
-    from saeexplainer.sampling import seed_for
-    from saeexplainer.writer import LocalWriter, Request
-    writer, n = LocalWriter(target.model, target.tokenizer), preset.n_generative
-    requests = [Request(GENERATIVE_ONE.format(explanation=t), preset.text_tokens, preset.text_temperature, preset.text_top_p, seed_for(seed, 'verify', f.index, j))
-                for f, t in zip(features, texts) for j in range(n)]
-    replies = [r.text or '' for r in writer.write(requests, progress=True)]
-    scores = target.max_acts(replies, [f.index for f in features for _ in range(n)]).reshape(-1, n)
-    best = [max(range(n), key=lambda j: -1 if row[j] != row[j] else row[j]) for row in scores]
-    readings = target.activations([replies[i*n + b] for i, b in enumerate(best)], [f.index for f in features])
-    return [dict(reached=int((row > preset.success*f.max_act).sum()), texts=n, score=float(row[b]), reading=r) for f, row, b, r in zip(features, scores, best, readings)]
+def explainer_of(preset, given): # folder or hub id
+    "The explainer that a command was given, or the shipped one"
+    folder = given or shipped_explainer(preset)
+    if folder is None: raise ValueError(f'no explainer is shipped for {preset.name}: give one with --explainer, or train one with saeexplainer run {preset.name}')
+    return folder
+
+def explain_directions(preset, explainer, file, as_json): # of a .safetensors file
+    import torch
+    from saeexplainer.dictionaries import load_explainer, read_directions
+    from saeexplainer.saes import FeatureReader
+    reader = FeatureReader.load(preset)
+    directions = read_directions(file, reader.d_model)
+    texts = load_explainer(explainer, preset, reader).explain(torch.stack(list(directions.values())), max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size)
+    if as_json: return print(json.dumps([dict(direction=name, explanation=text) for name, text in zip(directions, texts)], indent=1))
+    for name, text in zip(directions, texts): out.print(Text.assemble((name, 'bold'), f'  {text}'))
 
 @app.command('explain')
-def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='features: model/source/index, or indices under --preset')] = None,
-                    preset: str = 'smollm2-135m', explainer: Annotated[Optional[str], typer.Option(help='folder or hub id; default: the shipped one')] = None,
+def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a preset, then features: model/source/index, or indices')] = None, preset: Optional[str] = None,
+                    explainer: Annotated[Optional[str], typer.Option(help="folder or hub id, or 'ao' for the preset's Activation Oracle; default: the shipped one")] = None,
                     random: Annotated[int, typer.Option(help='explain this many more, drawn at random')] = 0, seed: int = 0,
-                    verified: Annotated[bool, typer.Option('--verify', help="let the target's activation judge")] = False, as_json: JSON = False):
-    "Explain features in words"
+                    everything: Annotated[bool, typer.Option('--all', help='explain the whole dictionary, into --out')] = False,
+                    to: Annotated[Optional[Path], typer.Option('--out', help='file for --all: .jsonl or .parquet')] = None,
+                    direction: Annotated[Optional[Path], typer.Option(help='explain the directions in this .safetensors file')] = None,
+                    verified: Annotated[int, typer.Option('--verify', help="write N texts from each explanation and let the target's activation judge")] = 0,
+                    settings: Setting = None, as_json: JSON = False):
+    "Explain features in words: some, all of a dictionary, or directions that belong to no SAE"
+    from saeexplainer.dictionaries import explain_dictionary, load_explainer
     from saeexplainer.features import load_features
-    from saeexplainer.injection import Explainer
-    from saeexplainer.report import lit_words
     from saeexplainer.saes import FeatureReader
-    from saeexplainer.target import Target
-    chosen = resolve(preset)
+    name, names = preset_and_names(names, preset)
+    chosen = resolve(name, settings=settings)
+    if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
+    if everything:
+        if to is None: raise ValueError('--all needs --out FILE.jsonl or FILE.parquet')
+        done = explain_dictionary(chosen, explainer_of(chosen, explainer), to, verified)
+        return print(json.dumps(done)) if as_json else out.print(Text(', '.join(f'{n:,} {k}' for k, n in done.items() if k != 'file') + f': {to}'))
     shown = chosen_features(chosen, names, random, seed, load_features(chosen))
     if not shown: raise ValueError('no feature given: name some, or use --random 5')
-    folder = explainer or shipped_explainer(chosen)
-    if folder is None: raise ValueError(f'no explainer is shipped for {chosen.name}: give one with --explainer, or train one with saeexplainer run {chosen.name}')
-    target = Target.load(chosen) if verified else None
-    reader = target.reader if verified else FeatureReader.load(chosen.sae)
-    texts = Explainer.from_pretrained(folder, reader=reader, device=chosen.device).explain(reader.directions([f.index for f in shown]), max_new_tokens=chosen.explanation_tokens)
-    verdicts = verify(target, chosen, shown, texts, seed) if verified else [None]*len(shown)
-    if as_json: return print(json.dumps([dict(id=str(f.id), explanation=t, label=f.explanation) | ({} if v is None else {k: v[k] for k in ('reached', 'texts', 'score')} | dict(best=''.join(v['reading'].tokens)))
-                                         for f, t, v in zip(shown, texts, verdicts)], indent=1))
+    reader = FeatureReader.load(chosen)
+    texts = load_explainer(explainer_of(chosen, explainer), chosen, reader).explain(reader.directions([f.index for f in shown]), max_new_tokens=chosen.explanation_tokens)
+    verdicts = verdicts_on(chosen, reader, shown, texts, verified) if verified else [None]*len(shown)
+    if as_json: return print(json.dumps([dict(id=str(f.id), explanation=t, label=f.explanation) | {k: x for k, x in (v or {}).items() if k != 'pieces'} for f, t, v in zip(shown, texts, verdicts)], indent=1))
     for f, text, verdict in zip(shown, texts, verdicts):
         out.print(Text.assemble((str(f.id), 'bold'), f'  {text}', (f'  (label: {f.explanation})' if f.explanation else '', 'dim')))
-        if verdict:
-            out.print(Text(f"  {verdict['reached']} of {verdict['texts']} texts reach half of {f.max_act:.1f}; best {verdict['score']:.1f}: ") + marked(lit_words(verdict['reading'])))
+        if verdict: out.print(Text(f"  {verdict['reached']} of {verdict['texts']} texts reach half of {f.max_act:.1f}; best {verdict['score']:.1f}: ") + marked(verdict['pieces']))
+
+def verdicts_on(preset, reader, features, texts, n): # [{reached, texts, score, best, pieces}]
+    "What the target's activation says of explanations: how many of n written texts reach half of the strongest known activation, and the best of them"
+    from saeexplainer.metrics import verify
+    from saeexplainer.report import lit_words
+    from saeexplainer.target import Target
+    from saeexplainer.writer import writer_for
+    target = Target.load(preset, reader)
+    checked = verify(target, writer_for(preset.evaluation_writer, target, preset), [(f.index, t) for f, t in zip(features, texts)], preset, n, progress=True)
+    best = [v.texts[v.best] if v.best is not None else '' for v in checked]
+    readings = target.activations(best, [f.index for f in features])
+    return [dict(reached=v.reached(f.max_act, preset.success), texts=n, score=r.max, best=text, pieces=lit_words(r)) for f, v, text, r in zip(features, checked, best, readings)]
 
 # %% ../nbs/parts/cli.ipynb #88ce8ff0
 @app.command('evaluate')
-def evaluate_command(file: Annotated[Path, typer.Argument(help='CSV with the columns feature, explanation')], preset: str = 'smollm2-135m',
+def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .jsonl or .parquet with feature and explanation')], preset: Optional[str] = None,
                      name: Annotated[str, typer.Option(help='store and table go to runs/NAME')] = 'evaluation', root: Path = Path('runs'), settings: Setting = None, as_json: JSON = False):
     "Measure explanations from whatever method with the four metrics"
-    import pandas as pd
+    from saeexplainer.dictionaries import read_explanations
     from saeexplainer.metrics import Evaluation, evaluate, stage_table
     from saeexplainer.run import Run
-    try: rows = pd.read_csv(file, dtype=str, keep_default_na=False)
-    except FileNotFoundError: raise FileNotFoundError(f'no file {file}') from None
-    except Exception as e: raise ValueError(f'{file} is not a readable CSV file: {str(e).splitlines()[0]}') from None
-    if not {'feature', 'explanation'} <= set(rows): raise ValueError(f'{file} has the columns {", ".join(rows)}: it needs feature and explanation')
-    with Run(root/name, resolve(preset, settings=settings)) as run:
+    rows = read_explanations(file)
+    if n := int(rows['explanation'].isna().sum()): print(f'{n} of {len(rows)} rows have no explanation and are left out', file=sys.stderr)
+    rows = rows.dropna()
+    with Run(root/name, resolve(preset_and_names(rows['feature'].tolist()[:1], preset)[0], settings=settings)) as run:
         found = chosen_features(run.preset, rows['feature'].tolist(), 0, 0, list(run.features.values()))
         stages = {file.stem: {f.index: t for f, t in zip(found, rows['explanation'])}, 'label': {f.index: f.explanation for f in found if f.explanation}}
         writer = run.writer('evaluation_writer')
@@ -213,6 +261,8 @@ def evaluate_command(file: Annotated[Path, typer.Argument(help='CSV with the col
 # %% ../nbs/parts/cli.ipynb #00d6b72a
 def main(args=None):
     "The `saeexplainer` command"
+    args = list(sys.argv[1:] if args is None else args)
+    args = [x for a, b in zip(args, [*args[1:], '']) for x in ([a, '10'] if a=='--verify' and not b.isdecimal() else [a])] # as many texts as the paper's metric
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     try: app(args=args, standalone_mode=False)
     except (ValueError, FileNotFoundError, RuntimeError, OSError) as e: _end(f'saeexplainer: {e}', 2)

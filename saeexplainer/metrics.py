@@ -7,14 +7,14 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
            'JUDGE', 'OVERHEARD', 'METRICS', 'COUNTS', 'mean_activation', 'generative_accuracy', 'input_score',
            'discriminative_gap', 'output_score', 'Interval', 'bootstrap_ci', 'quoted_words', 'names_label',
            'neutral_subject', 'text_schema', 'parse_lists', 'explanation_key', 'distinct_explanations',
-           'write_evaluation_texts', 'score_texts', 'max_acts', 'control_features', 'calibrate', 'usable_targets',
-           'steer', 'steered_sets', 'judge_prompt', 'judge_locally', 'judge_by_letter', 'judge', 'control_cases',
-           'judge_controls', 'Evaluation', 'output_features', 'feature_values', 'summary', 'compare', 'stage_table',
-           'evaluate']
+           'write_evaluation_texts', 'score_texts', 'max_acts', 'Verified', 'verify', 'control_features', 'calibrate',
+           'usable_targets', 'steer', 'steered_sets', 'judge_prompt', 'judge_locally', 'judge_by_letter', 'judge',
+           'control_cases', 'judge_controls', 'Evaluation', 'output_features', 'feature_values', 'summary', 'compare',
+           'stage_table', 'evaluate']
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
-import functools, hashlib, json, re
-from dataclasses import dataclass
+import functools, hashlib, itertools, json, re
+from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 
 # %% ../nbs/04_metrics.ipynb #8db4ea98
@@ -294,6 +294,38 @@ def max_acts(store, stage:str, kind:str, features, # in the order of the rows wa
         if t.feature in row and t.j < n: values[row[t.feature], t.j] = t.score
     return values
 
+# %% ../nbs/04_metrics.ipynb #d02af517
+@dataclass(frozen=True)
+class Verified:
+    "What the target's activation says of an explanation"
+    feature: int
+    texts: list # n; None: one that could not be made
+    scores: np.ndarray # (n,) largest activation of each text; NaN where there is none
+
+    @property
+    def best(self) -> int|None: # index of the text with the largest score
+        return None if np.isnan(self.scores).all() else int(np.nanargmax(self.scores))
+
+    def reached(self, feature_max:float, success:float=.5) -> int:
+        "How many texts exceed a share of the feature's largest known activation (Eq. 12)"
+        return int((self.scores > success*feature_max).sum())
+
+def verify(target, writer, # Target; Writer, of the kind that `preset.evaluation_writer` says
+           explanations, # [(feature, text)]
+           preset, n:int, # texts per explanation
+           progress:bool=False) -> list[Verified]:
+    "Texts written from each explanation (E.3), and what the target makes of them"
+    preset, local = replace(preset, n_generative=n, seed=seed_for(preset.seed, 'verify')), preset.evaluation_writer=='local'
+    todo, sizes = [('generative', j) for j in range(n)], None if local else {'sentences': n}
+    asked = [(i, *r) for i, (f, text) in enumerate(explanations) for r in (_single_requests if local else _list_request)(f, text, todo, preset)]
+    replies = writer.write([request for *_, request in asked], schema=None if local else text_schema(sizes), progress=progress)
+    texts, scores = [[None]*n for _ in explanations], np.full((len(explanations), n), np.nan)
+    for (i, keys, _), reply in zip(asked, replies):
+        for (_, j), (text, error) in zip(keys, _entries(reply, keys, sizes)): texts[i][j] = text
+    made = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
+    if made: scores[tuple(zip(*made))] = target.max_acts([texts[i][j] for i, j in made], [explanations[i][0] for i, _ in made])
+    return [Verified(int(f), row, s) for (f, _), row, s in zip(explanations, texts, scores)]
+
 # %% ../nbs/04_metrics.ipynb #e511c76c
 def control_features(feature:int, pool, # indices of alive features
                      n:int=2, seed:int=0) -> list[int]: # n different ones, never the feature itself
@@ -311,13 +343,14 @@ def calibrate(store, target, features, preset, pool, progress:bool=False) -> int
     todo = store.missing('steering', wanted)
     found = {(r.steered, r.kl_target): r for r in store.steering().itertuples()} # a control of two features is searched once
     with _bar(len(todo), 'steering: KL searches', progress) as bar:
-        for key in todo:
-            steered, kl = wanted[key], key[2]
-            value = found.get((steered, kl)) or target.steering_value(steered, kl, list(preset.steering_prompts))
-            found[steered, kl] = value
-            store.put_steering([dict(feature=key[0], control=key[1], kl_target=kl, steered=steered, value=value.value, kl=value.kl,
-                                     reached=value.reached)])
-            bar.update()
+        for (f, c), keys in itertools.groupby(todo, lambda key: key[:2]):
+            keys, steered = list(keys), conditions[f][c]
+            kls = [kl for _, _, kl in keys if (steered, kl) not in found]
+            values = target.steering_values(steered, kls, preset.steering_prompts, reference=preset.steering_reference) if kls else []
+            found |= {(steered, kl): value for kl, value in zip(kls, values)}
+            store.put_steering([dict(feature=f, control=c, kl_target=kl, steered=steered, value=v.value, kl=v.kl, reached=v.reached)
+                                for f, c, kl in keys for v in [found[steered, kl]]])
+            bar.update(len(keys))
     return len(todo)
 
 # %% ../nbs/04_metrics.ipynb #b8492bf6
@@ -343,7 +376,7 @@ def steer(store, target, # RunStore, Target
         for i in range(0, len(rows), preset.batch_size):
             batch = rows[i:i+preset.batch_size]
             texts = target.generate([row[3] for row in batch], feature=[row[4] for row in batch], value=[row[5] for row in batch],
-                                    max_new_tokens=preset.steering_tokens, temperature=preset.steering_temperature,
+                                    max_new_tokens=preset.steering_tokens, temperature=preset.steering_temperature, reference=preset.steering_reference,
                                     seeds=[seed_for(preset.seed, 'steered', *row[:4]) for row in batch])
             store.put_steered_texts([(*row[:4], text) for row, text in zip(batch, texts)])
             bar.update(len(batch))

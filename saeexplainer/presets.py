@@ -37,7 +37,7 @@ class Preset:
     sae_model: str|None = _field(None, 'the model it was made for; None: as its metadata says')
     source: str = _field(REQUIRED, "'model/source' of Neuronpedia: features are named 'model/source/index'")
     layer: int = _field(REQUIRED, 'layer of the target that the SAE reads')
-    features: str|None = _field(None, 'features.parquet: a path, absolute or relative to data/; None: what `saeexplainer features` keeps in the user cache')
+    features: str|None = _field(None, 'features.parquet: a path, absolute or relative to data/; None: the shipped one, or what `saeexplainer features` keeps in the user cache')
     label_model: str|None = _field(None, "which model's labels to train on; None: the source's default, recorded with the run")
     baseline_labels: tuple[str, ...] = _field((), "models whose labels of the test features are measured beside the explainer's, where there are any")
     corpus: str|None = _field(None, "texts from which `saeexplainer features` reads an SAE that Neuronpedia does not know: 'embedded', text files, or a dataset")
@@ -210,7 +210,7 @@ _PRESETS |= {
 # %% ../nbs/parts/presets.ipynb #a86a5c3b
 _PRESETS['smollm2-135m'] = dict(
     target='smollm2-135m-instruct', explainer='smollm2-135m-instruct', sae='smollm2-135m/sae', source='smollm2-135m/9-res-4k', layer=9,
-    features='smollm2-135m/features.parquet', corpus='embedded',
+    corpus='embedded',
     n_sft=2900, n_pref=220, n_test=200, n_output=60, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
     sft_lr=6e-4, sft_epochs=3., sft_batch=16, sft_accumulation=1, explanation_tokens=24, writer='local', evaluation_writer='local',
     text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_length_normalised=True, dpo_sft_weight=.2,

@@ -22,9 +22,10 @@ def result_tables(run) -> dict: # file name -> DataFrame
     "Every row of a run that a table or figure needs"
     import pandas as pd
     from saeexplainer.prefs import candidate_rewards
+    from saeexplainer.run import evaluated_stages
     rounds, store = range(1, run.preset.dpo_rounds+1), run.store
     with_round = lambda frames: pd.concat([f.assign(round=r)[['round', *f.columns]] for r, f in frames], ignore_index=True)
-    stages = ['label', 'sft', *(f'dpo{r}' for r in rounds)]
+    stages = evaluated_stages(run.preset)
     return {'sft_log': training_log(run, 'sft'),
             'dpo_log': with_round([(r, training_log(run, f'dpo{r}')) for r in rounds]),
             'candidates': with_round([(r, candidate_rewards(store, run.preset, r)) for r in rounds]),
@@ -49,7 +50,7 @@ def provenance(run) -> dict:
                 begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
                 python=platform.python_version(), versions={p: version(p) for p in ('torch', 'transformers', 'trl', 'peft', 'sae-lens', 'saeexplainer')},
                 sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())),
-                writer_cost=sum(r.get('cost') or 0. for r in replies), command=f'saeexplainer run {run.preset.name} --size {run.preset.size}')
+                notes=run.store.meta('notes') or [], writer_cost=sum(r.get('cost') or 0. for r in replies), command=f'saeexplainer run {run.preset.name} --size {run.preset.size}')
 
 # %% ../nbs/parts/report.ipynb #61a78c5e
 def how_made(folder) -> str: # of a report
@@ -94,7 +95,8 @@ def escape_markdown(text) -> str:
 def report_markdown(run, table, examples, made) -> str: # table: `stage_table`
     "The report as a page"
     lines = [f'# {run.preset.name}, size {run.preset.size}', '', 'Means over the test features with 95% bootstrap intervals: shares in per cent, activations in '
-             'units of the SAE. `control` is the judge on cases whose answer is known.', '', markdown_table(table), '', '## Before and after', '']
+             'units of the SAE. `control` is the judge on cases whose answer is known.', '', markdown_table(table), '', *(f'- {escape_markdown(n)}' for n in made['notes']),
+             '', '## Before and after', '']
     for e in examples:
         stages = [k for k in e if k not in ('feature', 'pieces', 'score', 'max_act')]
         text = ''.join(f' **{escape_markdown(t)}** ' if lit else f' {escape_markdown(t)} ' for t, lit in e['pieces'])
@@ -107,7 +109,8 @@ def write_report(run) -> Path: # the folder
     "Write tables, figure, examples and provenance of a finished run"
     from saeexplainer.ablations import stage_figure
     from saeexplainer.metrics import stage_table, summary
-    stages = ['label', 'sft', *(f'dpo{r+1}' for r in range(run.preset.dpo_rounds)), 'control']
+    from saeexplainer.run import evaluated_stages
+    stages = [*evaluated_stages(run.preset), 'control']
     metrics = run.store.metrics()
     folder, made = run.folder/'report', provenance(run)
     folder.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL', 'Request', 'Reply', 'Writer', 'whole_sentences', 'schema_error', 'chat_ids', 'LocalWriter', 'BudgetSpent',
-           'refused_parameter', 'json_format', 'choice_schema', 'OpenAIWriter']
+           'refused_parameter', 'json_format', 'choice_schema', 'OpenAIWriter', 'writer_for']
 
 # %% ../nbs/parts/writer.ipynb #58edab81
 import hashlib, json, os, re, threading, warnings
@@ -341,3 +341,11 @@ class OpenAIWriter(_Server):
                 if good := [(futures[f], f.result()) for f in done if not f.exception()]: yield good
         finally: pool.shutdown(cancel_futures=True)
         if failure: raise failure
+
+# %% ../nbs/parts/writer.ipynb #d7269b92
+def writer_for(name:str, # 'local', or a model id
+               target, # `Target`, for the local writer
+               preset, store=None): # RunStore that remembers a server's replies
+    "The writer that a preset's `writer` or `evaluation_writer` names"
+    if name=='local': return LocalWriter(target.model, target.tokenizer, batch_size=preset.batch_size)
+    return OpenAIWriter(name, store=store)

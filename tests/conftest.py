@@ -4,3 +4,29 @@ import os
 for name, value in dict(TQDM_DISABLE='1', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false',
                         WANDB_MODE='disabled', MPLBACKEND='agg').items():
     os.environ.setdefault(name, value)
+
+
+# ---- what the grids of comparisons measured, printed at the end of a session
+import pytest
+
+ERRORS, COUNTS = {}, {}
+
+
+@pytest.fixture
+def largest_error(): # (what, error) -> error; keeps the largest of each kind
+    def keep(what, error):
+        ERRORS[what] = max(ERRORS.get(what, 0.), error)
+        return error
+    return keep
+
+
+@pytest.fixture
+def counted(): # (what, n, of)
+    def add(what, n, of): COUNTS[what] = tuple(a + b for a, b in zip(COUNTS.get(what, (0, 0)), (n, of)))
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if ERRORS: terminalreporter.section('largest errors, relative to max(1, the largest value)')
+    for what, error in sorted(ERRORS.items()): terminalreporter.write_line(f'{error:8.1e}  {what}')
+    for what, (n, of) in sorted(COUNTS.items()): terminalreporter.write_line(f'{n:,} of {of:,} {what}')

@@ -1,7 +1,7 @@
 "The command line: what it prints for scripts, and one line for each mistake"
 import json
 import pytest
-from saeexplainer.cli import chosen_features, main, resolve
+from saeexplainer.cli import chosen_features, main, preset_and_names, resolve
 from saeexplainer.features import Feature, FeatureId
 
 
@@ -29,7 +29,11 @@ def test_presets_json(capsys):
     (['explain'], 'no feature given: name some, or use --random 5'),
     (['explain', 'smollm2-135m/9-res-4k'], 'write model/source/index'),
     (['explain', '999999'], 'there is no feature 999999: smollm2-135m/9-res-4k has features 0 to 4095'),
-    (['explain', 'gemma-2-9b/20-gemmascope-res-16k/1'], 'choose another --preset'),
+    (['explain', 'gemma-2-9b/21-gemmascope-res-16k/1'], 'no preset explains gemma-2-9b/21-gemmascope-res-16k: name your own first'),
+    (['explain', 'smollm2-135m', 'gemma-2-9b/20-gemmascope-res-16k/1'], 'the preset explains smollm2-135m/9-res-4k: name its preset'),
+    (['explain', 'gemma-2-9b-l21', '1'], 'did you mean gemma-2-9b-l20'),
+    (['explain', 'smollm2-135m', '--all'], '--all needs --out'),
+    (['explain', 'gemma-2-9b/20-gemmascope-res-16k/1'], '`saeexplainer features gemma-2-9b-l20` makes it'),
     (['explain', '5', '--preset', 'gemma-2-9b-l20'], 'features.parquet'),
     (['evaluate', 'no-such.csv'], 'no file no-such.csv'),
     (['report', 'no-such-run'], 'there is no run'),
@@ -50,3 +54,20 @@ def test_dead_features_are_not_explained():
     with pytest.raises(ValueError, match='feature 2 is dead'): chosen_features(resolve('smollm2-135m'), ['2'], 0, 0, features)
     drawn = chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features)
     assert drawn == chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features) and [f.index for f in drawn][0] == 3 and 2 not in [f.index for f in drawn]
+
+
+def test_which_preset_is_meant(tmp_path):
+    assert preset_and_names(['5', '6']) == ('smollm2-135m', ['5', '6']) and preset_and_names(None) == ('smollm2-135m', [])
+    assert preset_and_names(['gemma-2-9b-l20', '5']) == ('gemma-2-9b-l20', ['5']) and preset_and_names(['mine.yaml']) == ('mine.yaml', [])
+    assert preset_and_names(['gpt2-small/8-res-jb/7']) == ('gpt2-small-l8', ['gpt2-small/8-res-jb/7'])
+    assert preset_and_names(['7'], 'gpt2-small-l8') == ('gpt2-small-l8', ['7'])
+
+
+def test_presets_table_has_memory_and_disk(capsys, monkeypatch):
+    from saeexplainer import cli
+    from rich.console import Console
+    monkeypatch.setattr(cli, 'out', Console(width=200))
+    main(['presets'])
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if 'gemma-2-9b-l20' in line)
+    assert '42 GB' in row and '39 GB' in row and '10,000 / 5,000 / 300' in row and '20-gemmascope-res-16k' in row

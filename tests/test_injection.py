@@ -4,8 +4,9 @@ import pytest, torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages,
-                                    save_adapter)
+from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, explanation_prompt, oracle_layers, oracle_note,
+                                    placeholder_id, prompt_messages, save_adapter)
+from saeexplainer import models
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sampling import seed_for
@@ -342,3 +343,38 @@ def test_push_to_hub(made, monkeypatch):
     try: Explainer.from_pretrained(made[2]/'sft').push_to_hub('me/mine')
     finally: server.shutdown()
     assert sorted(got) == ['adapter_config.json', 'adapter_model.safetensors', CARD]
+
+
+# ---- Activation Oracles
+
+def test_oracle(made, tmp_path):
+    "A tiny adapter in the form that oracles have: PEFT's files alone, r 64, alpha 128, all linear layers"
+    from saeexplainer.models import load_model
+    preset, reader, _ = made
+    tokenizer = tiny_tokenizer(vocab=500); tokenizer.add_tokens([' ?'])
+    tiny_model(n_layers=8).save_pretrained(tmp_path/'model'); tokenizer.save_pretrained(tmp_path/'model')
+    preset = load_preset(preset, explainer=str(tmp_path/'model'))
+    torch.manual_seed(0)
+    config = LoraConfig(r=64, lora_alpha=128, lora_dropout=.05, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False)
+    get_peft_model(load_model(preset.explainer, device='cpu')[0], config).save_pretrained(tmp_path/'oracle')
+    oracle, v = Explainer.from_oracle(tmp_path/'oracle', preset, reader), reader.directions([3, 4])
+    shown = oracle.tokenizer.decode(oracle.prompt)
+    assert 'Layer: 2\n ? \nCan you explain to me what this concept means?' in shown and oracle.prompt.count(oracle.placeholder_id) == 1
+    said = oracle.explain(v, max_new_tokens=6)
+    assert said == oracle.explain(v, max_new_tokens=6) and said[0] != said[1]
+    state = {n: p.clone() for n, p in oracle.model.named_parameters()}
+    bare = load_model(preset.explainer, device='cpu')[0]
+    assert any(not torch.equal(state[n], p) for n, p in bare.named_parameters()) # the adapter is in it
+    handle, seen = models.decoder_layers(oracle.model)[1].register_forward_hook(lambda m, a, out: seen.append(out)), []
+    with oracle.injector.using(v): oracle.model(torch.tensor([oracle.prompt]*2))
+    handle.remove(); plain = []
+    handle = models.decoder_layers(oracle.model)[1].register_forward_hook(lambda m, a, out: plain.append(out))
+    oracle.model(torch.tensor([oracle.prompt]*2)); handle.remove()
+    after, before = (x[0] if isinstance(x, tuple) else x for x in (seen[0], plain[0]))
+    at = oracle.prompt.index(oracle.placeholder_id)
+    wanted = before[:, at] + before[:, at].norm(dim=-1, keepdim=True) * v / v.norm(dim=-1, keepdim=True)
+    assert (after[:, at] - wanted).abs().max() < 1e-4 and torch.equal(after[:, :at], before[:, :at])
+    assert oracle_note(preset, 2) is None and oracle_layers(8) == [2, 4, 6]
+    assert oracle_note(preset, 3) == 'ao: layer 3 is off the grid that the oracle was trained on (layers 2, 4, 6)'
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='has no adapter_model.safetensors: it is not a PEFT adapter'): Explainer.from_oracle(tmp_path/'empty', preset, reader)

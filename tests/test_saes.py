@@ -5,7 +5,7 @@ from helpers import tiny_sae
 from saeexplainer.saes import NORMALISED, FeatureReader, check_directions, find_sae, parse_hook
 
 KINDS = ('standard', 'jumprelu', 'gated', 'batchtopk', 'matryoshka_batchtopk', 'topk', 'abstopk', 'matching_pursuit')
-CONFIGS = [(kind, norm, dict(apply_b_dec_to_input=b)) for kind in KINDS for norm in NORMALISED for b in (True, False)]
+CONFIGS = [(kind, norm, dict(apply_b_dec_to_input=b)) for kind in KINDS for norm in (*NORMALISED, 'expected_average_only_in') for b in (True, False)]
 CONFIGS += [(kind, 'none', dict(rescale_acts_by_decoder_norm=True)) for kind in ('topk', 'abstopk')]
 
 
@@ -15,7 +15,11 @@ def resid():
     return 3*torch.randn(3, 6, 64) + .5
 
 
-def read(tmp_path, kind='jumprelu', **kw): return FeatureReader.load(tiny_sae(tmp_path/'sae', kind, **kw))
+def read(tmp_path, kind='jumprelu', **kw):
+    folder = tiny_sae(tmp_path/'sae', kind, **kw)
+    if kw.get('normalize_activations')!='expected_average_only_in': return FeatureReader.load(folder)
+    (folder/'activation_scaler.json').write_text(json.dumps({'scaling_factor': .25}))
+    return FeatureReader.load(folder)
 
 
 def active_features(sae, x): # for each row, the feature that is most often active in it but not on every token
@@ -31,8 +35,20 @@ def complete(sae, x, features, values): # the long way: decode with the feature 
     return sae.decode(changed) + error
 
 
+def worst(found, wanted): # largest difference, in units of the largest activation or of 1
+    return ((found - wanted).abs().max() / max(1., wanted.abs().max())).item()
+
+
+def near_ties(reader, resid, features): # tokens so near a threshold that rounding may decide: excepted, and counted
+    sae = reader.sae
+    if sae.cfg.architecture()!='jumprelu': return torch.zeros(*resid.shape[:2], features.shape[1], dtype=torch.bool)
+    pre = torch.bmm(sae.process_sae_in(resid), sae.W_enc[:, features].transpose(0, 1)) + sae.b_enc[features][:, None]
+    at = sae.threshold[features][:, None]
+    return (pre - at).abs() <= 1e-5*at.abs()
+
+
 @pytest.mark.parametrize('kind, norm, cfg', CONFIGS)
-def test_equals_sae_lens(tmp_path, resid, kind, norm, cfg):
+def test_equals_sae_lens(tmp_path, resid, kind, norm, cfg, largest_error):
     reader = read(tmp_path, kind, normalize_activations=norm, **cfg)
     features = active_features(reader.sae, resid)
     full = reader.sae.encode(resid)
@@ -40,10 +56,43 @@ def test_equals_sae_lens(tmp_path, resid, kind, norm, cfg):
     wanted = torch.stack([full[i, :, f] for i, f in enumerate(features)])
     read_one = reader.activations(resid, features)
     assert read_one.dtype==torch.float32 and (wanted != 0).any()
-    assert (read_one - wanted).abs().max() <= 1e-4 * max(1., wanted.abs().max())
+    assert largest_error('activations, one feature a row', worst(read_one, wanted)) <= 1e-4
     values = torch.tensor([5., -2., 0.])
-    wanted = complete(reader.sae, resid, features, values)
-    assert (reader.clamp(resid, features, values) - wanted).abs().max() <= 1e-4 * max(1., wanted.abs().max())
+    clamped = reader.clamp(resid, features, values)
+    assert largest_error('clamp', worst(clamped, complete(reader.sae, resid, features, values))) <= 1e-4
+    spliced = reader.clamp(resid, features, values, spliced=True)
+    changed = reader.sae.encode(resid).clone()
+    for i, f in enumerate(features): changed[i, :, f] = values[i]
+    assert largest_error('clamp on the reconstruction', worst(spliced, reader.sae.decode(changed))) <= 1e-4
+
+
+@pytest.mark.parametrize('kind, norm, cfg', CONFIGS)
+def test_many_features_of_a_row(tmp_path, kind, norm, cfg, largest_error, counted):
+    torch.manual_seed(2)
+    resid = 3*torch.randn(2, 40, 64) + .5
+    reader = read(tmp_path, kind, normalize_activations=norm, **cfg)
+    features = torch.stack([torch.randperm(512)[:100] for _ in resid])
+    full = torch.stack([acts[:, f] for acts, f in zip(reader.sae.encode(resid), features)])
+    found, ties = reader.activations(resid, features), near_ties(reader, resid, features)
+    assert found.shape == (2, 40, 100) and (full != 0).any()
+    counted('values too near a threshold to compare', int(ties.sum()), ties.numel())
+    assert ties.float().mean() < .001
+    assert largest_error('activations, 100 features a row', worst(found.masked_fill(ties, 0), full.masked_fill(ties, 0))) <= 1e-4
+
+
+def test_topk_encodes_only_tokens_on_which_the_feature_can_be_active(tmp_path, resid, monkeypatch):
+    reader = read(tmp_path, 'topk')
+    features = active_features(reader.sae, resid)
+    wanted, encode, seen = reader.activations(resid, features), reader.sae.encode, []
+    monkeypatch.setattr(reader.sae, 'encode', lambda x: seen.append(len(x)) or encode(x))
+    assert torch.equal(reader.activations(resid, features), wanted)
+    assert (wanted != 0).sum() <= sum(seen) < resid.shape[0]*resid.shape[1]
+    monkeypatch.setattr('saeexplainer.saes.ENCODE_AT_ONCE', 1024) # two tokens of 512 features in a block
+    seen.clear()
+    assert torch.allclose(reader.activations(resid, features), wanted, atol=1e-5) and max(seen) == 2
+    reader.sae.b_enc.data[features] = -1e3
+    seen.clear()
+    assert not reader.activations(resid, features).any() and seen == []
 
 
 def test_one_index_for_all_rows_and_lists(tmp_path, resid):
@@ -165,3 +214,16 @@ def test_release_from_the_hub(tmp_path, monkeypatch, resid):
         hub = FeatureReader.load(source)
         assert torch.equal(hub.encode(resid), local.encode(resid)) and (hub.sha256, hub.card, hub.layer) == (local.sha256, {}, 2)
     with pytest.raises(ValueError, match='Release nothing not found'): FeatureReader.load('nothing:here')
+
+
+def test_metadata_can_be_overridden(tmp_path):
+    from saeexplainer.presets import load_preset
+    folder = tiny_sae(tmp_path/'sae', hook='mlp_out', model_name='wrong', metadata={'prepend_bos': True})
+    reader = FeatureReader.load(folder, hook='blocks.1.hook_resid_pre', bos=False, model='tiny')
+    about = reader.sae.cfg.metadata
+    assert (reader.layer, reader.hook, about.prepend_bos, about.model_name) == (1, 'resid_pre', False, 'tiny')
+    preset = load_preset('smollm2-135m', sae=str(folder), layer=1, sae_hook='blocks.1.hook_resid_pre', sae_bos=False, sae_model='tiny')
+    of_preset = FeatureReader.load(preset)
+    assert (of_preset.layer, of_preset.hook, of_preset.sae.cfg.metadata) == (1, 'resid_pre', about)
+    with pytest.raises(ValueError, match='the preset says layer 2, its SAE .* reads layer 1'): FeatureReader.load(load_preset(preset, layer=2))
+    with pytest.raises(ValueError, match="this SAE reads 'layer 1': only SAEs on the residual stream"): FeatureReader.load(folder, hook='layer 1')

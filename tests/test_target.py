@@ -1,15 +1,14 @@
 "saeexplainer.target: early exit, reading and steering on five tiny architectures, and what bad input is told"
-import math
-from contextlib import nullcontext
+import copy, math
 import numpy as np, pytest, torch
-from types import SimpleNamespace
 from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer import models, target as T
 from saeexplainer.models import weights_sha256
+from saeexplainer.presets import load_preset
 from saeexplainer.sampling import sample
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sampling import pad
-from saeexplainer.target import Target, find_steering_value, residual_hook, residual_stream, steering, tokenise
+from saeexplainer.target import Target, distinct_texts, find_steering_values, residual_hook, residual_stream, steering, tokenise
 
 TEXTS = ['The cat sat on the mat.', 'I think that rain', 'A', '', 'She sells sea shells by the sea shore, and the dog lay by the fire.']
 PROMPTS = ['The explanation is simple:', 'I think', 'We']
@@ -62,13 +61,13 @@ def test_last_layer_is_read_before_the_final_norm(lms, tokenizer, arch):
 
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 @pytest.mark.parametrize('left', (True, False))
-def test_padding_on_either_side(lms, tokenizer, arch, left):
+def test_padding_on_either_side(lms, tokenizer, arch, left, largest_error):
     rows = [t.ids for t in tokenise(tokenizer, [t for t in TEXTS if t])]
     batch = pad(rows, 0, left=left)
     together = residual_stream(lms[arch], **batch, layer=2)
     for i, row in enumerate(rows):
         alone = residual_stream(lms[arch], **pad([row], 0), layer=2)[0]
-        assert (together[i][batch['attention_mask'][i].bool()] - alone).abs().max() < 2e-5
+        assert largest_error('early exit in a padded batch', (together[i][batch['attention_mask'][i].bool()] - alone).abs().max().item()) < 2e-5
 
 
 def test_later_layers_are_not_run_and_no_hook_stays(lms, tokenizer):
@@ -103,7 +102,7 @@ def test_bos_is_fed_once_even_if_the_tokenizer_adds_it():
 
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 @pytest.mark.parametrize('place', [('resid_post', 0), ('resid_post', 2), ('resid_pre', 2), ('resid_post', 3), ('resid_pre', 0)])
-def test_activations_equal_sae_lens(lms, tokenizer, readers, arch, place):
+def test_activations_equal_sae_lens(lms, tokenizer, readers, arch, place, largest_error):
     target = Target(lms[arch], tokenizer, readers[place])
     hook, layer = place
     for f in lively(target):
@@ -115,7 +114,7 @@ def test_activations_equal_sae_lens(lms, tokenizer, readers, arch, place):
             else: x = states[layer + (hook=='resid_post')]
             full = target.reader.sae.encode(x)[0, 1:, f].numpy()
             assert ''.join(reading.tokens)==text and reading.values.dtype==np.float32
-            assert np.abs(reading.values - full).max(initial=0) <= 1e-4 * max(1., full.max(initial=0))
+            assert largest_error('early exit + one column', np.abs(reading.values - full).max(initial=0) / max(1., full.max(initial=0))) <= 1e-4
         assert max(r.max for r in readings if len(r.tokens)) > 0
 
 
@@ -127,6 +126,38 @@ def test_batch_and_order_do_not_matter(lms, tokenizer, readers):
     for other in (one, tight): np.testing.assert_allclose(other.max_acts(TEXTS, features), wanted, atol=1e-4)
     np.testing.assert_allclose(many.max_acts(TEXTS[::-1], features[::-1])[::-1], wanted, atol=1e-4)
     np.testing.assert_allclose([r.max for r in many.activations(TEXTS, features)], wanted, atol=1e-4)
+
+
+def test_texts_are_run_once(llama, monkeypatch):
+    texts = ['The cat sat.', 'A', 'The cat sat.', 'The cat sat.', '', 'A']
+    features = [*lively(llama, n=4), 3, 5]
+    wanted = [llama.max_acts([t], f)[0] for t, f in zip(texts, features)]
+    assert [sum(map(len, text.values())) for text in distinct_texts(tokenise(llama.tokenizer, texts), features)] == [3, 2]
+    rows, stream = [], T.residual_stream
+    monkeypatch.setattr(T, 'residual_stream', lambda model, input_ids, *a, **k: rows.append(len(input_ids)) or stream(model, input_ids, *a, **k))
+    np.testing.assert_allclose(llama.max_acts(texts, features), wanted, atol=1e-4)
+    assert sum(rows) == 2
+    monkeypatch.setattr(T, 'FEATURES_AT_ONCE', 1) # one feature at a time
+    np.testing.assert_allclose(llama.max_acts(texts, features), wanted, atol=1e-4)
+    many = llama.activations(['The cat sat.']*512, range(512))
+    x = residual_stream(llama.model, **pad([tokenise(llama.tokenizer, texts)[0].ids], 0), layer=2)
+    np.testing.assert_allclose(np.stack([r.values for r in many], 1), llama.reader.encode(x)[0, 1:].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+@pytest.mark.parametrize('hook', ('resid_post', 'resid_pre'))
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))])
+def test_half_precision_model_read_in_fp32(tokenizer, readers, arch, hook, device, largest_error):
+    model = tiny_model(arch).to(device, torch.bfloat16)
+    reader = FeatureReader(copy.deepcopy(readers[hook, 2].sae).to(device))
+    target, text = Target(model, tokenizer, reader), TEXTS[0]
+    ids = torch.tensor([tokenise(tokenizer, [text])[0].ids], device=device)
+    with torch.no_grad(): states = model(ids, output_hidden_states=True).hidden_states
+    x = states[2 + (hook=='resid_post')]
+    full = reader.sae.encode(x.float())[0, 1:] # the same bf16 residual stream, encoded in fp32
+    assert x.dtype==torch.bfloat16 and (full > 0).any()
+    found = torch.tensor(np.stack([r.values for r in target.activations([text]*512, range(512))], 1))
+    assert largest_error('reading a bf16 model', ((found - full.cpu()).abs().max() / max(1., full.max())).item()) <= 1e-4
 
 
 def test_empty_and_special_only_texts(llama):
@@ -238,26 +269,61 @@ def test_generation_errors(llama, lms):
 
 # ---- the search for a clamp
 
+def slow_kl(target, f, value, reference): # each prompt alone, without padding; the SAE's way: encode, change, decode
+    sae, kls = target.reader.sae, []
+    def edit(resid, change):
+        acts = sae.encode(resid); back = 0 if reference=='sae' else resid - sae.decode(acts)
+        acts = sae.encode(resid).clone()
+        if change: acts[..., f] = value
+        return sae.decode(acts) + back
+    for row in tokenise(target.tokenizer, PROMPTS):
+        clean, steered = ([], [])
+        for change, out in ((False, clean), (True, steered)):
+            with torch.no_grad(), residual_hook(target.model, target.reader.layer, target.reader.hook, lambda r: edit(r, change)):
+                out.append(target.model(**pad([row.ids], 0)).logits[0, 1:].log_softmax(-1)) # without BOS
+        kls.append((clean[0].exp() * (clean[0] - steered[0])).sum(-1).mean().item())
+    return sum(kls)/len(kls)
+
+
 @pytest.mark.parametrize('arch', ('llama', 'gemma2', 'gpt2'))
-@pytest.mark.parametrize('kl', (.1, .2, -.1, -.2))
-def test_steering_value_has_the_kl_it_says(lms, tokenizer, readers, arch, kl):
+@pytest.mark.parametrize('reference', ('raw', 'sae'))
+def test_steering_values_have_the_kl_they_say(lms, tokenizer, readers, arch, reference):
     target = Target(lms[arch], tokenizer, readers['resid_post', 2])
     for f in lively(target, n=2):
-        found = target.steering_value(f, kl, PROMPTS)
-        batch = pad([t.ids for t in tokenise(tokenizer, PROMPTS)], 0, left=True)
-        probs = []
-        for value in (None, found.value):
-            each = []
-            for row in tokenise(tokenizer, PROMPTS): # each prompt alone, without padding
-                one = pad([row.ids], 0)
-                with torch.no_grad():
-                    hook = nullcontext() if value is None else steering(target.model, target.reader, [f], [value], one['attention_mask'])
-                    with hook: each.append(target.model(**one).logits[0, -1].log_softmax(-1))
-            probs.append(torch.stack(each))
-        realised = (probs[1].exp() * (probs[1] - probs[0])).sum(-1).mean().item()
-        assert realised == pytest.approx(found.kl, rel=.01, abs=1e-4)
-        assert found.reached == (abs(found.kl - abs(kl)) <= .05*abs(kl)) and found.reached
-        assert (found.value < 0) == (kl < 0)
+        for kl, found in zip((.1, .2, -.1, -.2), target.steering_values(f, [.1, .2, -.1, -.2], PROMPTS, reference=reference)):
+            assert slow_kl(target, f, found.value, reference) == pytest.approx(found.kl, rel=.01, abs=1e-4)
+            assert found.reached == (abs(found.kl - abs(kl)) <= .05*abs(kl)) and found.reached and (found.value < 0) == (kl < 0)
+            alone = target.steering_value(f, kl, PROMPTS, reference=reference)
+            assert alone.reached and alone.value == pytest.approx(found.value, rel=.06)
+
+
+def test_clean_references_differ(llama):
+    f = lively(llama)[0]
+    assert slow_kl(llama, f, 5., 'raw') != pytest.approx(slow_kl(llama, f, 5., 'sae'), rel=.01)
+    texts = [llama.generate(PROMPTS, *steered, reference=r, temperature=0, max_new_tokens=8) for steered in ((), (f, 9.)) for r in ('raw', 'sae')]
+    assert len(set(map(tuple, texts))) == 4
+    with residual_hook(llama.model, 2, 'resid_post', llama.reader.reconstruct):
+        ids = tokenise(llama.tokenizer, PROMPTS[:1])[0].ids
+        assert sample(llama.model, llama.tokenizer, **pad([ids], 0), temperature=0, max_new_tokens=8) == texts[1][:1]
+
+
+def test_several_clamps_and_targets_share_forward_passes(llama):
+    ran, f = [], lively(llama)[0]
+    handle = llama.model.register_forward_pre_hook(lambda *a: ran.append(1))
+    try:
+        llama._clean = None
+        llama.steering_values(f, [.1, .2, -.1, -.2], PROMPTS); together = len(ran)
+        ran.clear(); llama.steering_values(f, [.1], PROMPTS); one = len(ran)
+    finally: handle.remove()
+    assert one <= 4 and together <= 9
+
+
+def test_logits_in_blocks_are_the_same(llama, monkeypatch):
+    clean, f = llama._clean_run(tuple(PROMPTS), 'raw'), lively(llama)[0]
+    values = [-5., 1., 3., 8.]
+    whole = T.steered_kls(llama.model, llama.reader, clean, f, values)
+    monkeypatch.setattr(T, 'LOGITS_AT_ONCE', 1)
+    assert T.steered_kls(llama.model, llama.reader, clean, f, values) == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
 def test_steering_that_cannot_reach_its_kl_says_so(llama):
@@ -280,18 +346,26 @@ def test_dead_feature_cannot_steer(lms, tokenizer, tmp_path):
                                            (lambda v: .01 if abs(v) < 3 else (abs(v)-3)**2, .25)])
 @pytest.mark.parametrize('step', (1., -1.))
 def test_search(curve, target, step):
-    found = find_steering_value(curve, target, step=step)
+    found = find_steering_values(lambda values: [curve(v) for v in values], [target], step=step)[0]
     assert found.reached and abs(found.kl - target) <= .05*target and found.kl == curve(found.value) and found.value*step > 0
 
 
-@pytest.mark.parametrize('curve', [lambda v: 0., lambda v: .2, lambda v: 3., lambda v: math.nan, lambda v: 0. if abs(v) < 2 else 9.])
+@pytest.mark.parametrize('curve', [lambda v: 0., lambda v: .2, lambda v: 3., lambda v: math.nan, lambda v: 0. if abs(v) < 2.1 else 9.])
 def test_search_that_misses(curve):
-    found = find_steering_value(curve, .5)
+    found = find_steering_values(lambda values: [curve(v) for v in values], [.5])[0]
     assert not found.reached and (found.kl == curve(found.value) or math.isnan(found.kl))
 
 
 def test_search_starts_at_the_base():
-    assert find_steering_value(lambda v: (v-10)**2, .25, base=10.).value == pytest.approx(10.5, abs=.02)
+    curve = lambda values: [(v-10)**2 for v in values]
+    assert find_steering_values(curve, [.25], base=10.)[0].value == pytest.approx(10.5, abs=.02)
+
+
+def test_targets_are_searched_together():
+    passes = []
+    curve = lambda values: passes.append(len(values)) or [v*v*(1 + .1*math.sin(9*v)) for v in values]
+    found = find_steering_values(curve, [.1, .25, .5, 1.])
+    assert all(f.reached for f in found) and len(passes) <= 5 and sorted(f.value for f in found) == [f.value for f in found]
 
 
 # ---- loading
@@ -301,11 +375,12 @@ def preset(tmp_path, lms, tokenizer):
     lms['llama'].save_pretrained(tmp_path/'model'); tokenizer.save_pretrained(tmp_path/'model')
     card = {'model_sha256': weights_sha256(tmp_path/'model')}
     sae = tiny_sae(tmp_path/'sae', model_name='tiny-llama', card=card)
-    return SimpleNamespace(target=str(tmp_path/'model'), sae=str(sae), layer=2, dtype='float32', device='cpu')
+    return load_preset('smollm2-135m', target=str(tmp_path/'model'), sae=str(sae), layer=2, dtype='float32', device='cpu', batch_tokens=99)
 
 
 def test_load(preset, llama):
     loaded = Target.load(preset)
+    assert (loaded.batch_size, loaded.max_tokens) == (preset.batch_size, 99) and Target.load(preset, loaded.reader).reader is loaded.reader
     np.testing.assert_allclose(loaded.max_acts(TEXTS, 3), llama.max_acts(TEXTS, 3), atol=1e-4)
 
 
@@ -325,7 +400,7 @@ def test_other_embedded_weights_are_refused(tmp_path, monkeypatch):
 
 
 def test_saes_of_other_models_are_refused(preset, tmp_path, lms, tokenizer):
-    other = lambda **kw: SimpleNamespace(**{**vars(preset), **kw})
+    other = lambda **kw: load_preset(preset, **kw)
     with pytest.raises(ValueError, match='the preset says layer 1, its SAE .* reads layer 2'): Target.load(other(layer=1))
     with pytest.raises(ValueError, match="this SAE is for the model 'tiny-llama', not for 'org/gemma-9b'"):
         Target.load(other(target='org/gemma-9b'))

@@ -1,0 +1,121 @@
+"saeexplainer.dictionaries: whole dictionaries and lone directions, killed half-way, and files that cannot be read"
+import json, os, signal, subprocess, sys, time
+import numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import save_file
+from helpers import tiny_sae
+from test_run import make_preset
+from saeexplainer.cli import main
+from saeexplainer.dictionaries import Rows, explain_dictionary, read_directions, read_explanations
+from saeexplainer.injection import Explainer, ExplainerCard, save_adapter
+from saeexplainer.models import load_model
+from saeexplainer.presets import load_preset
+from saeexplainer.saes import FeatureReader
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    "A tiny preset, its SAE with two dead features, and an explainer with a random adapter"
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    folder = tmp_path_factory.mktemp('dictionaries')
+    os.environ['SAEEXPLAINER_DATA'] = str(folder/'data')
+    file = make_preset(folder)
+    weights = load_file(sae := folder/'data'/'tiny'/'sae'/'sae_weights.safetensors')
+    weights['W_dec'][[7, 33]] = 0
+    save_file(weights, sae)
+    preset = load_preset(file)
+    torch.manual_seed(0)
+    tuned = get_peft_model(load_model(preset.explainer, device='cpu')[0], LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False))
+    save_adapter(tuned, ExplainerCard.from_preset(preset, FeatureReader.load(preset), 'sft'), folder/'sft')
+    yield folder, file, preset
+    del os.environ['SAEEXPLAINER_DATA']
+
+
+def test_every_feature_has_a_row(world, tmp_path):
+    folder, _, preset = world
+    done = explain_dictionary(preset, folder/'sft', tmp_path/'all.jsonl', progress=False)
+    rows = [json.loads(line) for line in (tmp_path/'all.jsonl').read_text().splitlines()]
+    assert [r['index'] for r in rows] == list(range(40)) and [r['feature'] for r in rows][:2] == ['tiny/1-res/0', 'tiny/1-res/1']
+    assert [r['index'] for r in rows if r['error'] == 'no direction: a dead feature'] == [7, 33] and done['dead'] == 2
+    assert done['explained'] + done['dead'] + done['empty'] == done['features'] == 40
+    reader = FeatureReader.load(preset)
+    one = Explainer.from_pretrained(folder/'sft', reader, device='cpu').explain(reader.directions([3]), max_new_tokens=preset.explanation_tokens)[0]
+    assert (rows[3]['explanation'] or '') == one and not list(tmp_path.glob('*.part'))
+    read = read_explanations(tmp_path/'all.jsonl')
+    assert read['explanation'].isna().sum() == done['dead'] + done['empty'] and read['feature'][5] == 'tiny/1-res/5'
+    with pytest.raises(ValueError, match='all.jsonl exists: remove it, or choose another --out'): explain_dictionary(preset, folder/'sft', tmp_path/'all.jsonl')
+
+
+def test_verified_scores_are_those_of_the_target(world, tmp_path):
+    from saeexplainer.target import Target
+    folder, _, preset = world
+    explain_dictionary(preset, folder/'sft', tmp_path/'all.parquet', n=2, progress=False)
+    table, target = pd.read_parquet(tmp_path/'all.parquet').set_index('index'), Target.load(preset)
+    said = table[table['explanation'].notna()]
+    assert len(said) and said['scores'].map(len).eq(2).all() and table.loc[[7, 33], 'scores'].isna().all()
+    for index, row in said.iterrows():
+        wanted = [np.nan if t is None else target.max_acts([t], index)[0] for t in row['texts']]
+        np.testing.assert_allclose(np.array(row['scores'], float), wanted, atol=1e-3)
+        np.testing.assert_allclose(row['score'], np.nanmean(wanted) if not np.isnan(wanted).all() else np.nan, atol=1e-3)
+        assert row['reached'] == sum(w > .5*row['max_act'] for w in wanted)
+
+
+def test_killed_in_both_passes(world, tmp_path, monkeypatch):
+    folder, file, preset = world
+    explain_dictionary(preset, folder/'sft', tmp_path/'whole.jsonl', n=2, progress=False)
+    out = tmp_path/'killed.jsonl'
+    command = [sys.executable, '-c', 'from saeexplainer.cli import main; main()', 'explain', str(file), '--all', '--out', str(out), '--verify', '2', '--explainer', str(folder/'sft')]
+    for part in ('explained', 'verified'):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        lines = lambda: (p.read_bytes().count(b'\n') if (p := tmp_path/f'killed.jsonl.{part}.part').exists() else 0)
+        while process.poll() is None and lines() < 5: time.sleep(.005)
+        process.send_signal(signal.SIGKILL); process.wait()
+        assert process.returncode == -signal.SIGKILL and not out.exists()
+    done = subprocess.run([*command, '--json'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['features'] == 40 and out.read_text() == (tmp_path/'whole.jsonl').read_text()
+
+
+def test_other_settings_are_refused(world, tmp_path):
+    folder, _, preset = world
+    rows = Rows(tmp_path/'all.jsonl.explained.part', dict(preset='tiny', source='tiny/1-res', sae_sha256='abc', explainer='x')); rows.close()
+    with pytest.raises(ValueError, match=r"explained.part was begun with sae_sha256 'abc', not .*: remove it, or choose another --out"):
+        explain_dictionary(preset, folder/'sft', tmp_path/'all.jsonl')
+    with pytest.raises(ValueError, match=r"--out must end in .jsonl or .parquet, not 'all.txt'"): explain_dictionary(preset, folder/'sft', tmp_path/'all.txt')
+
+
+def test_directions_of_no_sae(world, tmp_path, capsys):
+    folder, file, preset = world
+    W = FeatureReader.load(preset).sae.W_dec
+    save_file({'truth': W[3].clone(), 'probes': W[4:6].clone()}, tmp_path/'d.safetensors')
+    main(['explain', str(file), '--direction', str(tmp_path/'d.safetensors'), '--explainer', str(folder/'sft'), '--json'])
+    said = {r['direction']: r['explanation'] for r in json.loads(capsys.readouterr().out)}
+    reader = FeatureReader.load(preset)
+    wanted = Explainer.from_pretrained(folder/'sft', reader, device='cpu').explain(reader.directions([4, 5, 3]), max_new_tokens=preset.explanation_tokens)
+    assert said == dict(zip(('probes[0]', 'probes[1]', 'truth'), wanted))
+    save_file({'x': torch.ones(3)}, tmp_path/'narrow.safetensors'); save_file({'x': torch.ones(2, 2, 64)}, tmp_path/'cube.safetensors')
+    save_file({'x': torch.zeros(64)}, tmp_path/'zero.safetensors'); (tmp_path/'text.safetensors').write_text('no')
+    for name, says in (('narrow', 'a direction has 3 components, the residual stream has 64'), ('cube', r'x has the shape \(2, 2, 64\): directions are'),
+                       ('zero', 'is zero'), ('text', 'is not a safetensors file')):
+        with pytest.raises(ValueError, match=says): read_directions(tmp_path/f'{name}.safetensors', 64)
+    with pytest.raises(FileNotFoundError, match='no file'): read_directions(tmp_path/'none.safetensors', 64)
+
+
+def test_what_evaluate_reads(world, tmp_path):
+    pd.DataFrame({'feature': [5], 'explanation': ['x']}).to_csv(tmp_path/'a.csv', index=False)
+    pd.DataFrame({'feature': [5], 'explanation': ['x'], 'score': [1.]}).to_parquet(tmp_path/'b.parquet')
+    for name in ('a.csv', 'b.parquet'): assert read_explanations(tmp_path/name).to_dict('list') == {'feature': ['5'], 'explanation': ['x']}
+    (tmp_path/'c.jsonl').write_text('{"feature": 1\n'); (tmp_path/'d.jsonl').write_text('{"id": 1}\n'); (tmp_path/'e.txt').write_text('')
+    for name, says in (('c.jsonl', 'is not a readable jsonl file'), ('d.jsonl', 'has the columns id: it needs feature and explanation'), ('e.txt', 'must be .csv, .jsonl or .parquet')):
+        with pytest.raises(ValueError, match=says): read_explanations(tmp_path/name)
+
+
+def test_a_dictionary_can_be_evaluated(world, tmp_path, capsys, monkeypatch):
+    folder, file, preset = world
+    monkeypatch.chdir(tmp_path)
+    rows = [dict(feature='tiny/1-res/1', explanation='cats'), dict(feature='tiny/1-res/2', explanation=None), dict(feature='tiny/1-res/3', explanation='dogs')]
+    (tmp_path/'mine.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    main(['evaluate', 'mine.jsonl', '--preset', str(file), '--json'])
+    shown = capsys.readouterr()
+    assert '1 of 3 rows have no explanation and are left out' in shown.err
+    assert {r['stage'] for r in json.loads(shown.out)} >= {'mine', 'label'}
