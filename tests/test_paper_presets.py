@@ -303,7 +303,6 @@ def test_command(world, capsys):
 
 
 @only('gpt2')
-@pytest.mark.xfail(strict=False, reason='the residual stream is not centred yet, which sae-lens asks for with center_writing_weights')
 def test_stream_is_centred_where_the_sae_was_trained_so(world):
     "res-jb SAEs were trained on GPT-2 with `center_writing_weights`: on x - mean(x), as sae-lens' registry says (SAELens #279)"
     release, sae_id = 'gpt2-small-res-jb', 'blocks.7.hook_resid_pre'
