@@ -3,15 +3,16 @@ instruct twin as the explainer, and a writer behind a server"""
 import json
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
+import numpy as np, pandas as pd
 import pytest, torch
 from helpers import FAMILIES, SENTENCES, gemma_scope, llama_scope, res_jb, save_twin
 from writer_server import Server, capable
 from saeexplainer.cli import main
-from saeexplainer.features import word_at
+from saeexplainer.features import save_features
 from saeexplainer.injection import Explainer, ExplainerCard, FeatureCollator
 from saeexplainer.models import weights_sha256
 from saeexplainer.presets import load_preset
+from saeexplainer.reading import word_at
 from saeexplainer.run import Run, execute, stage_functions
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sampling import pad
@@ -41,7 +42,8 @@ class World:
     def explainer_folder(self): return self.folder/('base' if self.family == 'gpt2' else 'twin')
 
     def preset(self, **kw):
-        return load_preset(CASES[self.family][0], **{**SMALL, 'target': str(self.target_folder), 'explainer': str(self.explainer_folder), **kw})
+        oracle = {} if self.family == 'gpt2' else {'ao_adapter': str(self.folder/'oracle')}
+        return load_preset(CASES[self.family][0], **{**SMALL, **oracle, 'target': str(self.target_folder), 'explainer': str(self.explainer_folder), **kw})
 
     def formula(self, x): # (n, d) -> (n, features), by the kind's own definition
         a = {k: v.double() for k, v in self.arrays.items()}
@@ -84,9 +86,17 @@ def make_features(preset, file, n=40):
         if len(rows) == n or not values[order[0]].max() > 0 or not words: continue
         contexts = [dict(source='test', tokens=pieces[i], values=values[i].tolist(), peak=int(values[i].argmax())) for i in order[:2]]
         rows.append(dict(index=f, density=float(torch.cat(values).gt(0).float().mean()), max_act=float(values[order[0]].max()), status='ok',
-                         explanation='words such as ' + ', '.join(f"'{w}'" for w in words), words=words, contexts=contexts))
+                         explanation=(label := 'words such as ' + ', '.join(f"'{w}'" for w in words)), words=words, contexts=contexts,
+                         explanations=[dict(text=label, model='gpt-4o-mini', type='oai_token-act-pair'), *([dict(text=f'the word {words[0]}', model='gpt-5', type='')] if f % 2 else [])]))
     assert len(rows) == n
-    file.parent.mkdir(parents=True); pq.write_table(pa.Table.from_pylist(rows), file)
+    save_features(rows, file)
+
+
+def make_oracle(folder, model): # an adapter in the form of the public Activation Oracles
+    from peft import LoraConfig, get_peft_model
+    from saeexplainer.models import load_model
+    config = LoraConfig(r=64, lora_alpha=128, lora_dropout=.05, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights='gaussian')
+    get_peft_model(load_model(str(model), device='cpu')[0], config).save_pretrained(folder)
 
 
 @pytest.fixture(scope='module', params=list(CASES))
@@ -98,7 +108,9 @@ def world(request, tmp_path_factory):
         for name, value in (('HF_HUB_CACHE', str(folder/'hub')), ('HF_HUB_OFFLINE', True)): patch.setattr(constants, name, value)
         for name, value in dict(SAEEXPLAINER_DATA=str(folder/'data'), OPENAI_BASE_URL=server.url, OPENAI_API_KEY=KEY).items(): patch.setenv(name, value)
         save_twin(folder/'base', family, n_layers=layers)
-        if family != 'gpt2': save_twin(folder/'twin', family, instruct=True, n_layers=layers, seed=1)
+        if family != 'gpt2':
+            save_twin(folder/'twin', family, instruct=True, n_layers=layers, seed=1)
+            make_oracle(folder/'oracle', folder/'twin')
         world = World(family, folder, *make_sae(family, folder/'hub', patch), server)
         make_features(world.preset(), folder/'data'/world.preset().name/'features.parquet')
         yield world
