@@ -399,7 +399,7 @@ def source_files(session, store, model, source, folder:Path, n_contexts) -> tupl
     found, other = {kind: [] for kind in _KINDS}, []
     keys = list_store(session, store, f'v1/{model}/{source}/')
     if not keys: _unknown_source(session, store, model, source)
-    for key, etag in keys.items():
+    for key, etag in sorted(keys.items(), key=lambda k: k[0].split('/')): # explanations/ before explanations-gpt-5/
         part, _, name = key.removeprefix(f'v1/{model}/{source}/').partition('/')
         kind = 'explanations' if part.startswith('explanations') else part
         if kind not in found or '/' in name or not name.endswith('.jsonl.gz'): other.append(key); continue
