@@ -127,16 +127,16 @@ def test_contexts_stay_in_arrow(tmp_path):
         fields=list(FEATURES_SCHEMA.field('contexts').type.value_type))
     columns = dict(index=range(n), density=[.1]*n, max_act=[31.]*n, status=['ok']*n, explanation=['x']*n, words=[[]]*n, explanations=[[dict(text='x', model='m', type='')]]*n)
     table = pa.table([*(pa.array(v, FEATURES_SCHEMA.field(c).type) for c, v in columns.items()), pa.ListArray.from_arrays(offsets(n, k), struct)], schema=FEATURES_SCHEMA)
-    pq.write_table(table, file := tmp_path/'features.parquet', row_group_size=4096)
+    pq.write_table(table, file := tmp_path/'features.parquet', row_group_size=4096, compression='none')
     preset = preset_with(file)
     tracemalloc.start()
     features = load_features(preset)
     lazy, _ = tracemalloc.get_traced_memory()
-    part = [tuple(f.contexts) for f in features[:200]]
+    part = [tuple(f.contexts) for f in features[:50]]
     tuples = (tracemalloc.get_traced_memory()[0] - lazy)*n/len(part)
     tracemalloc.stop()
     assert len(features) == n and features[-1].contexts[15].values[31] == 31. and features[-1].contexts[15].tokens[-1] == f' word{(n*k*length-1) % 97}'
-    assert lazy < 60e6 and tuples > 8*lazy, (lazy, tuples)
+    assert lazy < 30e6 and tuples > 20*lazy, (lazy, tuples)
 
 
 # lines
@@ -153,7 +153,7 @@ def test_contexts_are_cropped_around_the_peak(peak, n):
 
 def test_of_each_text_the_strongest():
     rows = [activation(1, 50, 2., word='a'), activation(1, 50, 9., word='b'), activation(1, 50, 5., word='a'), activation(1, 50, 4., word='c')]
-    assert [(c.tokens[0][1], c.values[c.peak]) for c in strongest_contexts(map(context_row, rows), 3)] == [('b', 9.), ('a', 5.), ('c', 4.)]
+    assert [(c.tokens[0][1], c.values[c.peak]) for c in strongest_contexts(map(context_row, rows), 4)] == [('b', 9.), ('a', 5.), ('c', 4.)]
     table = shard_table([json.dumps(activation(1, 50, float(s), word=f'x{s}')) for s in np.random.default_rng(0).permutation(40) + 1], 'activations', 3)
     assert [c['values'][c['peak']] for c in table['found'][0].as_py()] == [40, 39, 38]
 
