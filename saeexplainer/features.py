@@ -13,7 +13,7 @@ __all__ = ['FEATURES_SCHEMA', 'STORE_URL', 'API_URL', 'TIMEOUT', 'PAUSE', 'Featu
 import gzip, json, math, os, random, re, threading, time, zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
@@ -26,7 +26,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 # %% ../nbs/parts/features.ipynb #a5f47a3f
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class FeatureId:
     "A feature's name: `model/source/index`, as on Neuronpedia"
     model: str
@@ -44,14 +44,14 @@ class FeatureId:
         return cls(parts[0], parts[1], int(parts[2]))
 
 # %% ../nbs/parts/features.ipynb #31e9bfac
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Explanation:
     "What a model said of a feature"
     text: str
     model: str     # who said it, such as 'gpt-4o-mini'
     type: str = '' # how it was asked, such as 'oai_token-act-pair'
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Context:
     "A stretch of text around a strong activation"
     source: str          # where the text is from
@@ -88,7 +88,7 @@ class Contexts(Sequence):
     def __repr__(self): return f'<{len(self)} contexts>'
     def __reduce__(self): return tuple, (tuple(self),) # a copy needs no column
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Feature:
     "What is known of a feature"
     id: FeatureId
@@ -127,7 +127,7 @@ def _stored(row:dict) -> dict: # as the schema has it
     if missing: raise ValueError(f"a feature's row lacks {', '.join(missing)}: it needs {', '.join(FEATURES_SCHEMA.names)}")
     said, label = row.get('explanations'), row['explanation']
     return {**row, 'explanation': label if isinstance(label, str) else None, # pandas has NaN there
-            'explanations': [vars(e) if isinstance(e, Explanation) else e for e in (() if said is None else said)],
+            'explanations': [asdict(e) if isinstance(e, Explanation) else e for e in (() if said is None else said)],
             'contexts': [(c if isinstance(c, Context) else Context.from_row(c)).row() for c in row['contexts']]}
 
 def save_features(rows, # dicts with the columns of `FEATURES_SCHEMA`, in any iterable, or a DataFrame; without `explanations`: none
@@ -144,11 +144,14 @@ def save_features(rows, # dicts with the columns of `FEATURES_SCHEMA`, in any it
 # %% ../nbs/parts/features.ipynb #e77c80c3
 def features_file(preset) -> Path: # it need not exist
     "Where a preset's features are: its field `features`, its folder in data/, or the user cache"
-    from saeexplainer.models import cache_dir
     from saeexplainer.presets import data_dir
     if preset.features: return given if (given := Path(preset.features).expanduser()).exists() else data_dir()/given
     shipped = data_dir()/preset.name/'features.parquet'
-    return shipped if shipped.exists() else cache_dir()/'features'/preset.source/'features.parquet'
+    return shipped if shipped.exists() else _kept(preset.source)/'features.parquet'
+
+def _kept(source:str) -> Path: # folder in the user cache, of 'model/source'
+    from saeexplainer.models import cache_dir
+    return cache_dir()/'features'/source
 
 def _read_table(file:Path, preset) -> pa.Table:
     if not file.exists(): raise FileNotFoundError(f'there is no {file}: `saeexplainer features {preset.name}` makes it')
@@ -247,7 +250,7 @@ def shard_table(lines, # of JSON, as text or bytes
         try: index, found = row_index(row := json.loads(line)), parse(row)
         except (ValueError, KeyError, TypeError, AttributeError): bad += 1; continue
         if found is None: continue
-        if kind != 'activations': rows.append(dict(index=index, found=found if isinstance(found, dict) else vars(found))); continue
+        if kind != 'activations': rows.append(dict(index=index, found=found if isinstance(found, dict) else asdict(found))); continue
         (best := contexts[index]).append(found)
         if len(best) > 2*n_contexts: best[:] = strongest_contexts(best, n_contexts)
     rows += [dict(index=i, found=[c.row() for c in strongest_contexts(best, n_contexts)]) for i, best in contexts.items()]
@@ -399,7 +402,7 @@ def source_files(session, store, model, source, folder:Path, n_contexts) -> tupl
     found, other = {kind: [] for kind in _KINDS}, []
     keys = list_store(session, store, f'v1/{model}/{source}/')
     if not keys: _unknown_source(session, store, model, source)
-    for key, etag in keys.items():
+    for key, etag in sorted(keys.items(), key=lambda k: k[0].split('/')): # explanations/ before explanations-gpt-5/
         part, _, name = key.removeprefix(f'v1/{model}/{source}/').partition('/')
         kind = 'explanations' if part.startswith('explanations') else part
         if kind not in found or '/' in name or not name.endswith('.jsonl.gz'): other.append(key); continue
@@ -427,8 +430,7 @@ def neuronpedia_export(model:str, source:str, # as on Neuronpedia: 'gemma-2-9b',
     """Labels, statistics and contexts of all features of a source, as features.parquet; goes on where it was stopped
 
     Raises `ValueError` for a source or explainer that is not there, with those that are, and `ConnectionError` where files cannot be read."""
-    from saeexplainer.models import cache_dir
-    folder = Path(folder or cache_dir()/'features'/model/source)
+    folder = Path(folder or _kept(f'{model}/{source}'))
     store, session, shards = (store or os.environ.get('NEURONPEDIA_STORE') or STORE_URL).rstrip('/'), _session(), folder/'shards'
     files, skipped = source_files(session, store, model, source, shards, n_contexts)
     of = lambda kind: [file for k, _, file, _ in files if k == kind]

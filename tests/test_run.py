@@ -22,8 +22,8 @@ def make_preset(folder, **kw):
     rows = [dict(index=i, density=.01, max_act=1., status='ok' if i < 36 else ('dead', 'dense', 'unlabelled', 'dead')[i-36], words=[WORDS[i % 20]],
                  explanation=f"the word '{WORDS[i % 20]}'" if i < 36 else None, contexts=[context]) for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), data/'tiny'/'features.parquet')
-    fields = dict(base='smollm2-135m', target=str(model), explainer=str(model), sae='tiny/sae', source='tiny/1-res', layer=1, placeholder=PLACEHOLDER, device='cpu',
-                  dtype='float32', n_sft=8, n_pref=4, n_test=4, n_output=2, sft_batch=2, dpo_batch=1, sft_epochs=2., dpo_epochs=2., threshold=0., spread=0., margin=0.,
+    fields = dict(base='smollm2-135m', target=str(model), explainer=str(model), sae='tiny/sae', features='tiny/features.parquet', source='tiny/1-res', layer=1,
+                  placeholder=PLACEHOLDER, device='cpu', dtype='float32', n_sft=8, n_pref=4, n_test=4, n_output=2, sft_batch=2, dpo_batch=1, sft_epochs=2., dpo_epochs=2., threshold=0., spread=0., margin=0.,
                   n_candidates=4, n_texts=2, n_generative=2, n_activating=2, n_neutral=2, explanation_tokens=6, text_tokens=8, steering_kl=[.01], steering_tokens=4, batch_size=4)
     file = folder/'tiny.yaml'
     file.write_text(''.join(f'{k}: {json.dumps(v)}\n' for k, v in (fields | kw).items()))
