@@ -185,6 +185,7 @@ def load_features(preset) -> list[Feature]:
     contexts = [Contexts(column, i) for column in table['contexts'].chunks for i in range(len(column))]
     said = [tuple(Explanation(**e) for e in r.get('explanations') or ()) for r in rows]
     chosen, (model, source) = preset.label_model, preset.source.split('/')
+    if not any(said): chosen = None # a table that names no models has one label per feature
     if chosen: _require_explainer(chosen, explainers_of(said), file)
     features = []
     for r, s, c in zip(rows, said, contexts):

@@ -160,26 +160,31 @@ def evaluated_stages(preset) -> list[str]: # label, baselines, sft, dpo1, ...
     "Whose explanations of the test features a run measures"
     return ['label', *preset.baseline_labels, *(['ao'] if preset.ao_adapter else []), *explainer_stages(preset)]
 
+def _explained_by(run:Run, stage:str, test) -> dict: # {feature: text}; stored as they are made
+    have = run.store.explanations(stage)
+    if missing := [i for i in test if i not in set(have['feature'])]:
+        texts = run.explainer(stage).explain(run.reader.directions(missing), max_new_tokens=run.preset.explanation_tokens, batch_size=run.preset.batch_size,
+                                             progress=run.progress)
+        run.store.put_explanations([(stage, i, 0, text) for i, text in zip(missing, texts)])
+        have = run.store.explanations(stage)
+    return dict(zip(have['feature'].tolist(), have['text']))
+
 def explain_test(run:Run) -> dict: # stage -> {feature: text}, labels first
-    "Greedy explanations of the test features by every explainer, and the labels; stored as they are made"
+    "Explanations of the test features: labels, other models' labels, an Activation Oracle's answers, and every explainer's greedy ones"
     from saeexplainer.features import labels_of
     from saeexplainer.injection import oracle_note
-    test = run.splits['test']
+    test, notes = run.splits['test'], []
     stages = {'label': {i: run.features[i].explanation for i in test}}
-    for model in run.preset.baseline_labels: stages[model] = labels_of([run.features[i] for i in test], model)
+    for model in run.preset.baseline_labels:
+        stages[model] = labels_of([run.features[i] for i in test], model)
+        if (n := len(stages[model])) < len(test): notes.append(f'{n} of {len(test)} test features have a label by {model}')
     for stage, texts in stages.items(): run.store.put_explanations([(stage, i, 0, text) for i, text in texts.items()])
-    notes = [f'{len(texts)} of {len(test)} test features have a label by {model}' for model, texts in stages.items() if len(texts) < len(test)]
-    for stage in (s for s in evaluated_stages(run.preset) if s not in stages):
-        if stage=='ao' and (note := oracle_note(run.preset, run.reader.layer)): notes.append(note)
-        have = run.store.explanations(stage)
-        missing = [i for i in test if i not in set(have['feature'])]
-        if missing:
-            texts = run.explainer(stage).explain(run.reader.directions(missing), max_new_tokens=run.preset.explanation_tokens,
-                                                 batch_size=run.preset.batch_size, progress=run.progress)
-            run.store.put_explanations([(stage, i, 0, text) for i, text in zip(missing, texts)])
-            have = run.store.explanations(stage)
-        stages[stage] = dict(zip(have['feature'].tolist(), have['text']))
-    run.store.put_meta(notes=notes)
+    if run.preset.ao_adapter:
+        notes += [note for note in [oracle_note(run.preset, run.reader.layer)] if note]
+        try: stages['ao'] = _explained_by(run, 'ao', test)
+        except (OSError, ValueError, RuntimeError) as e: notes.append(f'ao: not measured, {str(e).splitlines()[0]}') # no reason to lose the rest
+    for stage in explainer_stages(run.preset): stages[stage] = _explained_by(run, stage, test)
+    run.store.put_notes(notes)
     return {stage: texts for stage, texts in stages.items() if texts}
 
 def evaluate_stage(run:Run) -> str:

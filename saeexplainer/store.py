@@ -173,6 +173,10 @@ class _Stages(_Views):
             if (old := self.meta(key)) != json.loads(json.dumps(value, default=_plain)):
                 raise ValueError(f'the store {self.path} has {key} {old!r}, not {value!r}: give the run another name')
 
+    def put_notes(self, notes) -> None:
+        "What is to be said beside the run's numbers; replaces earlier notes"
+        with self._write() as db: db.execute("INSERT OR REPLACE INTO meta VALUES ('notes', ?)", [json.dumps(list(notes))])
+
     def meta(self, key, default=None):
         "A fact about the run"
         found = self._rows('SELECT value FROM meta WHERE key=?', [key])
