@@ -79,14 +79,16 @@ def main():
     whole, hours = preset.corpus_tokens, lambda s: s/n * preset.corpus_tokens/3600
     print(f'{n:,} tokens in {len(ends)} documents of {a.corpus}; {F:,} features at layer {target.reader.layer}; to the whole corpus of {whole:,} tokens:')
     print(f'{"":28}{"tokens/s":>9}{"whole corpus":>15}{"memory for it":>16}')
-    for name, s, memory_of in (('(a) one pass', seconds['pass'], memory.most), ('(b) its floor', seconds['floor'], 0), ('(c) a pass per feature', seconds['feature']*F, 0),
-                               ('(d) everything cached', seconds['cache'], cached/n*whole)):
-        print(f'{name:28}{n/s:9,.3g}{hours(s):13,.1f} h{memory_of/1e9:13.2f} GB' if memory_of else f'{name:28}{n/s:9,.3g}{hours(s):13,.1f} h{"":>16}')
-    rows = [dict(what='reading a corpus: tokens/s of the pass', against='truncated forward + full encode alone', value=seconds['floor']/seconds['pass'], least=a.least),
-            dict(what='reading a corpus: speed of the pass', against=f'one pass per feature, x {F} (extrapolated)', value=seconds['feature']*F/seconds['pass'], least=100),
-            dict(what='reading a corpus: memory that the formula allows', against='measured peak of the pass', value=allowed/max(memory.most, 1), least=.9),
-            dict(what='reading a corpus: bytes of a cache of all activations', against='measured peak of the pass, whole corpus', value=cached/n*whole/max(memory.most, 1), least=10)]
-    for r in rows: print(f"{r['what']} / {r['against']}: {r['value']:.3g} (at least {r['least']:g})")
+    for name, s, size in (('(a) one pass', seconds['pass'], memory.most), ('(b) its floor', seconds['floor'], 0),
+                          ('(c) a pass per feature', seconds['feature']*F, 0), ('(d) everything cached', seconds['cache'], cached/n*whole)):
+        print(f'{name:28}{n/s:9,.3g}{hours(s):13,.1f} h' + (f'{size/1e9:13.2f} GB' if size else ''))
+    row = lambda what, against, value, least: dict(what=f'corpus pass: {what}', against=against, value=value, least=least)
+    rows = [row('tokens/s', 'truncated forward + full encode alone', seconds['floor']/seconds['pass'], a.least),
+            row('speed', f'one pass for each of {F:,} features, extrapolated', seconds['feature']*F/seconds['pass'], 100),
+            row('speed', 'all activations cached', seconds['cache']/seconds['pass'], .7),
+            row('peak memory', 'its formula (formula/measured)', allowed/max(memory.most, 1), .9),
+            row('peak memory', 'all activations cached, whole corpus (cache/measured)', cached/n*whole/max(memory.most, 1), 10)]
+    for r in rows: print(f"{r['what']} against {r['against']}: {r['value']:.3g} (at least {r['least']:g})")
     if a.json: a.json.write_text(json.dumps((json.loads(a.json.read_text()) if a.json.exists() else []) + rows, indent=1) + '\n')
     return 0 if all(r['value'] >= r['least'] for r in rows) else 1
 

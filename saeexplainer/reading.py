@@ -6,7 +6,7 @@
 __all__ = ['TABLES', 'BEFORE', 'LENGTH', 'WORD', 'corpus_documents', 'document_windows', 'window_residuals', 'state_bytes',
            'CorpusReading', 'add_document', 'save_reading', 'load_reading', 'word_at', 'word_before', 'token_strings',
            'document_batches', 'read_batch', 'reading_settings', 'read_corpus', 'contexts_of', 'word_label',
-           'feature_table', 'save_features', 'features_file', 'features_card', 'build_features']
+           'feature_table', 'features_card', 'build_features']
 
 # %% ../nbs/parts/reading.ipynb #dc88d021
 import hashlib, json, os, re, time
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .corpus import SOURCES, balanced_cap, documents, part_of, split_text
-from .features import Context
+from .features import Context, features_file, save_features
 from .models import cache_dir
 from .sampling import batches, pad
 from .target import Target, residual_stream
@@ -85,12 +85,14 @@ def document_windows(ids:list, # token ids of a document
     "A document in windows; the last may be short, but not shorter than 16 tokens: less is left out"
     return [ids[i:i+size] for i in range(0, len(ids), size) if len(ids[i:i+size]) >= min(16, size)]
 
-# %% ../nbs/parts/reading.ipynb #10cf0aa4
+# %% ../nbs/parts/reading.ipynb #6bc3b30a
+def _bos(target): # its id, or None where no BOS is fed
+    return target.tokenizer.bos_token_id if target.bos else None
+
 def window_residuals(target, # `Target`
                      windows) -> torch.Tensor: # lists of token ids -> (tokens of all windows, d), in their order
     "The residual stream at the SAE's place, by early exit, on every token but BOS"
-    bos = target.tokenizer.bos_token_id if target.bos else None
-    first, out = [] if bos is None else [bos], [None]*len(windows)
+    first, out = [] if (bos := _bos(target)) is None else [bos], [None]*len(windows)
     for rows in batches([len(w) + len(first) for w in windows], target.batch_size, target.max_tokens):
         batch = pad([[*first, *windows[i]] for i in rows], target.pad_id, device=target.model.device)
         resid = residual_stream(target.model, **batch, layer=target.reader.layer, hook=target.reader.hook)
@@ -126,8 +128,10 @@ class CorpusReading:
     @classmethod
     def empty(cls, settings:dict): # with n_features and n_top
         "Nothing read yet"
-        shape, kinds = (settings['n_features'], settings['n_top']), (np.float32, np.int32, np.int32, np.int16, np.int16)
-        return cls(settings, *(np.zeros(shape, k) for k in kinds), *(np.zeros((*shape, LENGTH), k) for k in (np.int32, np.float16)), np.zeros(shape[0], np.int64))
+        shape = settings['n_features'], settings['n_top']
+        entries = [np.zeros(shape, kind) for kind in (np.float32, np.int32, np.int32, np.int16, np.int16)]
+        contexts = [np.zeros((*shape, LENGTH), kind) for kind in (np.int32, np.float16)]
+        return cls(settings, *entries, *contexts, np.zeros(shape[0], np.int64))
 
     def __post_init__(self): self.floor = torch.from_numpy(self.value.min(1)) # what an activation must exceed to be kept
 
@@ -152,7 +156,8 @@ def add_document(reading:CorpusReading, acts, # (T, F) activations of a document
     f, best, peak, where = f.cpu().numpy(), best[f].cpu().numpy(), (at - start).cpu().numpy(), where.cpu().numpy()
     slot = np.where(reading.value[f]==reading.value[f].min(1, keepdims=True), reading.document[f], -1).argmax(1)
     number = reading.sources.setdefault(source, [len(reading.sources), 0])[0]
-    for kept, new in (('value', best), ('document', reading.documents), ('source', number), ('size', size), ('peak', peak)): getattr(reading, kept)[f, slot] = new
+    new = dict(value=best, document=reading.documents, source=number, size=size, peak=peak)
+    for kept, x in new.items(): getattr(reading, kept)[f, slot] = x
     reading.tokens[f, slot, :size], reading.values[f, slot, :size] = np.asarray(ids)[where], values
     reading.floor[torch.from_numpy(f).to(acts.device)] = torch.from_numpy(reading.value[f].min(1)).to(acts.device)
 
@@ -239,7 +244,7 @@ def reading_settings(target, n_top:int=32, tokens:int|None=None, window:int=127,
     "What a state must agree with to be gone on with"
     reader, model = target.reader, target.model
     return dict(sae=reader.sha256, n_features=reader.n_features, model=Path(model.name_or_path).name, dtype=str(model.dtype),
-                place=f'{reader.hook} of layer {reader.layer}', bos=target.bos, n_top=n_top, tokens=tokens, window=window,
+                place=f'{reader.hook} of layer {reader.layer}', bos=_bos(target), n_top=n_top, tokens=tokens, window=window,
                 batch_tokens=batch_tokens or min(target.max_tokens, max(1, 2**27//reader.n_features)))
 
 def read_corpus(target, # `Target`
@@ -322,31 +327,12 @@ def feature_table(reading:CorpusReading, tokenizer,
         if status == 'ok':
             label, words = word_label(contexts, reading.words)
             if label is None: status = 'unlabelled'
-        shown = [dict(source=c.source, tokens=list(c.tokens), values=np.float16(np.clip(c.values, -65504, 65504)), peak=c.peak) for c in contexts[:n_contexts]]
         rows.append(dict(index=feature, density=float(density), max_act=float(max_act), status=status, explanation=label, words=list(words),
-                         explanations=[dict(text=label, model='peak words', type='words')] if label else [], contexts=shown))
+                         explanations=[dict(text=label, model='peak words', type='words')] if label else [],
+                         contexts=[c.row() for c in contexts[:n_contexts]]))
     return pd.DataFrame(rows)
 
-# %% ../nbs/parts/reading.ipynb #65d35825
-def _features_schema():
-    import pyarrow as pa
-    text, texts = pa.string(), pa.list_(pa.string())
-    context = pa.struct([('source', text), ('tokens', texts), ('values', pa.list_(pa.float16())), ('peak', pa.int16())])
-    explanation = pa.struct([('text', text), ('model', text), ('type', text)])
-    return pa.schema([('index', pa.int32()), ('density', pa.float64()), ('max_act', pa.float32()), ('status', text), ('explanation', text), ('words', texts),
-                      ('explanations', pa.list_(explanation)), ('contexts', pa.list_(context))])
-
-def save_features(rows, file):
-    import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
-    part = Path(file).with_suffix('.part')
-    pq.write_table(pa.Table.from_pandas(pd.DataFrame(rows), _features_schema(), preserve_index=False), part, compression='zstd', compression_level=19)
-    os.replace(part, file)
-
-def features_file(preset):
-    from saeexplainer.presets import data_dir
-    return data_dir()/preset.features if preset.features else cache_dir()/'features'/preset.name/'features.parquet'
-
-# %% ../nbs/parts/reading.ipynb #db4623c7
+# %% ../nbs/parts/reading.ipynb #3374ee0b
 def features_card(preset, reading:CorpusReading, status:dict, corpus:str) -> dict:
     "Where a feature table comes from"
     known = {s.name: s for s in SOURCES} if corpus=='embedded' else {}
@@ -362,12 +348,14 @@ def build_features(preset, # `Preset`
                    save_every:float=300) -> str: # one line
     "Read a preset's corpus, and write features.parquet and features.json; goes on where it was killed"
     corpus, tokens, out = corpus or preset.corpus, tokens or preset.corpus_tokens, Path(out or features_file(preset))
-    if not corpus: raise ValueError(f"the preset {preset.name} names no corpus: say which to read, as in corpus='embedded', a text file, or a dataset 'user/name'")
+    if not corpus:
+        raise ValueError(f"the preset {preset.name} names no corpus: say which to read, as in corpus='embedded', a text file, or a dataset 'user/name'")
     target, state = Target.load(preset), out.with_suffix('.reading.npz')
     reading = read_corpus(target, corpus_documents(corpus, tokens, target.tokenizer), state, tokens=tokens, save_every=save_every, progress=progress)
     table = feature_table(reading, target.tokenizer, progress=progress)
     status = table.status.value_counts().to_dict()
-    save_features(table, out)
-    out.with_suffix('.json').write_text(json.dumps(features_card(preset, reading, status, corpus), indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    out.with_suffix('.json').write_text(json.dumps(features_card(preset, reading, status, corpus), indent=1) + '\n', encoding='utf-8')
+    save_features(table, out) # last: where it is, all is done
     state.unlink()
-    return f"{len(table)} features read on {reading.n_tokens:,} tokens: {', '.join(f'{n} {s}' for s, n in status.items())}; {out}, {out.stat().st_size/1e6:.1f} MB"
+    found = ', '.join(f'{n} {s}' for s, n in status.items())
+    return f'{len(table)} features read on {reading.n_tokens:,} tokens: {found}; {out}, {out.stat().st_size/1e6:.1f} MB'

@@ -65,6 +65,15 @@ def test_equals_brute_force(kind, tmp_path):
     assert compared > 100
 
 
+def test_a_tokenizer_without_bos(tmp_path):
+    target = make_target(tmp_path)
+    target.tokenizer.bos_token = None
+    wanted, n_tokens = brute_force(target, DOCS, 3, 30, [])
+    reading = read_corpus(target, DOCS, tmp_path/'state.npz', n_top=3, window=30, progress=False)
+    assert reading.n_tokens == n_tokens and reading.settings['bos'] is None
+    assert np.allclose(reading.max_act, [top[0][0] if top else 0 for _, top in wanted], atol=1e-4)
+
+
 def test_contexts_cross_windows_and_stay_in_their_document(target, tmp_path):
     reading = read_corpus(target, DOCS, tmp_path/'state.npz', n_top=3, window=16, progress=False)
     contexts = [c for f in range(64) for c in contexts_of(reading, f, token_strings(target.tokenizer))]
@@ -251,6 +260,17 @@ def test_build_features(target, tmp_path, monkeypatch):
     assert card['tokens'] == sum(s['tokens'] for s in card['sources']) >= 300 and card['made_by'] == 'saeexplainer features smollm2-135m'
     assert line.startswith('64 features read on ') and str(out) in line
     with pytest.raises(ValueError, match='the preset mine names no corpus: say which to read'): build_features(replace(preset, name='mine', corpus=None))
+
+
+def test_token_strings_keep_the_blank_in_front():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    t = Tokenizer(models.BPE(vocab={'\u2581': 0, 'a': 1, 'b': 2, '\u2581b': 3, '\u2581a': 4}, merges=[('\u2581', 'b'), ('\u2581', 'a')]))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=t)
+    assert tokenizer.decode([3]) == 'b' and token_strings(tokenizer) == [' ', 'a', 'b', ' b', ' a']
+    tiny = tiny_tokenizer()
+    assert token_strings(tiny) == [tiny.decode([i]) for i in range(len(tiny))]
 
 
 def test_whole_words():
