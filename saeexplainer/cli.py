@@ -141,7 +141,7 @@ def chosen_features(preset, names, random:int, seed:int, features): # list of Fe
         if index not in known: raise ValueError(f'there is no feature {index}: {model_source} has features 0 to {max(known)}')
         if known[index].status=='dead': raise ValueError(f'feature {index} is dead: it fired on none of the texts it was read on, so there is nothing to explain')
         chosen.append(known[index])
-    alive = [f for f in features if f.status != 'dead' and f not in chosen]
+    alive = [f for f in features if f.status not in ('dead', 'incomplete') and f not in chosen]
     return chosen + [alive[i] for i in np.random.default_rng(seed).permutation(len(alive))[:random]]
 
 @app.command('features')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEATURES_SCHEMA', 'STORE_URL', 'API_URL', 'TIMEOUT', 'PAUSE', 'FeatureId', 'Explanation', 'Context', 'Contexts',
-           'Feature', 'split_features', 'save_features', 'features_file', 'explainers_of', 'first_text',
-           'load_features', 'labels_of', 'row_index', 'stats_row', 'label_row', 'context_row', 'strongest_contexts',
-           'shard_table', 'read_listing', 'list_store', 'feature_rows', 'Export', 'source_files', 'neuronpedia_export',
-           'neuronpedia_feature', 'api_feature']
+           'Feature', 'split_features', 'save_features', 'features_file', 'stored_source', 'explainers_of',
+           'first_text', 'load_features', 'labels_of', 'row_index', 'stats_row', 'label_row', 'context_row',
+           'strongest_contexts', 'shard_table', 'read_listing', 'list_store', 'feature_rows', 'Export', 'source_files',
+           'neuronpedia_export', 'neuronpedia_feature', 'api_feature']
 
 # %% ../nbs/parts/features.ipynb #fa54d6d9
 import gzip, json, math, os, random, re, threading, time, zlib
@@ -131,12 +131,13 @@ def _stored(row:dict) -> dict: # as the schema has it
             'contexts': [(c if isinstance(c, Context) else Context.from_row(c)).row() for c in row['contexts']]}
 
 def save_features(rows, # dicts with the columns of `FEATURES_SCHEMA`, in any iterable, or a DataFrame; without `explanations`: none
-                  file) -> Path:
+                  file, source:str|None=None) -> Path: # 'model/source' that they are features of; `load_features` checks it
     "Write features.parquet"
     rows, file = iter(rows.to_dict('records') if hasattr(rows, 'to_dict') else rows), Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + '.part')
-    with pq.ParquetWriter(part, FEATURES_SCHEMA, compression='zstd', compression_level=19) as writer:
+    schema = FEATURES_SCHEMA.with_metadata({'source': source}) if source else FEATURES_SCHEMA
+    with pq.ParquetWriter(part, schema, compression='zstd', compression_level=19) as writer:
         while block := list(islice(rows, 4096)): writer.write_table(pa.Table.from_pylist([*map(_stored, block)], FEATURES_SCHEMA))
     part.replace(file)
     return file
@@ -146,8 +147,15 @@ def features_file(preset) -> Path: # it need not exist
     "Where a preset's features are: its field `features`, its folder in data/, or the user cache"
     from saeexplainer.presets import data_dir
     if preset.features: return given if (given := Path(preset.features).expanduser()).exists() else data_dir()/given
-    shipped = data_dir()/preset.name/'features.parquet'
-    return shipped if shipped.exists() else _kept(preset.source)/'features.parquet'
+    named, shipped = (data_dir()/folder/'features.parquet' for folder in (preset.name, preset.source.split('/')[0]))
+    if named.exists() and stored_source(named) in (None, preset.source): return named
+    if shipped.exists() and stored_source(shipped) == preset.source: return shipped
+    return _kept(preset.source)/'features.parquet'
+
+def stored_source(file) -> str|None: # 'model/source'; None where the file does not say, or cannot be read
+    "Whose features a file holds"
+    try: return (pq.read_schema(file).metadata or {}).get(b'source', b'').decode() or None
+    except (OSError, pa.ArrowInvalid): return None
 
 def _kept(source:str) -> Path: # folder in the user cache, of 'model/source'
     from saeexplainer.models import cache_dir
@@ -160,6 +168,7 @@ def _read_table(file:Path, preset) -> pa.Table:
     except Exception as e: raise ValueError(f'{file} is not a readable feature table: {str(e).splitlines()[0]}') from None
     missing = [name for name in FEATURES_SCHEMA.names if name not in table.column_names and name != 'explanations']
     if missing: raise ValueError(f'{file} is not a feature table: it lacks the columns {", ".join(missing)}')
+    if (source := stored_source(file)) not in (None, preset.source): raise ValueError(f'{file} holds features of {source}, the preset explains {preset.source}: set its field features')
     return table
 
 # %% ../nbs/parts/features.ipynb #c4ec7553
@@ -440,7 +449,7 @@ def neuronpedia_export(model:str, source:str, # as on Neuronpedia: 'gemma-2-9b',
         explainers = explainers_of((labels := _gather_labels(of('explanations'))).values())
         if explainer: _require_explainer(explainer, explainers, f'{model}/{source}')
     default = explainer or next(iter(explainers), None)
-    file = save_features(feature_rows(labels, dict(_found(of('features'))), _gather_contexts(of('activations')), default, n_contexts), folder/'features.parquet')
+    file = save_features(feature_rows(labels, dict(_found(of('features'))), _gather_contexts(of('activations')), default, n_contexts), folder/'features.parquet', f'{model}/{source}')
     columns = pq.read_table(file, columns=['index', 'status']).to_pydict()
     lines = [{k: int(pq.read_schema(f).metadata[k.encode()]) for k in ('rows', 'bad')} for _, _, f, _ in files]
     export = Export(file, f'{model}/{source}', len(columns['index']), dict(Counter(columns['status']).most_common()), explainers, default,

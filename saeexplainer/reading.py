@@ -355,7 +355,7 @@ def build_features(preset, # `Preset`
     table = feature_table(reading, target.tokenizer, progress=progress)
     status = table.status.value_counts().to_dict()
     out.with_suffix('.json').write_text(json.dumps(features_card(preset, reading, status, corpus), indent=1) + '\n', encoding='utf-8')
-    save_features(table, out) # last: where it is, all is done
+    save_features(table, out, preset.source) # last: where it is, all is done
     state.unlink()
     found = ', '.join(f'{n} {s}' for s, n in status.items())
     return f'{len(table)} features read on {reading.n_tokens:,} tokens: {found}; {out}, {out.stat().st_size/1e6:.1f} MB'

@@ -180,8 +180,15 @@ def test_every_stage_and_report(world, finished):
         assert written['round1'] == 2*(distinct.text.str.strip() != '').sum() and written['label'] == 4*(2 + 1 + 1)
         reached = run.store.steering()
         assert len(reached) == 2*3 and reached['reached'].mean() > .5
-        said = run.store.explanations(['sft', 'dpo1', 'dpo2'])
-        assert (said.groupby('stage').size() == 4).all()
+        oracle = [] if world.family == 'gpt2' else ['ao']
+        said = run.store.explanations(['sft', 'dpo1', 'dpo2', *oracle])
+        assert (said.groupby('stage').size() == 4).all() and said['stage'].nunique() == 3 + len(oracle)
+        odd = sum(i % 2 for i in run.splits['test'])
+        assert len(run.store.explanations('gpt-5')) == (odd if oracle else 0) and not len(run.store.explanations('claude-4-5-sonnet'))
+        notes = [f'{odd} of 4 test features have a label by gpt-5', '0 of 4 test features have a label by claude-4-5-sonnet']
+        n_layers, layer = CASES[world.family][1], run.preset.layer
+        grid = ', '.join(str(n_layers*p//100) for p in (25, 50, 75))
+        if oracle: assert run.store.meta('notes') == notes[odd == 4:] + [f'ao: layer {layer} is off the grid that the oracle was trained on (layers {grid})']
     names = {p.name for p in (folder/'report').iterdir()}
     assert {'report.md', 'summary.csv', 'provenance.json', 'examples.json', 'metrics.csv', 'pairs.csv', 'candidates.csv', 'judgements.csv', 'steering.csv', 'stages.png'} <= names
     summary = pd.read_csv(folder/'report'/'summary.csv').set_index(['stage', 'metric'])
@@ -190,6 +197,7 @@ def test_every_stage_and_report(world, finished):
         of_stage = summary.loc[stage].loc[['generative', 'input', 'high', 'low', 'gap']]
         assert (of_stage['n'] + of_stage['empty'] == 4).all() and (of_stage['mean'].notna() == (of_stage['n'] > 0)).all()
     assert summary.loc['label', 'mean'].notna().all()
+    if world.family != 'gpt2': assert 'is off the grid that the oracle was trained on' in (folder/'report'/'report.md').read_text()
 
 
 def test_provenance(world, finished):
@@ -303,7 +311,9 @@ def test_command(world, capsys):
     printed = capsys.readouterr().out
     for said in ('gemma-2-9b-l20 (full): 40 features', 'prefs1: ', ' pairs of 4 features', 'step-0 loss 0.6931', 'generative', 'gemma-2-9b/20-gemmascope-res-16k/'): assert said in printed
     folder = world.folder/'runs'/'command'
-    assert load_preset(folder/'preset.yaml') == world.preset(dpo_rounds=1, n_output=1)
+    preset = world.preset(dpo_rounds=1, n_output=1, ao_adapter=load_preset('gemma-2-9b-l20').ao_adapter)
+    assert load_preset(folder/'preset.yaml') == preset
+    assert 'ao: not measured' in (folder/'report'/'report.md').read_text() # the public oracle cannot be had here
     main(['report', 'command', *root, '--out', str(world.folder/'copy')])
     assert (world.folder/'copy'/'report.md').exists() and 'control' in capsys.readouterr().out
     said = pd.read_csv(folder/'report'/'explanations.csv').query('stage == "dpo1"').iloc[0]

@@ -127,6 +127,30 @@ def test_a_changed_preset_is_refused(world, finished):
         Run(finished[0], load_preset(world[1], n_texts=3))
 
 
+def test_a_refused_first_attempt_does_not_take_the_name(world):
+    folder = world[0]/'runs'/'again'
+    with Run(folder, load_preset(world[1], layer=0), progress=False) as run:
+        with pytest.raises(ValueError, match='the preset says layer 0'): execute(run, say=lambda line: None)
+    with Run(folder, load_preset(world[1], writer='gpt-5.4-mini'), progress=False) as run: # no key: said before anything is trained
+        with pytest.raises(PermissionError, match='OPENAI_API_KEY'): execute(run, say=lambda line: None)
+        assert not run.store.begun()
+    with Run(folder, load_preset(world[1]), progress=False) as run: run.store.start('sft')
+    with pytest.raises(ValueError, match='begun with another preset'): Run(folder, load_preset(world[1], layer=0))
+
+
+def test_two_models_take_turns(world, finished, monkeypatch):
+    from saeexplainer.injection import Explainer
+    from saeexplainer.target import Target
+    loads, from_pretrained, load = [], Explainer.from_pretrained, Target.load
+    with Run(world[0]/'runs'/'turns', load_preset(world[1], swap_models=True), progress=False) as run:
+        monkeypatch.setattr(Explainer, 'from_pretrained', lambda *a, **k: loads.append(('explainer', 'target' in vars(run))) or from_pretrained(*a, **k))
+        monkeypatch.setattr(Target, 'load', lambda *a, **k: loads.append(('target', False)) or load(*a, **k))
+        execute(run, say=lambda line: None)
+    assert loads.count(('target', False)) >= 3 and ('explainer', False) in loads and ('explainer', True) not in loads
+    turns, whole = rows_of(world[0]/'runs'/'turns'/'store.sqlite'), rows_of(finished[0]/'store.sqlite')
+    assert all(turns[t] == whole[t] for t in ('explanations', 'pairs', 'texts', 'metrics'))
+
+
 def test_one_process_at_a_time(world, finished):
     with Run(finished[0], load_preset(world[1])):
         with pytest.raises(RuntimeError, match='another process is working on'): Run(finished[0], load_preset(world[1]))
