@@ -1,5 +1,5 @@
 "Names, splits, the file of features, and Neuronpedia: its bulk store and its API, on a server of our own"
-import dataclasses, copy, itertools, json, math, os, pickle, signal, subprocess, sys, time, tracemalloc
+import copy, dataclasses, itertools, json, math, os, pickle, signal, subprocess, sys, time, tracemalloc
 from pathlib import Path
 import numpy as np
 import pandas as pd
