@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEATURES_SCHEMA', 'STORE_URL', 'API_URL', 'TIMEOUT', 'PAUSE', 'FeatureId', 'Explanation', 'Context', 'Contexts',
-           'Feature', 'split_features', 'save_features', 'features_file', 'stored_source', 'explainers_of',
-           'first_text', 'load_features', 'labels_of', 'row_index', 'stats_row', 'label_row', 'context_row',
-           'strongest_contexts', 'shard_table', 'read_listing', 'list_store', 'feature_rows', 'Export', 'source_files',
-           'neuronpedia_export', 'neuronpedia_feature', 'api_feature']
+           'Feature', 'split_features', 'save_features', 'features_file', 'check_features_of', 'stored_source',
+           'explainers_of', 'first_text', 'load_features', 'labels_of', 'row_index', 'stats_row', 'label_row',
+           'context_row', 'strongest_contexts', 'shard_table', 'read_listing', 'list_store', 'feature_rows', 'Export',
+           'source_files', 'neuronpedia_export', 'neuronpedia_feature', 'api_feature']
 
 # %% ../nbs/parts/features.ipynb #fa54d6d9
 import gzip, json, math, os, random, re, threading, time, zlib
@@ -151,6 +151,13 @@ def features_file(preset) -> Path: # it need not exist
     if named.exists() and stored_source(named) in (None, preset.source): return named
     if shipped.exists() and stored_source(shipped) == preset.source: return shipped
     return _kept(preset.source)/'features.parquet'
+
+def check_features_of(file:Path, reader): # raises `ValueError`
+    "The hash of the SAE that a file of features was read from, where features.json beside it names one, against the reader's"
+    card = file.with_suffix('.json')
+    wanted = json.loads(card.read_text()).get('sae_sha256') if card.exists() else None
+    if wanted and wanted != reader.sha256:
+        raise ValueError(f'{file} was read from an SAE with hash {wanted[:12]}, this one has {reader.sha256[:12]}: make it again with `saeexplainer features PRESET --anew`')
 
 def stored_source(file) -> str|None: # 'model/source'; None where the file does not say, or cannot be read
     "Whose features a file holds"

@@ -66,8 +66,10 @@ class Run:
         return Target.load(self.preset, self.reader)
 
     def check(self):
-        "Raise now what would be raised hours later: an SAE of another layer, too few labels, a writer without a key"
-        self.reader, self.splits
+        "Raise now what would be raised hours later: an SAE of another layer, features of another SAE, too few labels, a writer without a key"
+        from saeexplainer.features import check_features_of, features_file
+        check_features_of(features_file(self.preset), self.reader)
+        len(self.splits)
         for which in ('writer', 'evaluation_writer'):
             if getattr(self.preset, which) != 'local': self.writer(which)
 
