@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all of their own set-up. The rest is for those who change the notebooks:
 #   make notebooks [NB=nbs/parts/saes.ipynb] [FLAGS=slow]   re-run notebooks in place and keep their outputs
+#   make bench                                              measure all ratios of bench/ anew, into bench/results.json (a quarter of an hour)
 #   make clean-nbs                                          strip the metadata that Jupyter leaves behind
 #   make export                                             notebooks -> saeexplainer/*.py and README.md
 SHELL := bash
@@ -13,7 +14,9 @@ export TIMEFORMAT =    done in %0R s
 # $(call step,heading,command): the command under a heading, with its duration; a failure ends make (no commas in either)
 step = @printf '\n== %s\n' '$(1)'; time $(2)
 
-.PHONY: demo test install export notebooks clean-nbs
+BENCHES := scoring training sampling steering kl_search corpus
+
+.PHONY: demo test install export notebooks clean-nbs bench
 
 demo: install
 	$(BIN)/saeexplainer run smollm2-135m --size demo --name demo
@@ -48,3 +51,8 @@ notebooks: install
 
 clean-nbs: install
 	$(BIN)/nbdev_clean
+
+bench: install
+	@rm -f bench/results.part
+	@for b in $(BENCHES); do echo; echo "== $$b"; $(BIN)/python bench/$$b.py --json bench/results.part || exit 1; done
+	@mv bench/results.part bench/results.json

@@ -7,9 +7,10 @@ column each, timed for one and extrapolated to all; (d) all activations cached, 
 (a) and (b) take turns in one process. Tokens per second, memory, and what the whole corpus would take. Fails where (a) does not reach --least of (b), where
 the pass takes more memory than its formula allows over a forward pass of the target, or where (d) finds other maxima.
 """
-import argparse, json, resource, statistics, sys, tempfile, threading, time
+import argparse, resource, statistics, sys, tempfile, threading, time
 from pathlib import Path
 import numpy as np, torch
+from record import finish, row
 from saeexplainer.presets import load_preset
 from saeexplainer.reading import CorpusReading, corpus_documents, document_batches, read_corpus, reading_settings, state_bytes, window_residuals
 from saeexplainer.target import Target
@@ -82,15 +83,12 @@ def main():
     for name, s, size in (('(a) one pass', seconds['pass'], memory.most), ('(b) its floor', seconds['floor'], 0),
                           ('(c) a pass per feature', seconds['feature']*F, 0), ('(d) everything cached', seconds['cache'], cached/n*whole)):
         print(f'{name:28}{n/s:9,.3g}{hours(s):13,.1f} h' + (f'{size/1e9:13.2f} GB' if size else ''))
-    row = lambda what, against, value, least: dict(what=f'corpus pass: {what}', against=against, value=value, least=least)
-    rows = [row('tokens/s', 'truncated forward + full encode alone', seconds['floor']/seconds['pass'], a.least),
-            row('speed', f'one pass for each of {F:,} features, extrapolated', seconds['feature']*F/seconds['pass'], 100),
-            row('speed', 'all activations cached', seconds['cache']/seconds['pass'], .7),
-            row('peak memory', 'its formula (formula/measured)', allowed/max(memory.most, 1), .9),
-            row('peak memory', 'all activations cached, whole corpus (cache/measured)', cached/n*whole/max(memory.most, 1), 10)]
-    for r in rows: print(f"{r['what']} against {r['against']}: {r['value']:.3g} (at least {r['least']:g})")
-    if a.json: a.json.write_text(json.dumps((json.loads(a.json.read_text()) if a.json.exists() else []) + rows, indent=1) + '\n')
-    return 0 if all(r['value'] >= r['least'] for r in rows) else 1
+    rows = [row('reading a corpus for all features in one pass', 'truncated forward + full encode alone (the floor)', seconds['floor']/seconds['pass'], a.least),
+            row('reading a corpus for all features in one pass', f'one pass for each of {F:,} features (extrapolated)', seconds['feature']*F/seconds['pass'], 100),
+            row('reading a corpus for all features in one pass', 'caching all activations', seconds['cache']/seconds['pass'], .7),
+            row('memory of the pass: what its formula allows', 'its measured peak', allowed/max(memory.most, 1), .9),
+            row('memory of caching all activations, whole corpus', 'measured peak of the pass', cached/n*whole/max(memory.most, 1), 10)]
+    return finish(rows, a.json)
 
 
 if __name__=='__main__': sys.exit(main())
