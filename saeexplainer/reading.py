@@ -256,7 +256,7 @@ def read_corpus(target, # `Target`
                 save_every:float=300, # seconds
                 progress:bool=True) -> CorpusReading:
     """Read documents once and keep each feature's strongest, in bounded memory; raises `ValueError` where the state is of another SAE, model or corpus,
-    or no document is long enough. Memory: `state_bytes(F, n_top)` and the corpus' distinct words on the CPU; where the SAE is, up to four copies, within
+    or no document is long enough. Memory: `state_bytes(F, n_top)` and the corpus' distinct words on the CPU; where the SAE is, up to five copies, within
     its encode, of 4 bytes x F x the tokens of a batch: `batch_tokens`, or the longest document."""
     file, settings = Path(file), reading_settings(target, n_top, tokens, window, batch_tokens)
     reading = load_reading(file, settings) if file.exists() else CorpusReading.empty(settings)
