@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from record import finish, row
 from saeexplainer.presets import load_preset
-from saeexplainer.reading import CorpusReading, corpus_documents, document_batches, read_corpus, reading_settings, state_bytes, window_residuals
+from saeexplainer.reading import CorpusReading, batch_bytes, corpus_documents, document_batches, read_corpus, reading_settings, state_bytes, window_residuals
 from saeexplainer.target import Target
 
 
@@ -50,6 +50,7 @@ def main():
     clock, preset = time.process_time if a.cpu_time else time.perf_counter, load_preset(a.preset)
     def timed(fn, *args):
         start = clock(); result = fn(*args)
+        if torch.cuda.is_available(): torch.cuda.synchronize()
         return clock() - start, result
 
     target = Target.load(preset)
@@ -76,7 +77,7 @@ def main():
     seconds['cache'], (maxima, cached) = timed(cache_everything, target, batches, ends)
     assert np.allclose(maxima, reading.max_act, rtol=1e-4, atol=1e-4), 'the cache holds other maxima'
 
-    allowed = forward + state_bytes(F) + 5*4*F*largest # five copies of a batch's activations within the encode
+    allowed = forward + state_bytes(F) + batch_bytes(F, largest)
     whole, hours = preset.corpus_tokens, lambda s: s/n * preset.corpus_tokens/3600
     print(f'{n:,} tokens in {len(ends)} documents of {a.corpus}; {F:,} features at layer {target.reader.layer}; to the whole corpus of {whole:,} tokens:')
     print(f'{"":28}{"tokens/s":>9}{"whole corpus":>15}{"memory for it":>16}')
@@ -85,9 +86,10 @@ def main():
         print(f'{name:28}{n/s:9,.3g}{hours(s):13,.1f} h' + (f'{size/1e9:13.2f} GB' if size else ''))
     rows = [row('reading a corpus for all features in one pass', 'truncated forward + full encode alone (the floor)', seconds['floor']/seconds['pass'], a.least),
             row('reading a corpus for all features in one pass', f'one pass for each of {F:,} features (extrapolated)', seconds['feature']*F/seconds['pass'], 100),
-            row('reading a corpus for all features in one pass', 'caching all activations', seconds['cache']/seconds['pass'], .7),
-            row('memory of the pass: what its formula allows', 'its measured peak', allowed/max(memory.most, 1), 1),
-            row('memory of caching all activations, whole corpus', 'measured peak of the pass', cached/n*whole/max(memory.most, 1), 10)]
+            row('reading a corpus for all features in one pass', 'caching all activations', seconds['cache']/seconds['pass'], .7)]
+    if target.model.device.type == 'cpu': # what is measured is this process' memory
+        rows += [row('memory of the pass: what its formula allows', 'its measured peak', allowed/max(memory.most, 1), 1),
+                 row('memory of caching all activations, whole corpus', 'measured peak of the pass', cached/n*whole/max(memory.most, 1), 10)]
     return finish(rows, a.json)
 
 

@@ -1,6 +1,6 @@
 """Explainer.sample, K candidates for many features, against plain batched `generate` on the same shapes.
 
-    python bench/sampling.py [--model NAME] [--features 16] [--k 6] [--tokens 24] [--repeats 3] [--json FILE]
+    python bench/sampling.py [--preset smollm2-135m] [--features 16] [--k 6] [--tokens 24] [--repeats 3] [--json FILE]
 
 Both draw with temperature .9 and top_p .9 from the same weights, in batches of the same size and prompt length, and exactly --tokens new tokens for each
 row (no row may end before). Both kinds take turns in one process; the ratio is that of the medians. Fails where `sample` is below .9 of it.
@@ -10,22 +10,22 @@ from pathlib import Path
 import torch
 from record import finish, row
 from saeexplainer.injection import Explainer, ExplainerCard
-from saeexplainer.models import EMBEDDED, load_model
+from saeexplainer.models import load_model
 from saeexplainer.presets import load_preset
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--model', default=EMBEDDED); p.add_argument('--features', type=int, default=16); p.add_argument('--k', type=int, default=6)
+    p.add_argument('--preset', default='smollm2-135m'); p.add_argument('--features', type=int, default=16); p.add_argument('--k', type=int, default=6)
     p.add_argument('--tokens', type=int, default=24); p.add_argument('--batch', type=int, default=96); p.add_argument('--repeats', type=int, default=3)
     p.add_argument('--json', type=Path, help='append the row here')
     p.add_argument('--cpu-time', action='store_true', help='count processor time instead of wall time, on a machine that does other work too')
     a = p.parse_args()
     clock = time.process_time if a.cpu_time else time.perf_counter
-    preset = load_preset('smollm2-135m', explainer=a.model)
-    model, tokenizer = load_model(a.model)
+    preset = load_preset(a.preset)
+    model, tokenizer = load_model(preset.explainer)
     d = model.config.get_text_config().hidden_size
-    card = ExplainerCard(a.model, preset.template, preset.placeholder, 1, 1., d, 'random directions', '0'*64, 9, a.model, preset.source)
+    card = ExplainerCard(preset.explainer, preset.template, preset.placeholder, 1, 1., d, 'random directions', '0'*64, 9, preset.target, preset.source, chat_template=preset.chat_template)
     explainer = Explainer(model, tokenizer, card)
     model.generation_config.eos_token_id = explainer.placeholder_id # is never drawn: every row goes to its full length
     directions, rows = torch.randn(a.features, d, generator=torch.Generator().manual_seed(0)), a.features * a.k

@@ -40,13 +40,12 @@ def plain_way(target, texts, features): # all layers, all logits, the whole dict
     out, reader = np.zeros(len(texts), np.float32), target.reader
     for rows, tokens, batch in sorted_batches(target, texts):
         states = target.model(**batch, output_hidden_states=True, use_cache=False).hidden_states
-        acts = reader.sae.encode(states[reader.layer + (reader.hook=='resid_post')].float()).cpu()
+        acts = reader.encode(states[reader.layer + (reader.hook=='resid_post')]).cpu()
         for i, acts_i in zip(rows, acts): out[i] = acts_i[:len(tokens[i].ids), features[i]][torch.from_numpy(tokens[i].counts)].max()
     return out
 
 def floor(target, texts): # the truncated forward alone
     for _, _, batch in sorted_batches(target, texts): residual_stream(target.model, **batch, layer=target.reader.layer, hook=target.reader.hook)
-    if target.model.device.type=='cuda': torch.cuda.synchronize()
 
 def as_they_come(target, texts, features): # early exit and one column, but batches in the order of the requests, every request a row
     out, tokens = np.zeros(len(texts), np.float32), tokenise(target.tokenizer, texts, target.bos)

@@ -1,6 +1,6 @@
 """A training step of the explainer with the injection, against the same step without it.
 
-    python bench/training.py [--model NAME] [--batch 8] [--repeats 12] [--json FILE]
+    python bench/training.py [--preset smollm2-135m] [--batch 8] [--repeats 12] [--json FILE]
 
 One step is trl's: forward, completion-only loss, backward and optimizer, LoRA on all linear layers. Both kinds take turns in one process, on the same
 batch; the ratio is that of the medians. Fails where the injection costs more than 3%.
@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import torch
 from record import finish, row
 from saeexplainer.injection import ExplainerCard, Injector
-from saeexplainer.models import EMBEDDED
 from saeexplainer.presets import load_preset
 from saeexplainer.sft import _sft_trainer, labels_only, quiet, sft_dataset
 
@@ -24,13 +23,13 @@ class Directions: # stands for an SAE: random unit vectors of the model's width
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--model', default=EMBEDDED); p.add_argument('--width', type=int, default=576, help="the model's hidden size")
+    p.add_argument('--preset', default='smollm2-135m'); p.add_argument('--width', type=int, default=576, help="the explainer's hidden size")
     p.add_argument('--batch', type=int, default=8); p.add_argument('--repeats', type=int, default=12)
     p.add_argument('--json', type=Path, help='append the row here')
     p.add_argument('--cpu-time', action='store_true', help='count processor time instead of wall time, on a machine that does other work too')
     a = p.parse_args()
     clock = time.process_time if a.cpu_time else time.perf_counter
-    preset, reader = load_preset('smollm2-135m', explainer=a.model, sft_batch=a.batch, sft_accumulation=1), Directions(a.width)
+    preset, reader = load_preset(a.preset, sft_batch=a.batch, sft_accumulation=1), Directions(a.width)
     features = [SimpleNamespace(id=SimpleNamespace(index=i), explanation="words such as 'pass', 'passing', 'passed'") for i in range(a.batch)]
     card = ExplainerCard.from_preset(preset, reader)
     with tempfile.TemporaryDirectory() as folder, quiet():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'JSON', 'Setting', 'resolve', 'presets_command', 'marked', 'show_report', 'run_command',
-           'report_command', 'preset_and_names', 'chosen_features', 'features_command', 'make_features',
-           'shipped_explainer', 'explainer_of', 'explain_directions', 'explain_command', 'verdicts_on',
-           'evaluate_command', 'main']
+           'report_command', 'preset_and_names', 'chosen_features', 'number', 'features_command', 'make_features',
+           'known_features', 'shipped_explainer', 'explainer_of', 'explain_directions', 'explain_command',
+           'verdicts_on', 'measurable', 'evaluate_command', 'main']
 
 # %% ../nbs/parts/cli.ipynb #8e3d0c66
 import json, os, sys
@@ -141,8 +141,11 @@ def chosen_features(preset, names, random:int, seed:int, features): # list of Fe
         if index not in known: raise ValueError(f'there is no feature {index}: {model_source} has features 0 to {max(known)}')
         if known[index].status=='dead': raise ValueError(f'feature {index} is dead: it fired on none of the texts it was read on, so there is nothing to explain')
         chosen.append(known[index])
-    alive = [f for f in features if f.status not in ('dead', 'incomplete') and f not in chosen]
+    there = {f.index for f in chosen}
+    alive = [f for f in features if f.status not in ('dead', 'incomplete') and f.index not in there]
     return chosen + [alive[i] for i in np.random.default_rng(seed).permutation(len(alive))[:random]]
+
+def number(x): return None if x != x else x # JSON has no NaN
 
 @app.command('features')
 def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='a preset, then names or indices of features; none: a summary')] = None, preset: Optional[str] = None,
@@ -152,16 +155,16 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
                      anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False, settings: Setting = None, as_json: JSON = False):
     "What is known of a preset's features; fetched from Neuronpedia or read from a corpus where there is nothing yet"
     from collections import Counter
-    from saeexplainer.features import features_file, load_features
+    from saeexplainer.features import features_file
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, settings=[*(settings or ()), *([f'corpus={corpus}'] if corpus else ()), *([f'corpus_tokens={tokens}'] if tokens else ())])
-    if anew or not features_file(chosen).exists(): made = make_features(chosen); print(made, file=sys.stderr)
-    features = load_features(chosen)
+    if anew or (not names and not features_file(chosen).exists()): print(make_features(chosen), file=sys.stderr)
+    features = known_features(chosen, names)
     shown = chosen_features(chosen, names, random, seed, features)
     if not shown:
         counts = Counter(f.status for f in features)
         return print(json.dumps(counts)) if as_json else out.print(Text(f"{len(features)} features: " + ', '.join(f'{n} {s}' for s, n in counts.items())))
-    if as_json: return print(json.dumps([dict(id=str(f.id), explanation=f.explanation, status=f.status, max_act=f.max_act, density=f.density, contexts=list(map(str, f.contexts))) for f in shown], indent=1))
+    if as_json: return print(json.dumps([dict(id=str(f.id), explanation=f.explanation, status=f.status, max_act=number(f.max_act), density=number(f.density), contexts=list(map(str, f.contexts))) for f in shown], indent=1))
     for f in shown:
         out.print(Text.assemble((str(f.id), 'bold'), f'  {f.explanation or f.status}  (strongest {f.max_act:.1f}, fires on {f.density:.2%} of tokens)'))
         for c in f.contexts[:3]:
@@ -170,10 +173,22 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
 
 def make_features(preset): # what came of it, to print
     "A preset's file of features: by one pass over its corpus, or from Neuronpedia where it names none"
-    from saeexplainer.features import neuronpedia_export
+    from saeexplainer.features import features_file, neuronpedia_export
     from saeexplainer.reading import build_features
     if preset.corpus: return build_features(preset)
-    return neuronpedia_export(*preset.source.split('/'), explainer=preset.label_model, progress=True)
+    file = features_file(preset)
+    if file.name != 'features.parquet': raise ValueError(f'an export from Neuronpedia is called features.parquet, not {file.name}: change the field features')
+    return neuronpedia_export(*preset.source.split('/'), explainer=preset.label_model, folder=file.parent, progress=True)
+
+def known_features(preset, names): # list of Feature: all of them, or without a file those that are named
+    "The features of a preset's file; where there is none, those that are named, from Neuronpedia's API"
+    from saeexplainer.features import FeatureId, features_file, load_features, neuronpedia_feature
+    file, (model, source) = features_file(preset), preset.source.split('/')
+    if file.exists() or preset.corpus or not names: return load_features(preset)
+    ids = [FeatureId(model, source, int(n)) if n.isdecimal() else FeatureId.parse(n) for n in names]
+    if other := next((i for i in ids if (i.model, i.source) != (model, source)), None): raise ValueError(f'{other} is not a feature of {preset.source}: name its preset')
+    try: return [neuronpedia_feature(i) for i in dict.fromkeys(ids)]
+    except OSError as e: raise RuntimeError(f'there is no {file} (`saeexplainer features {preset.name}` makes it), and Neuronpedia cannot be asked: {str(e).splitlines()[0]}') from None
 
 # %% ../nbs/parts/cli.ipynb #81e56e7d
 def shipped_explainer(preset): # folder, or None
@@ -208,7 +223,7 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
                     settings: Setting = None, as_json: JSON = False):
     "Explain features in words: some, all of a dictionary, or directions that belong to no SAE"
     from saeexplainer.dictionaries import explain_dictionary, load_explainer
-    from saeexplainer.features import load_features
+    from saeexplainer.run import free_memory
     from saeexplainer.saes import FeatureReader
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, settings=settings)
@@ -217,15 +232,16 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
         if to is None: raise ValueError('--all needs --out FILE.jsonl or FILE.parquet')
         done = explain_dictionary(chosen, explainer_of(chosen, explainer), to, verified)
         return print(json.dumps(done)) if as_json else out.print(Text(', '.join(f'{n:,} {k}' for k, n in done.items() if k != 'file') + f': {to}'))
-    shown = chosen_features(chosen, names, random, seed, load_features(chosen))
+    shown = chosen_features(chosen, names, random, seed, known_features(chosen, names))
     if not shown: raise ValueError('no feature given: name some, or use --random 5')
     reader = FeatureReader.load(chosen)
     texts = load_explainer(explainer_of(chosen, explainer), chosen, reader).explain(reader.directions([f.index for f in shown]), max_new_tokens=chosen.explanation_tokens)
+    free_memory()
     verdicts = verdicts_on(chosen, reader, shown, texts, verified) if verified else [None]*len(shown)
     if as_json: return print(json.dumps([dict(id=str(f.id), explanation=t, label=f.explanation) | {k: x for k, x in (v or {}).items() if k != 'pieces'} for f, t, v in zip(shown, texts, verdicts)], indent=1))
     for f, text, verdict in zip(shown, texts, verdicts):
         out.print(Text.assemble((str(f.id), 'bold'), f'  {text}', (f'  (label: {f.explanation})' if f.explanation else '', 'dim')))
-        if verdict: out.print(Text(f"  {verdict['reached']} of {verdict['texts']} texts reach half of {f.max_act:.1f}; best {verdict['score']:.1f}: ") + marked(verdict['pieces']))
+        if verdict: out.print(Text(f"  {verdict['reached']} of {verdict['texts']} texts reach half of {f.max_act:.1f}; best {verdict['score'] or 0:.1f}: ") + marked(verdict['pieces']))
 
 def verdicts_on(preset, reader, features, texts, n): # [{reached, texts, score, best, pieces}]
     "What the target's activation says of explanations: how many of n written texts reach half of the strongest known activation, and the best of them"
@@ -237,9 +253,17 @@ def verdicts_on(preset, reader, features, texts, n): # [{reached, texts, score, 
     checked = verify(target, writer_for(preset.evaluation_writer, target, preset), [(f.index, t) for f, t in zip(features, texts)], preset, n, progress=True)
     best = [v.texts[v.best] if v.best is not None else '' for v in checked]
     readings = target.activations(best, [f.index for f in features])
-    return [dict(reached=v.reached(f.max_act, preset.success), texts=n, score=r.max, best=text, pieces=lit_words(r)) for f, v, text, r in zip(features, checked, best, readings)]
+    return [dict(reached=v.reached(f.max_act, preset.success), texts=n, score=number(r.max), best=text, pieces=lit_words(r)) for f, v, text, r in zip(features, checked, best, readings)]
 
 # %% ../nbs/parts/cli.ipynb #88ce8ff0
+def measurable(names, run) -> list[bool]: # one per name
+    "Which features can be measured: those of the preset that fired on what they were read on; says how many others there are"
+    status = {n: f.status for f in run.features.values() for n in (str(f.index), str(f.id))}
+    kept = [status.get(n) not in (None, 'dead', 'incomplete') for n in names]
+    strange = next((n for n in names if n not in status), None)
+    if (lost := len(kept) - sum(kept)): print(f'{lost} of {len(kept)} features are dead or unknown and are left out' + (f', such as {strange}' if strange else ''), file=sys.stderr)
+    return kept
+
 @app.command('evaluate')
 def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .jsonl or .parquet with feature and explanation')], preset: Optional[str] = None,
                      name: Annotated[str, typer.Option(help='store and table go to runs/NAME')] = 'evaluation', root: Path = Path('runs'), settings: Setting = None, as_json: JSON = False):
@@ -250,7 +274,10 @@ def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .jsonl or 
     rows = read_explanations(file)
     if n := int(rows['explanation'].isna().sum()): print(f'{n} of {len(rows)} rows have no explanation and are left out', file=sys.stderr)
     rows = rows.dropna()
+    if file.stem in ('label', 'control'): raise ValueError(f'{file.name}: the stage {file.stem!r} is taken, give the file another name')
     with Run(root/name, resolve(preset_and_names(rows['feature'].tolist()[:1], preset)[0], settings=settings)) as run:
+        rows = rows[measurable(rows['feature'], run)]
+        if not len(rows): raise ValueError(f'{file} explains no feature that can be measured: {run.preset.source} has features 0 to {max(run.features)}')
         found = chosen_features(run.preset, rows['feature'].tolist(), 0, 0, list(run.features.values()))
         stages = {file.stem: {f.index: t for f, t in zip(found, rows['explanation'])}, 'label': {f.index: f.explanation for f in found if f.explanation}}
         writer = run.writer('evaluation_writer')

@@ -6,7 +6,7 @@
 __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary', 'load_explainer']
 
 # %% ../nbs/parts/dictionaries.ipynb #f2cbb705
-import json, os
+import json, os, sys
 from pathlib import Path
 import numpy as np
 
@@ -93,9 +93,9 @@ def _verified(rows, explained, target, writer, preset, n, known, progress): # ro
             bar.update(len(batch))
 
 def _verdict(v, max_act, preset) -> dict: # `score`: mean of the maxima; `reached`: texts above half of the strongest known activation
-    scores = [None if np.isnan(s) else round(float(s), 4) for s in v.scores]
-    mean = None if np.isnan(v.scores).all() else round(float(np.nanmean(v.scores)), 4)
-    return dict(index=v.feature, texts=v.texts, scores=scores, score=mean, max_act=max_act, reached=v.reached(max_act, preset.success) if max_act else None)
+    scores, made = [None if np.isnan(s) else round(float(s), 4) for s in v.scores], ~np.isnan(v.scores)
+    return dict(index=v.feature, texts=v.texts, scores=scores, score=round(float(v.scores[made].mean()), 4) if made.any() else None, unmade=int((~made).sum()),
+                max_act=max_act, reached=v.reached(max_act, preset.success) if max_act else None)
 
 # %% ../nbs/parts/dictionaries.ipynb #11625c84
 def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'ao': the preset's Activation Oracle
@@ -104,6 +104,7 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
                        progress:bool=True) -> dict: # how many features, explained, dead, empty, verified
     "Explain every feature of a preset's SAE; interrupted, the same call goes on where it was"
     from saeexplainer.features import features_file, load_features
+    from saeexplainer.injection import adapter_sha256
     from saeexplainer.run import free_memory
     from saeexplainer.saes import FeatureReader
     from saeexplainer.target import Target
@@ -112,26 +113,32 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     if out.suffix not in ('.jsonl', '.parquet'): raise ValueError(f'--out must end in .jsonl or .parquet, not {out.name!r}')
     if out.exists(): raise ValueError(f'{out} exists: remove it, or choose another --out')
     reader = FeatureReader.load(preset)
-    settings = dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer))
+    settings = dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer), explanation_tokens=preset.explanation_tokens,
+                    adapter_sha256=adapter_sha256(_adapter(explainer, preset)))
     explained = Rows(out.with_name(out.name + '.explained.part'), settings)
     parts = [explained]
     if sum(1 for _ in explained) < reader.n_features:
         _explained(explained, load_explainer(explainer, preset, reader), reader, preset, lambda i: f'{preset.source}/{i}', progress)
         free_memory()
     if n:
-        known = {f.index: f.max_act for f in load_features(preset)} if features_file(preset).exists() else {}
+        known = {f.index: f.max_act for f in load_features(preset) if f.max_act > 0} if features_file(preset).exists() else {}
         verified = Rows(out.with_name(out.name + '.verified.part'), settings | dict(n=n, writer=preset.evaluation_writer, seed=preset.seed))
         target = Target.load(preset, reader)
         _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset), preset, n, known, progress)
         parts.append(verified)
     return _finish(out, parts)
 
+def _adapter(explainer, preset): # folder or hub id
+    if explainer == 'ao' and not preset.ao_adapter: raise ValueError(f'{preset.name} names no Activation Oracle: set ao_adapter')
+    return preset.ao_adapter if explainer == 'ao' else explainer
+
 def load_explainer(explainer, preset, reader): # `Explainer`
-    "An explainer by folder or hub id, or the preset's Activation Oracle"
-    from saeexplainer.injection import Explainer
-    if explainer != 'ao': return Explainer.from_pretrained(explainer, reader=reader, device=preset.device)
-    if not preset.ao_adapter: raise ValueError(f'{preset.name} names no Activation Oracle: set ao_adapter')
-    return Explainer.from_oracle(preset.ao_adapter, preset, reader)
+    "An explainer by folder or hub id, or the preset's Activation Oracle, with a warning where it is off its grid"
+    from saeexplainer.injection import Explainer, oracle_note
+    adapter = _adapter(explainer, preset)
+    if explainer != 'ao': return Explainer.from_pretrained(adapter, reader=reader, device=preset.device)
+    if note := oracle_note(preset, reader.layer): print(note, file=sys.stderr)
+    return Explainer.from_oracle(adapter, preset, reader)
 
 def _finish(out, parts) -> dict: # the parts as one file, in the order of features; the parts are removed
     import pandas as pd
@@ -143,5 +150,6 @@ def _finish(out, parts) -> dict: # the parts as one file, in the order of featur
     else: part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
     part.rename(out)
     for p in parts: p.close(); p.file.unlink()
-    return dict(features=len(table), explained=int(table['explanation'].notna().sum()), verified=int(table['scores'].notna().sum()) if 'scores' in table else 0,
+    return dict(features=len(table), explained=int(table['explanation'].notna().sum()), verified=int(table['score'].notna().sum()) if 'score' in table else 0,
+                texts_unmade=int(table['unmade'].sum()) if 'unmade' in table else 0,
                 dead=int((table['error'] == 'no direction: a dead feature').sum()), empty=int((table['error'] == 'empty').sum()), file=str(out))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'ORACLE_TEMPLATE', 'placeholder_id', 'prompt_messages', 'explanation_prompt', 'add_direction', 'Injector',
-           'FeatureCollator', 'ExplainerCard', 'save_adapter', 'Explainer', 'oracle_layers', 'oracle_note']
+           'FeatureCollator', 'ExplainerCard', 'save_adapter', 'Explainer', 'adapter_sha256', 'oracle_layers',
+           'oracle_note']
 
 # %% ../nbs/00_injection.ipynb #be2bf850
 import json, os, shutil, warnings
@@ -317,6 +318,10 @@ Explainer.save, Explainer.push_to_hub = _save, _push_to_hub
 
 # %% ../nbs/00_injection.ipynb #d0fba802
 ORACLE_TEMPLATE = 'Layer: {layer}\n{placeholder} \nCan you explain to me what this concept means?'
+
+def adapter_sha256(source) -> str: # folder or hub id of an explainer or an oracle
+    "Identity of an adapter's weights"
+    return weights_sha256(_fetch(source), 'adapter_model.safetensors')
 
 def oracle_layers(n_layers:int) -> list[int]:
     "The layers that oracles of a model were trained on"

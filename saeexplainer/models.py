@@ -23,10 +23,10 @@ def cache_dir() -> Path: # converted weights and downloaded corpora live here
     return Path(os.environ.get('SAEEXPLAINER_CACHE') or platformdirs.user_cache_dir('saeexplainer'))
 
 # %% ../nbs/parts/models.ipynb #94cd624a
-def weights_sha256(folder) -> str: # with *.safetensors files
+def weights_sha256(folder, pattern:str='*.safetensors') -> str:
     "SHA-256 of all tensors in a folder's safetensors files; raises `FileNotFoundError` where there are none"
     from safetensors import safe_open
-    files = sorted(Path(folder).glob('*.safetensors'))
+    files = sorted(Path(folder).glob(pattern))
     if not files: raise FileNotFoundError(f'no .safetensors file in {folder}: weights are read from safetensors only')
     where = {name: file for f in files for file in [safe_open(f, 'pt')] for name in file.keys()}
     digest = hashlib.sha256()

@@ -295,9 +295,9 @@ def needs(preset) -> dict|None: # memory_gb and disk_gb; None where the models' 
     target, explainer, width = size(preset.target), size(preset.explainer), re.search(r'(\d+)([km])$', preset.source)
     n = int(width[1])*{'k': 2**10, 'm': 2**20}[width[2]] if width else 24_576 if preset.source.endswith('res-jb') else None
     if not (target and explainer and n): return None
-    sae, bytes_each = 2*4*n*target[1]/1e9, 4 if preset.name.startswith('smollm2') else 2
-    models = (2*target[0], 1.25*bytes_each*explainer[0])
-    return dict(memory_gb=(max if preset.swap_models else sum)(models) + sae, disk_gb=2*(target[0] + explainer[0]) + sae + 3*.02*2*explainer[0])
+    sae, fetched = 2*4*n*target[1]/1e9, 2*target[0] + (2*explainer[0] if preset.explainer != preset.target else 0)
+    models = (2*target[0], 1.25*2*explainer[0])
+    return dict(memory_gb=(max if preset.swap_models else sum)(models) + sae, disk_gb=fetched + sae + 3*.02*2*explainer[0])
 
 # %% ../nbs/parts/presets.ipynb #595fd664
 def preset_table(names=None # default: all built-in presets; `smollm2-135m` at both sizes

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'BEFORE', 'LENGTH', 'WORD', 'corpus_documents', 'document_windows', 'window_residuals', 'state_bytes',
-           'CorpusReading', 'add_document', 'save_reading', 'load_reading', 'word_at', 'word_before', 'token_strings',
-           'document_batches', 'read_batch', 'reading_settings', 'read_corpus', 'contexts_of', 'word_label',
-           'feature_table', 'features_card', 'build_features']
+           'batch_bytes', 'CorpusReading', 'add_document', 'save_reading', 'load_reading', 'word_at', 'word_before',
+           'token_strings', 'document_batches', 'read_batch', 'reading_settings', 'read_corpus', 'contexts_of',
+           'word_label', 'feature_table', 'features_card', 'build_features']
 
 # %% ../nbs/parts/reading.ipynb #dc88d021
 import hashlib, json, os, re, time
@@ -106,6 +106,10 @@ def state_bytes(n_features:int, n_top:int=32) -> int:
     "Size of the arrays of a `CorpusReading`"
     return n_features * n_top * (LENGTH*(4 + 2) + 16) + 8*n_features
 
+def batch_bytes(n_features:int, tokens:int) -> int:
+    "What the activations of a batch take: up to five fp32 copies, within the SAE's encode"
+    return 5 * 4 * n_features * tokens
+
 @dataclass
 class CorpusReading:
     "What one pass over a corpus keeps of F features: for each the n strongest documents, in no order, and counts"
@@ -141,8 +145,8 @@ class CorpusReading:
         return self.value.max(1)
 
 # %% ../nbs/parts/reading.ipynb #40c57997
-def add_document(reading:CorpusReading, acts, # (T, F) activations of a document, on any device
-                 ids, # (T,) its token ids
+def add_document(reading:CorpusReading, acts, # (T, F) activations of a document or of a part of one, on any device
+                 ids, # (T,) the token ids
                  source:str):
     "Keep the document's strongest activation of each feature that gains by it; the caller counts documents, firings and words"
     reading.floor = reading.floor.to(acts.device)
@@ -155,6 +159,9 @@ def add_document(reading:CorpusReading, acts, # (T, F) activations of a document
     values = acts[where, f[:, None]].clamp(-65504, 65504).half().cpu().numpy() # the range of fp16
     f, best, peak, where = f.cpu().numpy(), best[f].cpu().numpy(), (at - start).cpu().numpy(), where.cpu().numpy()
     slot = np.where(reading.value[f]==reading.value[f].min(1, keepdims=True), reading.document[f], -1).argmax(1)
+    own = (reading.document[f] == reading.documents) & (reading.value[f] > 0) # of an earlier part of this document
+    slot = np.where(own.any(1), own.argmax(1), slot)
+    f, best, peak, where, values, slot = (x[keep] for keep in [best > reading.value[f, slot]] for x in (f, best, peak, where, values, slot))
     number = reading.sources.setdefault(source, [len(reading.sources), 0])[0]
     new = dict(value=best, document=reading.documents, source=number, size=size, peak=peak)
     for kept, x in new.items(): getattr(reading, kept)[f, slot] = x
@@ -226,16 +233,19 @@ def document_batches(docs, reading, tokenizer): # yields lists of (source, diges
 def read_batch(target, reading:CorpusReading, batch, # list of (source, digest, windows), one per document
                vocabulary): # `token_strings`
     "Read a batch of documents into the state"
+    at, most = 0, reading.settings['batch_tokens']
     if windows := [w for _, _, ws in batch for w in ws]:
-        acts = target.reader.encode(window_residuals(target, windows)) # (T, F)
-    at = 0
+        resid = window_residuals(target, windows) # (T, d)
+        acts = target.reader.encode(resid) if len(resid) <= most else None # (T, F); a document longer than a batch is encoded in parts
     for source, reading.digest, windows in batch:
-        if ids := [i for w in windows for i in w]:
-            part = acts[at:at+len(ids)]
-            add_document(reading, part, ids, source)
+        ids = [i for w in windows for i in w]
+        for some in (ids[i:i+most] for i in range(0, len(ids), most)):
+            here = slice(at, at + len(some))
+            part = target.reader.encode(resid[here]) if acts is None else acts[here]
+            add_document(reading, part, some, source)
             reading.fired += (part != 0).sum(0).cpu().numpy()
-            reading.words.update(w.casefold() for w in WORD.findall(''.join(vocabulary[i] for i in ids)))
-            reading.sources[source][1] += len(ids); at += len(ids)
+            reading.sources[source][1] += len(some); at += len(some)
+        reading.words.update(w.casefold() for w in WORD.findall(''.join(vocabulary[i] for i in ids)))
         reading.documents += 1
     reading.n_tokens += at
 
@@ -248,7 +258,7 @@ def reading_settings(target, n_top:int=32, tokens:int|None=None, window:int=127,
                 batch_tokens=batch_tokens or min(target.max_tokens, max(1, 2**27//reader.n_features)))
 
 def read_corpus(target, # `Target`
-                docs, # iterable of (source, text), long texts split beforehand: a document is encoded as a whole
+                docs, # iterable of (source, text)
                 file, # the state, .npz; a pass that was interrupted goes on from here
                 n_top:int=32, # documents kept per feature
                 tokens:int|None=None, # stop after the document that reaches so many; None: read all
@@ -256,8 +266,8 @@ def read_corpus(target, # `Target`
                 save_every:float=300, # seconds
                 progress:bool=True) -> CorpusReading:
     """Read documents once and keep each feature's strongest, in bounded memory; raises `ValueError` where the state is of another SAE, model or corpus,
-    or no document is long enough. Memory: `state_bytes(F, n_top)` and the corpus' distinct words on the CPU; where the SAE is, up to five copies, within
-    its encode, of 4 bytes x F x the tokens of a batch: `batch_tokens`, or the longest document."""
+    or no document is long enough. Memory: `state_bytes(F, n_top)` and the corpus' distinct words on the CPU, `batch_bytes(F, batch_tokens)` where the SAE is; a
+    document longer than a batch is read in parts, and a context lies within one."""
     file, settings = Path(file), reading_settings(target, n_top, tokens, window, batch_tokens)
     reading = load_reading(file, settings) if file.exists() else CorpusReading.empty(settings)
     if reading.finished: return reading
@@ -318,19 +328,16 @@ def feature_table(reading:CorpusReading, tokenizer,
                   dense:float=.03, # features that fire on more than this share of tokens are marked
                   n_contexts:int=16, # of the `n_top` that the label is made from
                   progress:bool=True):
-    "A DataFrame with index, density, max_act, status, explanation, words, explanations and contexts of each feature"
-    import pandas as pd
-    vocabulary, rows = token_strings(tokenizer), []
+    "Yields a row of features.parquet for each feature"
+    vocabulary = token_strings(tokenizer)
     for feature, (fired, max_act) in enumerate(tqdm(list(zip(reading.fired, reading.max_act)), desc='labelling', unit='feature', disable=not progress)):
         density, contexts = fired/reading.n_tokens, contexts_of(reading, feature, vocabulary)
         status, label, words = 'dead' if not fired else 'dense' if density > dense else 'ok', None, ()
         if status == 'ok':
             label, words = word_label(contexts, reading.words)
             if label is None: status = 'unlabelled'
-        rows.append(dict(index=feature, density=float(density), max_act=float(max_act), status=status, explanation=label, words=list(words),
-                         explanations=[dict(text=label, model='peak words', type='words')] if label else [],
-                         contexts=[c.row() for c in contexts[:n_contexts]]))
-    return pd.DataFrame(rows)
+        yield dict(index=feature, density=float(density), max_act=float(max_act), status=status, explanation=label, words=list(words),
+                   explanations=[dict(text=label, model='peak words', type='words')] if label else [], contexts=[c.row() for c in contexts[:n_contexts]])
 
 # %% ../nbs/parts/reading.ipynb #3374ee0b
 def features_card(preset, reading:CorpusReading, status:dict, corpus:str) -> dict:
@@ -352,10 +359,14 @@ def build_features(preset, # `Preset`
         raise ValueError(f"the preset {preset.name} names no corpus: say which to read, as in corpus='embedded', a text file, or a dataset 'user/name'")
     target, state = Target.load(preset), out.with_suffix('.reading.npz')
     reading = read_corpus(target, corpus_documents(corpus, tokens, target.tokenizer), state, tokens=tokens, save_every=save_every, progress=progress)
-    table = feature_table(reading, target.tokenizer, progress=progress)
-    status = table.status.value_counts().to_dict()
-    out.with_suffix('.json').write_text(json.dumps(features_card(preset, reading, status, corpus), indent=1) + '\n', encoding='utf-8')
-    save_features(table, out, preset.source) # last: where it is, all is done
+    status, new = Counter(), out.with_name(f'{out.stem}.new.parquet')
+    def counted():
+        for row in feature_table(reading, target.tokenizer, progress=progress):
+            status[row['status']] += 1
+            yield row
+    save_features(counted(), new, preset.source)
+    out.with_suffix('.json').write_text(json.dumps(features_card(preset, reading, dict(status.most_common()), corpus), indent=1) + '\n', encoding='utf-8')
+    new.replace(out) # last: where it is, all is done
     state.unlink()
-    found = ', '.join(f'{n} {s}' for s, n in status.items())
-    return f'{len(table)} features read on {reading.n_tokens:,} tokens: {found}; {out}, {out.stat().st_size/1e6:.1f} MB'
+    found = ', '.join(f'{n} {s}' for s, n in status.most_common())
+    return f'{len(reading.fired)} features read on {reading.n_tokens:,} tokens: {found}; {out}, {out.stat().st_size/1e6:.1f} MB'

@@ -75,7 +75,9 @@ class Run:
 
     def make_room(self):
         "Where the two models take turns (`swap_models`), let go of the target: it is loaded again when it is needed"
-        if self.preset.swap_models and self.__dict__.pop('target', None) is not None: free_memory()
+        if not self.preset.swap_models: return
+        self.__dict__.pop('target', None)
+        free_memory() # of an explainer that was used before, too
 
     @cached_property
     def features(self) -> dict: # index -> Feature

@@ -2,7 +2,7 @@
 import os
 
 for name, value in dict(TQDM_DISABLE='1', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false',
-                        WANDB_MODE='disabled', MPLBACKEND='agg').items():
+                        WANDB_MODE='disabled', MPLBACKEND='agg', NEURONPEDIA_API='http://127.0.0.1:9', NEURONPEDIA_STORE='http://127.0.0.1:9').items():
     os.environ.setdefault(name, value)
 
 

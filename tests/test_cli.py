@@ -71,3 +71,52 @@ def test_presets_table_has_memory_and_disk(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if 'gemma-2-9b-l20' in line)
     assert '42 GB' in row and '39 GB' in row and '10,000 / 5,000 / 300' in row and '20-gemmascope-res-16k' in row
+
+
+# ---- files of features, through the command
+
+def test_features_from_neuronpedia(capsys, tmp_path, monkeypatch):
+    from neuronpedia_server import Neuronpedia, activation, label, stats
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data')); monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    rows = {'features': [stats(i) for i in (0, 1, 10)], 'explanations': [label(0, 'parks'), label(0, 'rivers', 'gpt-5'), label(1, 'rain')], 'activations': [activation(0), activation(10)]}
+    files = {f'v1/gpt2-small/8-res-jb/{kind}/batch-0.jsonl.gz': part for kind, part in rows.items()}
+    for features in (None, str(tmp_path/'mine'/'features.parquet')): # in the cache, or where the preset says
+        where = tmp_path/'mine' if features else tmp_path/'cache'/'features'/'gpt2-small'/'8-res-jb'
+        settings = ['-s', f'features={features}'] if features else []
+        with Neuronpedia(files) as server:
+            monkeypatch.setenv('NEURONPEDIA_STORE', server.url)
+            main(['features', 'gpt2-small-l8', *settings, '--json'])
+            printed = capsys.readouterr()
+            assert json.loads(printed.out) == {'ok': 2, 'unlabelled': 1} and 'gpt-4o-mini' in printed.err and (where/'features.parquet').exists()
+            asked = len(server.log)
+            main(['features', 'gpt2-small-l8', '0', *settings, '--json']) # nothing is fetched twice
+            assert json.loads(capsys.readouterr().out)[0]['explanation'] == 'parks' and len(server.log) == asked
+            main(['features', 'gpt2-small-l8', '0', *settings, '-s', 'label_model=gpt-5', '--json'])
+            assert json.loads(capsys.readouterr().out)[0]['explanation'] == 'rivers'
+    assert 'is called features.parquet, not other.parquet' in ends(capsys, 'features', 'gpt2-small-l8', '-s', f'features={tmp_path}/other.parquet')[1]
+
+
+def test_one_feature_needs_no_export(capsys, tmp_path, monkeypatch):
+    from neuronpedia_server import Neuronpedia
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data')); monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    answer = dict(modelId='gpt2-small', layer='8-res-jb', index='7', maxActApprox=5., frac_nonzero=.01, activations=[],
+                  explanations=[dict(description='words about rain', explanationModelName='gpt-4o-mini', typeName='x')])
+    with Neuronpedia(features={'gpt2-small/8-res-jb/7': answer}) as server:
+        monkeypatch.setenv('NEURONPEDIA_API', server.url)
+        main(['features', 'gpt2-small/8-res-jb/7', '--json'])
+        [shown] = json.loads(capsys.readouterr().out)
+        assert (shown['id'], shown['explanation'], shown['max_act']) == ('gpt2-small/8-res-jb/7', 'words about rain', 5.)
+        assert 'Neuronpedia has no feature' in ends(capsys, 'features', 'gpt2-small/8-res-jb/8')[1]
+
+
+def test_features_from_a_corpus(capsys, tmp_path, monkeypatch):
+    from helpers import SENTENCES
+    from test_run import make_preset
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    file = make_preset(tmp_path)
+    (tmp_path/'text.txt').write_text('\n\n'.join(SENTENCES*3))
+    main(['features', str(file), '--anew', '--corpus', str(tmp_path/'text.txt'), '--tokens', '200', '--json'])
+    printed = capsys.readouterr()
+    assert sum(json.loads(printed.out).values()) == 40 and '40 features read on' in printed.err
+    card = json.loads((tmp_path/'data'/'tiny'/'features.json').read_text())
+    assert card['corpus'].endswith('text.txt') and card['sae_sha256'] and card['status'] == json.loads(printed.out)

@@ -119,3 +119,35 @@ def test_a_dictionary_can_be_evaluated(world, tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert '1 of 3 rows have no explanation and are left out' in shown.err
     assert {r['stage'] for r in json.loads(shown.out)} >= {'mine', 'label'}
+
+
+def test_a_file_of_all_features_is_what_evaluate_reads(world, tmp_path, capsys, monkeypatch):
+    "Dead features, and features that the table does not know, are left out and counted"
+    folder, file, preset = world
+    monkeypatch.chdir(tmp_path)
+    explain_dictionary(preset, folder/'sft', tmp_path/'all.parquet', progress=False)
+    main(['evaluate', 'all.parquet', '--preset', str(file), '--json', '-s', 'n_output=1', '-s', 'n_generative=1', '-s', 'n_activating=1', '-s', 'n_neutral=1'])
+    shown = capsys.readouterr()
+    assert 'are dead or unknown and are left out' in shown.err
+    rows = {r['metric']: r for r in json.loads(shown.out) if r['stage'] == 'all'}
+    assert rows['generative']['n'] > 20
+    pd.DataFrame({'feature': ['tiny/1-res/1'], 'explanation': ['x']}).to_csv('label.csv', index=False)
+    with pytest.raises(SystemExit): main(['evaluate', 'label.csv', '--preset', str(file)])
+    assert "the stage 'label' is taken" in capsys.readouterr().err
+
+
+def test_a_retrained_explainer_does_not_go_on_with_anothers_rows(world, tmp_path):
+    import shutil
+    from safetensors.torch import load_file
+    folder, _, preset = world
+    shutil.copytree(folder/'sft', tmp_path/'sft')
+    rows = Rows(tmp_path/'all.jsonl.explained.part', {}); rows.close()
+    explain_dictionary(preset, tmp_path/'sft', tmp_path/'one.jsonl', progress=False)
+    (tmp_path/'all.jsonl.explained.part').unlink()
+    from saeexplainer.injection import adapter_sha256
+    settings = dict(preset='tiny', source='tiny/1-res', sae_sha256=FeatureReader.load(preset).sha256, explainer=str(tmp_path/'sft'),
+                    explanation_tokens=preset.explanation_tokens, adapter_sha256=adapter_sha256(tmp_path/'sft'))
+    Rows(tmp_path/'all.jsonl.explained.part', settings).close()
+    weights = load_file(tmp_path/'sft'/'adapter_model.safetensors')
+    save_file({k: w + 1 for k, w in weights.items()}, tmp_path/'sft'/'adapter_model.safetensors')
+    with pytest.raises(ValueError, match='was begun with adapter_sha256'): explain_dictionary(preset, tmp_path/'sft', tmp_path/'all.jsonl', progress=False)

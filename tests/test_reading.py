@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, time, tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-import numpy as np
+import numpy as np, pandas as pd
 import pytest, torch
 from helpers import SENTENCES, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer import reading as R
@@ -51,7 +51,7 @@ KINDS = [dict(), dict(architecture='standard'), dict(architecture='gated'), dict
 def test_equals_brute_force(kind, tmp_path):
     target = make_target(tmp_path, **kind)
     wanted, n_tokens = brute_force(target, DOCS, 5, 30, [1] if target.bos else [])
-    reading = read_corpus(target, DOCS, tmp_path/'state.npz', n_top=5, window=30, batch_tokens=150, progress=False)
+    reading = read_corpus(target, DOCS, tmp_path/'state.npz', n_top=5, window=30, batch_tokens=800, progress=False)
     names, compared = list(reading.sources), 0
     assert (reading.documents, reading.n_tokens) == (len(DOCS), n_tokens) == (16, sum(n for _, n in reading.sources.values()))
     for f, (fired, top) in enumerate(wanted):
@@ -63,6 +63,19 @@ def test_equals_brute_force(kind, tmp_path):
             compared += 1
             assert (c.source, list(c.tokens), c.peak) == (DOCS[d][0], ids, peak) and np.allclose(c.values, values, atol=.01)
     assert compared > 100
+
+
+def test_a_document_longer_than_a_batch(target, tmp_path):
+    "It is encoded in parts, and still counts as one"
+    wanted, n_tokens = brute_force(target, DOCS, 5, 30, [1])
+    reading = read_corpus(target, DOCS, tmp_path/'state.npz', n_top=5, window=30, batch_tokens=100, progress=False)
+    assert max(len(target.tokenizer(text)['input_ids']) for _, text in DOCS) > 300 and (reading.documents, reading.n_tokens) == (len(DOCS), n_tokens)
+    for f, (fired, top) in enumerate(wanted):
+        assert abs(int(reading.fired[f]) - fired) <= 1
+        got = contexts_of(reading, f, range(10**6))
+        assert np.allclose([c.values[c.peak] for c in got], [t[0] for t in top], atol=1e-4)
+        kept = reading.document[f][reading.value[f] > 0]
+        assert len(set(kept)) == len(kept)
 
 
 def test_a_tokenizer_without_bos(tmp_path):
@@ -190,7 +203,7 @@ def replace_features(reader, n): # a reader that says it has n features
 
 def test_table_marks_and_keeps_every_feature(target, tmp_path):
     reading = read_corpus(target, DOCS, tmp_path/'state.npz', progress=False)
-    table = feature_table(reading, target.tokenizer, dense=.2, n_contexts=3, progress=False)
+    table = pd.DataFrame(feature_table(reading, target.tokenizer, dense=.2, n_contexts=3, progress=False))
     assert list(table) == ['index', 'density', 'max_act', 'status', 'explanation', 'words', 'explanations', 'contexts']
     assert len(table) == 64 and set(table.status) <= {'ok', 'dead', 'dense', 'unlabelled'} and max(map(len, table.contexts)) == 3
     assert (table.status[table.density > .2] == 'dense').all() and table.explanation[table.status != 'ok'].isna().all()
@@ -206,7 +219,7 @@ def test_activations_beyond_fp16_stay_finite():
     reading.fired, reading.n_tokens = np.array([2]), 1000
     c = contexts_of(reading, 0, ['x']*10)[0]
     assert c.values[4] == reading.max_act[0] == 1e6 and c.values[5] == 65504
-    assert np.isfinite(feature_table(reading, tiny_tokenizer(), progress=False).contexts[0][0]['values']).all()
+    assert np.isfinite(next(feature_table(reading, tiny_tokenizer(), progress=False))['contexts'][0]['values']).all()
 
 
 def test_text_files(tmp_path):
@@ -223,7 +236,6 @@ def test_text_files(tmp_path):
 
 def test_dataset_files(tmp_path):
     import gzip
-    import pandas as pd
     rows = pd.DataFrame(dict(id=['a', 'b'], text=['first text', 'second text']))
     rows.to_json(tmp_path/'rows.jsonl', orient='records', lines=True); rows.to_parquet(tmp_path/'rows.parquet')
     (tmp_path/'rows.jsonl.gz').write_bytes(gzip.compress((tmp_path/'rows.jsonl').read_bytes()))
