@@ -107,8 +107,8 @@ def state_bytes(n_features:int, n_top:int=32) -> int:
     return n_features * n_top * (LENGTH*(4 + 2) + 16) + 8*n_features
 
 def batch_bytes(n_features:int, tokens:int) -> int:
-    "What the activations of a batch take: up to five fp32 copies, within the SAE's encode"
-    return 5 * 4 * n_features * tokens
+    "What the activations of a batch take: up to five fp32 copies within the SAE's encode, and as much as one for what the allocator keeps"
+    return 6 * 4 * n_features * tokens
 
 @dataclass
 class CorpusReading:
