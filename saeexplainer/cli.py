@@ -50,11 +50,15 @@ def presets_command(name: Annotated[Optional[str], typer.Argument(help='show the
     else:
         rows = [load_preset(p) for p in presets()]
         if as_json: return print(json.dumps([p.name for p in rows]))
-        table = Table('preset', 'target', 'SAE', 'explainer', 'labels', 'SFT / preferences / test', 'memory', 'disk', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                      caption='memory: models, SAE and training together, expected; disk: what is fetched. `saeexplainer presets NAME` shows every field of one')
+        table = Table('preset', 'target', 'SAE', 'explainer', 'labels', 'features', 'memory', 'disk', box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+                      caption='features: for SFT / preferences / test. memory: models, SAE and training together, expected. disk: what is fetched. '
+                              '`saeexplainer presets NAME` shows every field of one')
+        for column in table.columns: column.overflow = 'fold'
+        table.columns[0].no_wrap = True
+        last, k = lambda name: name.split('/')[-1], lambda n: f'{n//1000}k' if n >= 1000 and n % 1000 == 0 else str(n)
         for p in rows:
             takes = needs(p)
-            table.add_row(p.name, p.target, p.source.split('/')[1], p.explainer, p.label_model or ('words' if p.corpus else 'default'), f'{p.n_sft:,} / {p.n_pref:,} / {p.n_test}',
+            table.add_row(p.name, last(p.target), last(p.source), last(p.explainer), p.label_model or ('words' if p.corpus else 'default'), f'{k(p.n_sft)}/{k(p.n_pref)}/{p.n_test}',
                           *(f'{takes[k]:.0f} GB' if takes and takes[k] >= 1.5 else f'{takes[k]:.1f} GB' if takes else '?' for k in ('memory_gb', 'disk_gb')))
     out.print(table)
 

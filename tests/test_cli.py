@@ -70,7 +70,7 @@ def test_presets_table_has_memory_and_disk(capsys, monkeypatch):
     main(['presets'])
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if 'gemma-2-9b-l20' in line)
-    assert '42 GB' in row and '39 GB' in row and '10,000 / 5,000 / 300' in row and '20-gemmascope-res-16k' in row
+    assert '42 GB' in row and '39 GB' in row and '10k/5k/300' in row and 'gemma-2-9b-it' in row and '20-gemmascope-res-16k' in row
 
 
 # ---- files of features, through the command
