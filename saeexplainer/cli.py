@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'JSON', 'Setting', 'resolve', 'presets_command', 'marked', 'show_report', 'run_command',
-           'report_command', 'preset_and_names', 'chosen_features', 'number', 'features_command', 'make_features',
-           'known_features', 'shipped_explainer', 'explainer_of', 'explain_directions', 'explain_command',
-           'verdicts_on', 'measurable', 'evaluate_command', 'main']
+           'report_command', 'preset_and_names', 'feature_of', 'chosen_features', 'number', 'features_command',
+           'make_features', 'known_features', 'shipped_explainer', 'explainer_of', 'explain_directions',
+           'explain_command', 'verdicts_on', 'measurable', 'evaluate_command', 'main']
 
 # %% ../nbs/parts/cli.ipynb #8e3d0c66
 import json, os, sys
@@ -134,15 +134,20 @@ def preset_and_names(names, # the arguments of a command: perhaps a preset, then
     if source and not found: raise ValueError(f'no preset explains {source}: name your own first, as in mine.yaml {names[0]}')
     return (found or ['smollm2-135m'])[0], names
 
+def feature_of(preset, name:str): # `FeatureId`
+    "A preset's feature by name or index; raises `ValueError` for one of another preset"
+    from saeexplainer.features import FeatureId
+    i = FeatureId.parse(f'{preset.source}/{name}' if name.isdecimal() else name)
+    if f'{i.model}/{i.source}' != preset.source: raise ValueError(f'{name} is a feature of {i.model}/{i.source}, the preset explains {preset.source}: name its preset')
+    return i
+
 def chosen_features(preset, names, random:int, seed:int, features): # list of Feature
     "Features by name or index, and `random` more; raises `ValueError` for what does not exist"
     import numpy as np
-    from saeexplainer.features import FeatureId
-    known, model_source, chosen = {f.index: f for f in features}, preset.source, []
+    known, chosen = {f.index: f for f in features}, []
     for name in names or ():
-        index = int(name) if name.isdecimal() else (i := FeatureId.parse(name)).index
-        if not name.isdecimal() and f'{i.model}/{i.source}' != model_source: raise ValueError(f'{name} is a feature of {i.model}/{i.source}, the preset explains {model_source}: name its preset')
-        if index not in known: raise ValueError(f'there is no feature {index}: {model_source} has features 0 to {max(known)}')
+        index = feature_of(preset, name).index
+        if index not in known: raise ValueError(f'there is no feature {index}: {preset.source} has features 0 to {max(known)}')
         if known[index].status=='dead': raise ValueError(f'feature {index} is dead: it fired on none of the texts it was read on, so there is nothing to explain')
         chosen.append(known[index])
     there = {f.index for f in chosen}
@@ -186,12 +191,11 @@ def make_features(preset): # what came of it, to print
 
 def known_features(preset, names): # list of Feature: all of them, or without a file those that are named
     "The features of a preset's file; where there is none, those that are named, from Neuronpedia's API"
-    from saeexplainer.features import FeatureId, features_file, load_features, neuronpedia_feature
-    file, (model, source) = features_file(preset), preset.source.split('/')
+    from saeexplainer.features import features_file, load_features, neuronpedia_feature
+    file = features_file(preset)
     if file.exists() or preset.corpus or not names: return load_features(preset)
-    ids = [FeatureId(model, source, int(n)) if n.isdecimal() else FeatureId.parse(n) for n in names]
-    if other := next((i for i in ids if (i.model, i.source) != (model, source)), None): raise ValueError(f'{other} is not a feature of {preset.source}: name its preset')
-    try: return [neuronpedia_feature(i) for i in dict.fromkeys(ids)]
+    ids = dict.fromkeys(feature_of(preset, name) for name in names)
+    try: return [neuronpedia_feature(i) for i in ids]
     except OSError as e: raise RuntimeError(f'there is no {file} (`saeexplainer features {preset.name}` makes it), and Neuronpedia cannot be asked: {str(e).splitlines()[0]}') from None
 
 # %% ../nbs/parts/cli.ipynb #81e56e7d
@@ -202,13 +206,16 @@ def shipped_explainer(preset): # folder, or None
 
 def explainer_of(preset, given): # folder or hub id
     "The explainer that a command was given, or the shipped one"
+    from saeexplainer.injection import oracle_note
+    if given == 'ao' and preset.ao_adapter and (note := oracle_note(preset, preset.layer)): print(note, file=sys.stderr)
     folder = given or shipped_explainer(preset)
     if folder is None: raise ValueError(f'no explainer is shipped for {preset.name}: give one with --explainer, or train one with saeexplainer run {preset.name}')
     return folder
 
 def explain_directions(preset, explainer, file, as_json): # of a .safetensors file
     import torch
-    from saeexplainer.dictionaries import load_explainer, read_directions
+    from saeexplainer.dictionaries import read_directions
+    from saeexplainer.injection import load_explainer
     from saeexplainer.saes import FeatureReader
     reader = FeatureReader.load(preset)
     directions = read_directions(file, reader.d_model)
@@ -226,7 +233,8 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
                     verified: Annotated[int, typer.Option('--verify', help="write N texts from each explanation and let the target's activation judge")] = 0,
                     settings: Setting = None, as_json: JSON = False):
     "Explain features in words: some, all of a dictionary, or directions that belong to no SAE"
-    from saeexplainer.dictionaries import explain_dictionary, load_explainer
+    from saeexplainer.dictionaries import explain_dictionary
+    from saeexplainer.injection import load_explainer
     from saeexplainer.run import free_memory
     from saeexplainer.saes import FeatureReader
     name, names = preset_and_names(names, preset)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CARD', 'ORACLE_TEMPLATE', 'placeholder_id', 'prompt_messages', 'explanation_prompt', 'add_direction', 'Injector',
            'FeatureCollator', 'ExplainerCard', 'save_adapter', 'Explainer', 'adapter_sha256', 'oracle_layers',
-           'oracle_note']
+           'oracle_note', 'adapter_of', 'load_explainer']
 
 # %% ../nbs/00_injection.ipynb #be2bf850
 import json, os, shutil, warnings
@@ -347,3 +347,15 @@ def _from_oracle(cls, adapter, # PEFT adapter: a folder or hub id
     return cls(PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), tokenizer, card, adapter=folder)
 
 Explainer.from_oracle = _from_oracle
+
+def adapter_of(explainer, preset): # folder or hub id
+    "The adapter that an explainer's name means: its own, or for 'ao' the preset's oracle; raises `ValueError` where there is none"
+    if explainer == 'ao' and not preset.ao_adapter: raise ValueError(f'{preset.name} names no Activation Oracle: set ao_adapter')
+    return preset.ao_adapter if explainer == 'ao' else explainer
+
+def load_explainer(explainer, # folder or hub id, or 'ao'
+                   preset, reader) -> Explainer:
+    "An explainer, or the preset's Activation Oracle"
+    adapter = adapter_of(explainer, preset)
+    if explainer == 'ao': return Explainer.from_oracle(adapter, preset, reader)
+    return Explainer.from_pretrained(adapter, reader=reader, device=preset.device)

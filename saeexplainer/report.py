@@ -42,9 +42,8 @@ def best_texts(store, stages): # DataFrame
 # %% ../nbs/parts/report.ipynb #8ffc9882
 def label_source(preset) -> str|None: # None: the file of features does not say
     "Which model's labels were trained on"
-    from saeexplainer.features import features_file
-    card = features_file(preset).with_suffix('.json')
-    made = json.loads(card.read_text()) if card.exists() else {}
+    from saeexplainer.features import card_of, features_file
+    made = card_of(features_file(preset))
     return preset.label_model or made.get('default') or ('peak words' if made.get('corpus') else None)
 
 def provenance(run) -> dict:

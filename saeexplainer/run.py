@@ -106,10 +106,9 @@ class Run:
     def adapter(self, stage:str) -> Path: return self.folder/'explainer'/stage
 
     def explainer(self, stage:str):
-        from saeexplainer.injection import Explainer
+        from saeexplainer.injection import load_explainer
         self.make_room()
-        if stage=='ao': return Explainer.from_oracle(self.preset.ao_adapter, self.preset, self.reader, self.preset.device)
-        return Explainer.from_pretrained(self.adapter(stage), reader=self.reader, device=self.preset.device)
+        return load_explainer(stage if stage=='ao' else self.adapter(stage), self.preset, self.reader)
 
 def free_memory():
     "Give back what models no longer in use held"

@@ -200,7 +200,8 @@ class FeatureReader(LoadedSAE):
         return resid.detach().to(self.sae.W_dec.device, torch.float32)
 
     def _read(self, x): # the residual stream as the SAE was trained on it, and what was taken off
-        mean = x.mean(-1, keepdim=True) if (self.sae.cfg.metadata.model_from_pretrained_kwargs or {}).get('center_writing_weights') else torch.zeros((), device=x.device)
+        if not (self.sae.cfg.metadata.model_from_pretrained_kwargs or {}).get('center_writing_weights'): return x, 0.
+        mean = x.mean(-1, keepdim=True)
         return x - mean, mean
 
     def directions(self, features) -> torch.Tensor: # (n, d) fp32
