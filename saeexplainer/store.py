@@ -70,7 +70,7 @@ class _File(_Transactions):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            for pragma in ('journal_mode=WAL', 'synchronous=NORMAL'): self._db.execute(f'PRAGMA {pragma}')
+            self._use_wal(); self._db.execute('PRAGMA synchronous=NORMAL')
             version = self._rows('PRAGMA user_version')[0][0]
         except (FileExistsError, NotADirectoryError):
             raise OSError(f'cannot open the store {path}: {self.path.parent} is not a folder') from None
@@ -81,6 +81,14 @@ class _File(_Transactions):
             raise ValueError(f'{path} has store version {version}, this saeexplainer reads version {SCHEMA_VERSION}: '
                              'use the release that wrote it')
         if version == 0: self._make()
+
+    def _use_wal(self, seconds:float=60.): # where several processes make the file at once, SQLite does not wait for this lock by itself
+        until = time.monotonic() + seconds
+        while True:
+            try: return self._db.execute('PRAGMA journal_mode=WAL')
+            except sqlite3.OperationalError as e:
+                if e.sqlite_errorcode & 0xff != sqlite3.SQLITE_BUSY or time.monotonic() > until: raise
+                time.sleep(.01)
 
     def _make(self): # tables of a new file
         with self._write() as db:
