@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/parts/writer.ipynb #c9732269
+from .remote import Budget, BudgetSpent, OpenAIWriter
 from .replies import Reply, Request, Writer, finish, reply_key
 from .sampling import batches, new_tokens, pad
 
