@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all of their own set-up. The rest is for those who change the notebooks:
+# `make demo` and `make test` do all of their own set-up; `make demo ARGS="--writer openai --model NAME ..."` adds options of `saeexplainer run`. The rest is for those who change the notebooks:
 #   make notebooks [NB=nbs/parts/saes.ipynb] [FLAGS=slow]   re-run notebooks in place and keep their outputs
 #   make bench                                              measure all ratios of bench/ anew, into bench/results.json (a quarter of an hour)
 #   make clean-nbs                                          strip the metadata that Jupyter leaves behind
@@ -19,7 +19,7 @@ BENCHES := scoring training sampling steering kl_search corpus
 .PHONY: demo test install export notebooks clean-nbs bench
 
 demo: install
-	$(BIN)/saeexplainer run smollm2-135m --size demo --name demo
+	$(BIN)/saeexplainer run smollm2-135m --size demo --name demo $(ARGS)
 
 test: install
 	$(call step,export in sync with the notebooks,$(BIN)/python tools/check_sync.py export)

@@ -6,11 +6,10 @@
 __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE', 'NEUTRAL_ONE', 'SUBJECTS', 'KINDS', 'LETTERS',
            'JUDGE', 'OVERHEARD', 'METRICS', 'COUNTS', 'mean_activation', 'generative_accuracy', 'input_score',
            'discriminative_gap', 'output_score', 'Interval', 'bootstrap_ci', 'quoted_words', 'names_label',
-           'neutral_subject', 'text_schema', 'parse_lists', 'explanation_key', 'distinct_explanations',
-           'write_evaluation_texts', 'score_texts', 'max_acts', 'Verified', 'verify', 'control_features', 'calibrate',
-           'usable_targets', 'steer', 'steered_sets', 'judge_prompt', 'judge_locally', 'judge_by_letter', 'judge',
-           'control_cases', 'judge_controls', 'Evaluation', 'output_features', 'feature_values', 'summary', 'compare',
-           'stage_table', 'evaluate']
+           'neutral_subject', 'explanation_key', 'distinct_explanations', 'write_evaluation_texts', 'score_texts',
+           'max_acts', 'Verified', 'verify', 'control_features', 'calibrate', 'usable_targets', 'steer', 'steered_sets',
+           'judge_prompt', 'judge_locally', 'judge_by_letter', 'judge', 'control_cases', 'judge_controls', 'Evaluation',
+           'output_features', 'feature_values', 'summary', 'compare', 'stage_table', 'evaluate']
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
 import functools, hashlib, itertools, json, re
@@ -18,8 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 
 # %% ../nbs/04_metrics.ipynb #8db4ea98
+from .presets import is_local
 from .sampling import seed_for
-from .writer import Request
+from .replies import Request, answers, texts_of
 
 # %% ../nbs/04_metrics.ipynb #72207655
 def _per_text(values, name) -> np.ndarray: # (n_features, n_texts) float64
@@ -158,26 +158,6 @@ def neutral_subject(explanation:str, seed:int) -> str: # one of `SUBJECTS`
     left = [s for s in SUBJECTS if not words(s) & words(explanation)] or SUBJECTS
     return left[seed % len(left)]
 
-# %% ../nbs/04_metrics.ipynb #a9614de0
-def text_schema(sizes:dict) -> dict: # list name -> texts wanted
-    "JSON schema of a reply with these lists of strings"
-    strings = {'type': 'array', 'items': {'type': 'string'}}
-    return {'type': 'object', 'properties': {name: strings for name in sizes}, 'required': list(sizes), 'additionalProperties': False}
-
-def parse_lists(reply, # text of a reply
-                sizes:dict # list name -> texts wanted
-               ) -> dict: # list name -> [(text or None, error or None)]
-    "The texts of a JSON reply"
-    try: lists = json.loads(reply)
-    except (ValueError, TypeError): lists = None
-    def entry(name, j):
-        found = lists.get(name) if isinstance(lists, dict) else None
-        if not isinstance(found, list): return None, 'not the JSON that was asked for'
-        if j >= len(found): return None, f'{len(found)} of {sizes[name]} texts in the reply'
-        if not isinstance(found[j], str) or not found[j].strip(): return None, 'empty'
-        return found[j].strip(), None
-    return {name: [entry(name, j) for j in range(n)] for name, n in sizes.items()}
-
 # %% ../nbs/04_metrics.ipynb #3dc7a119
 def explanation_key(explanation:str) -> str: # short hash
     "What stands for an explanation in seeds"
@@ -217,10 +197,8 @@ def _list_request(feature, explanation, todo, preset): # one request per explana
 
 # %% ../nbs/04_metrics.ipynb #7c27add1
 def _entries(reply, keys, sizes): # (text, error) of each key; `sizes` None: the reply is one plain text
-    if reply.text is None: return [(None, reply.error or 'no reply')]*len(keys)
-    if sizes is None: return [(reply.text.strip(), None) if reply.text.strip() else (None, 'empty')]
-    parsed = parse_lists(reply.text, sizes)
-    return [parsed['sentences' if kind=='generative' else kind][j] for kind, j in keys]
+    texts = texts_of(reply, sizes)
+    return texts[None] if sizes is None else [texts['sentences' if kind=='generative' else kind][j] for kind, j in keys]
 
 def _said(store, groups) -> dict: # {(stage, feature): (feature, explanation)}: what the store knows, and what is evaluated now
     known = {(r.stage, r.feature): (r.feature, r.text) for r in store.explanations().itertuples() if r.k == 0}
@@ -238,12 +216,12 @@ def _bar(total, desc, progress): # tqdm with rate and time left
     from tqdm.auto import tqdm
     return tqdm(total=total, desc=desc, disable=not progress)
 
-def write_evaluation_texts(store, writer, # RunStore; Writer, of the kind that `preset.evaluation_writer` says
+def write_evaluation_texts(store, writer, # RunStore; Writer: the preset says whether it is asked for one text or for lists
                            explanations:dict, # {stage: {feature: text}}
                            preset, progress:bool=False
                           ) -> int: # texts asked for now; those in the store are not asked again
     "Texts of the kinds generative (E.3), activating and neutral (E.4) for each distinct explanation"
-    groups, n, local, asked = distinct_explanations(explanations), _wanted(preset), preset.evaluation_writer=='local', 0
+    groups, n, one, asked = distinct_explanations(explanations), _wanted(preset), preset.one_text('evaluation_writer'), 0
     stored = _stored_texts(store, groups)
     for sizes in ({'sentences': n['generative']}, {kind: n[kind] for kind in ('activating', 'neutral')}): # the lists of E.3 and of E.4
         kinds = ['generative'] if 'sentences' in sizes else list(sizes)
@@ -253,16 +231,11 @@ def write_evaluation_texts(store, writer, # RunStore; Writer, of the kind that `
             copies += [(stage, feature, 0, *key, *next(iter(have[key].values())), None) # another stage says the same: its texts
                        for key in keys if key in have for stage in stages if stage not in have[key]]
             if todo := [key for key in keys if key not in have]:
-                requests += [(feature, stages, *r) for r in (_single_requests if local else _list_request)(feature, text, todo, preset)]
+                requests += [((feature, stages, keys), request) for keys, request in (_single_requests if one else _list_request)(feature, text, todo, preset)]
         store.put_texts(copies)
-        with _bar(len(requests), f'texts: {", ".join(kinds)}', progress) as bar:
-            for i in range(0, len(requests), preset.batch_size):
-                batch = requests[i:i+preset.batch_size]
-                replies = writer.write([request for *_, request in batch], schema=None if local else text_schema(sizes))
-                store.put_texts([(stage, feature, 0, *key, *entry, None) for (feature, stages, keys, _), reply in zip(batch, replies)
-                                 for key, entry in zip(keys, _entries(reply, keys, None if local else sizes)) for stage in stages])
-                bar.update(len(batch))
-        asked += sum(len(keys) for _, _, keys, _ in requests)
+        for (feature, stages, keys), reply in answers(writer, requests, None if one else sizes, stage=f'evaluate: {", ".join(kinds)}', total=len(requests), progress=progress):
+            store.put_texts([(stage, feature, 0, *key, *entry, None) for key, entry in zip(keys, _entries(reply, keys, None if one else sizes)) for stage in stages])
+        asked += sum(len(keys) for (*_, keys), _ in requests)
     return asked
 
 # %% ../nbs/04_metrics.ipynb #aa5b2b20
@@ -310,17 +283,16 @@ class Verified:
         "How many texts exceed a share of the feature's largest known activation (Eq. 12)"
         return int((self.scores > success*feature_max).sum())
 
-def verify(target, writer, # Target; Writer, of the kind that `preset.evaluation_writer` says
+def verify(target, writer, # Target; Writer: the preset says whether it is asked for one text or for a list
            explanations, # [(feature, text)]
            preset, n:int, # texts per explanation
            progress:bool=False) -> list[Verified]:
     "Texts written from each explanation (E.3), and what the target makes of them"
-    preset, local = replace(preset, n_generative=n, seed=seed_for(preset.seed, 'verify')), preset.evaluation_writer=='local'
-    todo, sizes = [('generative', j) for j in range(n)], None if local else {'sentences': n}
-    asked = [(i, *r) for i, (f, text) in enumerate(explanations) for r in (_single_requests if local else _list_request)(f, text, todo, preset)]
-    replies = writer.write([request for *_, request in asked], schema=None if local else text_schema(sizes), progress=progress)
+    preset, one = replace(preset, n_generative=n, seed=seed_for(preset.seed, 'verify')), preset.one_text('evaluation_writer')
+    todo, sizes = [('generative', j) for j in range(n)], None if one else {'sentences': n}
+    asked = [((i, keys), request) for i, (f, text) in enumerate(explanations) for keys, request in (_single_requests if one else _list_request)(f, text, todo, preset)]
     texts, scores = [[None]*n for _ in explanations], np.full((len(explanations), n), np.nan)
-    for (i, keys, _), reply in zip(asked, replies):
+    for (i, keys), reply in answers(writer, asked, sizes, stage='verify', total=len(asked), progress=progress):
         for (_, j), (text, error) in zip(keys, _entries(reply, keys, sizes)): texts[i][j] = text
     made = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
     if made: scores[tuple(zip(*made))] = target.max_acts([texts[i][j] for i, j in made], [explanations[i][0] for i, _ in made])
@@ -436,13 +408,14 @@ def judge_by_letter(writer, cases, seeds) -> list[tuple]: # [(position or None, 
     "Prompt E.5 to a capable judge"
     requests = [Request(judge_prompt(*case), max_tokens=64, temperature=0., seed=seed) for case, seed in zip(cases, seeds)]
     letters = LETTERS[:len(cases[0][1])]
-    replies = writer.write(requests, choices=list(letters))
+    replies = writer.write(requests, choices=list(letters), stage='judge')
     return [(letters.index(r.text.strip()) if r.text and r.text.strip() in letters else None, None) for r in replies]
 
 # %% ../nbs/04_metrics.ipynb #c40723a2
 def _judge_cases(store, writer, cases, # [(stages, feature, explanation, sets)], the right set first
                  preset, desc, progress) -> None:
-    local, size = preset.evaluation_writer=='local', max(1, preset.batch_size//8)
+    local = is_local(preset.evaluation_writer)
+    size = max(1, preset.batch_size//8) if local else 16*preset.writer_concurrency
     with _bar(len(cases), desc, progress) as bar:
         for i in range(0, len(cases), size):
             batch = cases[i:i+size]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'Request', 'Reply', 'Writer', 'reply_key', 'whole_sentences', 'text_schema', 'list_sizes', 'uncounted',
-           'schema_error', 'longest_json', 'tidy_lists', 'valid_text', 'finish', 'texts_of']
+           'schema_error', 'longest_json', 'tidy_lists', 'valid_text', 'finish', 'texts_of', 'answers']
 
 # %% ../nbs/parts/replies.ipynb #7b0d58de
 import hashlib, json, re
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -172,3 +172,16 @@ def texts_of(reply:Reply, # to a request with `text_schema(sizes)`; sizes None: 
     lists = json.loads(reply.text)
     return {name: [(lists[name][j], None) if j < len(lists[name]) else (None, f'{len(lists[name])} of {n} texts in the reply') for j in range(n)]
             for name, n in sizes.items()}
+
+# %% ../nbs/parts/replies.ipynb #433414f5
+def answers(writer, # Writer
+            asked, # iterable of (thing, Request)
+            sizes:dict|None=None, # list name -> texts wanted of each request; None: one plain text
+            **how): # stage, total, progress
+    "(thing, Reply) for each, as they come"
+    things = deque()
+    def requests():
+        for thing, request in asked:
+            things.append(thing)
+            yield request
+    for reply in writer.stream(requests(), schema=text_schema(sizes) if sizes else None, **how): yield things.popleft(), reply

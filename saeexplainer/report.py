@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['training_log', 'result_tables', 'best_texts', 'label_source', 'provenance', 'how_made', 'lit_words', 'before_after',
-           'markdown_table', 'escape_markdown', 'report_markdown', 'write_report']
+           'markdown_table', 'escape_markdown', 'writers_table', 'report_markdown', 'write_report']
 
 # %% ../nbs/parts/report.ipynb #cfe7fdad
 import json, platform
@@ -54,13 +54,14 @@ def provenance(run) -> dict:
     p, built_in = run.preset, run.preset.name in presets()
     changes = diff(load_preset(p.name, size=p.size), p).splitlines() if built_in else None
     stages = run.store.progress().sort_values('started')
-    replies = [json.loads(r) for r in run.store.table('replies')['reply']]
+
     return dict(preset=p.name, size=p.size, changes=changes, sae=p.sae, source=p.source, target=p.target, explainer=p.explainer, writer=p.writer,
                 evaluation_writer=p.evaluation_writer, seed=p.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] if (c := run.store.meta(f'commit_{s}')))),
                 begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
                 python=platform.python_version(), versions={p: version(p) for p in ('torch', 'transformers', 'trl', 'peft', 'sae-lens', 'saeexplainer')},
                 sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())),
-                notes=run.store.meta('notes') or [], labels=label_source(run.preset), writer_cost=sum(r.get('cost') or 0. for r in replies),
+                notes=run.store.meta('notes') or [], labels=label_source(run.preset), writer_cost=run.store.cost(), writers=run.store.accounts(),
+                asked_without={name: known for name in run.store.accounts() if (known := run.store.meta(f'writer {name}'))},
                 command=f'saeexplainer run {p.name} --size {p.size}' if built_in and not changes else f'saeexplainer run {run.folder}/preset.yaml')
 
 # %% ../nbs/parts/report.ipynb #61a78c5e
@@ -102,6 +103,18 @@ def escape_markdown(text) -> str:
     import html, re
     return re.sub(r'([\\|`*_\[\]~#])', r'\\\1', html.escape(' '.join(str(text).split()), quote=False))
 
+# %% ../nbs/parts/report.ipynb #1669dbd2
+def writers_table(books): # of `RunStore.accounts`; DataFrame
+    "One row for each writer and stage"
+    import pandas as pd
+    said = lambda counts, good: ', '.join(f'{n:,} {name}' for name, n in sorted(counts.items(), key=lambda c: (c[0] != good, c[0])))
+    rows = {(writer, stage): dict(requests=said(b['outcomes'], 'ok'), attempts=said(b['attempts'], 'delivered'), lists=said(b.get('texts', {}), ''),
+                                  tokens=f"{b['prompt_tokens']:,} + {b['completion_tokens']:,}" if b['attempts'] else '', cost=f"${b['cost']:.4f}" if b['cost'] else '')
+            for writer, stages in books.items() for stage, b in stages.items()}
+    table = pd.DataFrame.from_dict(rows, orient='index').rename(columns=dict(lists='texts dropped or short'))
+    table.index = [' / '.join(key) for key in rows]
+    return table.loc[:, (table != '').any()]
+
 # %% ../nbs/parts/report.ipynb #551118d6
 def report_markdown(run, table, examples, made) -> str: # table: `stage_table`
     "The report as a page"
@@ -113,6 +126,7 @@ def report_markdown(run, table, examples, made) -> str: # table: `stage_table`
         text = ''.join(f' **{escape_markdown(t)}** ' if lit else f' {escape_markdown(t)} ' for t, lit in e['pieces'])
         lines += [f"- `{e['feature']}`", *(f'    - {s}: {escape_markdown(e[s])}' for s in stages),
                   f"    - best text ({e['score']:.1f}; strongest known {e['max_act']:.1f}): {' '.join(text.split())}"]
+    if made['writers']: lines += ['', '## Writers', '', markdown_table(writers_table(made['writers']))]
     return '\n'.join([*lines, '', '## Provenance', '', '```json', json.dumps(made, indent=1), '```', ''])
 
 # %% ../nbs/parts/report.ipynb #513eb0ff

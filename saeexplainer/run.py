@@ -11,16 +11,15 @@ import fcntl, subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from .presets import Preset, diff, load_preset
+from .presets import Preset, diff, is_local, load_preset
 
 # %% ../nbs/parts/run.ipynb #0fab8673
 def _claim_preset(folder:Path, preset:Preset, begun:bool):
-    "Write the run's preset, or check that it is the one that was written, if anything was begun under it"
+    "Write the run's preset, after a check that it is the one that was begun with; what may change in between (a server's URL, prices, budgets) is the latest"
     file = folder/'preset.yaml'
     if begun and file.exists():
-        changes = diff(load_preset(file), preset)
+        changes = diff(load_preset(file), preset, fixed=True)
         if changes: raise ValueError(f'{folder} was begun with another preset ({"; ".join(changes.splitlines())}): choose another --name')
-        return
     part = file.with_suffix('.part'); part.write_text(preset.to_yaml()); part.rename(file)
 
 def _lock(folder:Path): # the open file: the lock lasts as long as it does
@@ -71,7 +70,7 @@ class Run:
         check_features_of(features_file(self.preset), self.reader)
         len(self.splits)
         for which in ('writer', 'evaluation_writer'):
-            if getattr(self.preset, which) != 'local': self.writer(which)
+            if not is_local(getattr(self.preset, which)): self.writer(which)
 
     def make_room(self):
         "Where the two models take turns (`swap_models`), let go of the target: it is loaded again when it is needed"
@@ -98,7 +97,7 @@ class Run:
         return self.splits[f'preference{round if self.preset.new_features_in_round_2 else 1}']
 
     def writer(self, which:str): # 'writer' or 'evaluation_writer'
-        "The preset's writer: the target model itself, or an OpenAI-compatible one"
+        "The preset's writer: the target itself, another model in this process, or a server's"
         from saeexplainer.writer import writer_for
         name = getattr(self.preset, which)
         return writer_for(name, self.target if name=='local' else None, self.preset, self.store)
