@@ -118,6 +118,7 @@ class Preset:
     seed: int = _field(0, 'every random choice is drawn from (seed, stage, feature, index)')
 
     def __post_init__(self): _check(self)
+    def __hash__(self): return hash(self.to_yaml())
 
     def to_yaml(self) -> str: # every field, as resolved; `load_preset` reads it back
         "The preset as YAML"

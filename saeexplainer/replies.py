@@ -10,6 +10,7 @@ __all__ = ['OUTCOMES', 'Request', 'Reply', 'Writer', 'reply_key', 'whole_sentenc
 import hashlib, json, re
 from collections import Counter, deque
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Protocol
 
 # %% ../nbs/parts/replies.ipynb #baa27b1c
@@ -51,15 +52,12 @@ class Reply:
     seconds: float = 0. # from the first of them to the reply
 
 class Writer(Protocol):
-    "Anything that answers requests in order"
-    def stream(self, requests, # any iterable of `Request`, read no further ahead than is needed to stay busy
-               schema:dict|None=None, # JSON schema: the text is JSON that fits it
-               choices:list[str]|None=None, # the text is one of these
-               stage:str='', # under which the outcomes are counted
-               total:int|None=None, # requests, where `requests` has no length: for the progress bar and the estimate
-               progress:bool=False): ... # iterator of `Reply`
-
-    def write(self, requests, schema=None, choices=None, stage='', progress=False) -> list[Reply]: ...
+    "Anything that answers requests in order; both writers here have `stream` too, which takes any iterable, with its length as `total`, and yields"
+    def write(self, requests, # list of `Request`
+              schema:dict|None=None, # JSON schema: the text is JSON that fits it
+              choices:list[str]|None=None, # the text is one of these
+              stage:str='', # under which the outcomes are counted
+              progress:bool=False) -> list[Reply]: ...
 
 # %% ../nbs/parts/replies.ipynb #af9f3fa9
 def reply_key(name:str, # of the writer
@@ -167,9 +165,10 @@ def texts_of(reply:Reply, # to a request with `text_schema(sizes)`; sizes None: 
              sizes:dict|None # list name -> texts wanted
             ) -> dict: # list name -> [(text or None, error or None)]; None -> [(text, error)] of a plain text
     "The texts of a reply; what is missing is an error"
-    if sizes is None: return {None: [(reply.text, reply.error)]}
-    if reply.text is None: return {name: [(None, reply.error)]*n for name, n in sizes.items()}
-    lists = json.loads(reply.text)
+    if sizes is None: return {None: [(reply.text, None) if reply.text else (None, reply.error or 'empty')]}
+    found = finish(reply.text, reply.cut, text_schema(sizes)) if reply.text is not None else dict(error=reply.error)
+    if 'error' in found: return {name: [(None, found['error'] or 'no reply')]*n for name, n in sizes.items()}
+    lists = json.loads(found['text'])
     return {name: [(lists[name][j], None) if j < len(lists[name]) else (None, f'{len(lists[name])} of {n} texts in the reply') for j in range(n)]
             for name, n in sizes.items()}
 
@@ -177,11 +176,15 @@ def texts_of(reply:Reply, # to a request with `text_schema(sizes)`; sizes None: 
 def answers(writer, # Writer
             asked, # iterable of (thing, Request)
             sizes:dict|None=None, # list name -> texts wanted of each request; None: one plain text
-            **how): # stage, total, progress
-    "(thing, Reply) for each, as they come"
-    things = deque()
+            total:int|None=None, # how many, for the progress bar
+            **how): # stage, progress
+    "(thing, Reply) for each, as they come; a writer without `stream` is asked for 64 at a time"
+    things, how = deque(), dict(schema=text_schema(sizes) if sizes else None, **how)
     def requests():
         for thing, request in asked:
             things.append(thing)
             yield request
-    for reply in writer.stream(requests(), schema=text_schema(sizes) if sizes else None, **how): yield things.popleft(), reply
+    def written(left):
+        while some := list(islice(left, 64)): yield from writer.write(some, **how)
+    replies = writer.stream(requests(), total=total, **how) if hasattr(writer, 'stream') else written(requests())
+    for reply in replies: yield things.popleft(), reply

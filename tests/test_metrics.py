@@ -98,17 +98,6 @@ def test_braces_and_quotes_in_an_explanation_are_text():
             assert '{braces} and "quotes"' in request.prompt
 
 
-@pytest.mark.parametrize('reply', [None, '', 'no', '[]', '3', '{}', '{"sentences": "one"}', '{"sentences": ["a"'])
-def test_a_reply_that_is_not_the_json_asked_for(reply):
-    assert parse_lists(reply, {'sentences': 2}) == {'sentences': [(None, 'not the JSON that was asked for')]*2}
-
-
-def test_a_reply_with_too_few_or_too_many():
-    parsed = parse_lists('{"sentences": [" a ", null, 3, "b", "c"]}', {'sentences': 4})['sentences']
-    assert parsed == [('a', None), (None, 'empty'), (None, 'empty'), ('b', None)]
-    assert parse_lists('{"sentences": []}', {'sentences': 1})['sentences'] == [(None, '0 of 1 texts in the reply')]
-
-
 def test_neutral_subjects_avoid_the_explanation():
     assert all('garden' not in neutral_subject("the word 'Garden'", s) for s in range(50))
     assert neutral_subject(' '.join(M.SUBJECTS), 5) in M.SUBJECTS # nothing left: any
@@ -155,7 +144,7 @@ def same(a, b): # the judge's scores to rounding: other batches, other last digi
 class Scripted:
     "A writer with answers of its own, in the place of a capable one"
     def __init__(self, answer): self.answer, self.requests = answer, []
-    def write(self, requests, schema=None, choices=None, progress=False):
+    def write(self, requests, schema=None, choices=None, stage='', progress=False):
         self.requests += [(r, schema, choices) for r in requests]
         return [Reply(text=self.answer(r, schema, choices)) for r in requests]
 
@@ -302,7 +291,7 @@ def test_a_capable_writer_is_asked_once_per_explanation(machine, store):
 def test_replies_that_are_no_json_and_no_letter_are_counted(machine, store):
     writer = Scripted(lambda r, s, c: 'the second one' if c else 'Here you are: ...')
     table = evaluate(evaluation(machine, store, writer, writer, evaluation_writer='gpt-5.4-mini'), EXPLANATIONS, progress=False)
-    assert store.texts().text.isna().all() and (store.texts().error == 'not the JSON that was asked for').all()
+    assert store.texts().text.isna().all() and (store.texts().error == 'not JSON').all()
     assert table.loc[('label', 'generative'), ['n', 'unavailable', 'failures']].tolist() == [0, 3, 9]
     assert table.loc[('label', 'gap'), 'failures'] == 12 and table.loc[('label', 'output'), 'n'] == 0
     asked = len(writer.requests)

@@ -5,12 +5,13 @@ import pandas as pd
 import pytest
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.injection import Explainer
-from saeexplainer.prefs import (Dropped, Pair, SAMPLES, build_preferences, candidate_rewards, distinct_candidates, parse_samples,
+from saeexplainer.prefs import (Dropped, Pair, build_preferences, candidate_rewards, distinct_candidates,
                                 preference_prompt, sample_candidates, score_candidates, select_pair, threshold_of, write_texts)
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
 from saeexplainer.target import Target
+from saeexplainer.replies import text_schema
 from saeexplainer.writer import LocalWriter, Reply
 
 nan = math.nan
@@ -97,16 +98,6 @@ def test_prompts_take_any_explanation():
     assert '4 strings' in preference_prompt('x', 4) and 'JSON' not in preference_prompt('x')
 
 
-@pytest.mark.parametrize('reply', ['', 'no json', '{"samples": "one"}', '["a", "b"]', '{"texts": ["a"]}', 'null', '{"samples": ["a", "b"'])
-def test_a_reply_that_is_not_the_json_is_no_text(reply):
-    assert parse_samples(reply, 2) == [(None, 'not the JSON that was asked for')]*2
-
-
-def test_too_few_too_many_and_wrong_entries():
-    assert [t for t, _ in parse_samples('{"samples": ["a", "b", "c"]}', 2)] == ['a', 'b']
-    assert parse_samples('{"samples": [1, " a "]}', 3) == [(None, 'empty, or not a text'), ('a', None), (None, '2 of 3 texts in the reply')]
-
-
 def test_threshold():
     from types import SimpleNamespace as F
     features = [F(max_act=a) for a in (4., 8., 12., 0., None)]
@@ -136,8 +127,11 @@ def store(tmp_path):
 
 class Scripted:
     "A writer that answers from a function of the request, and may break down after some calls"
-    def __init__(self, answer, calls=10**9): self.answer, self.calls, self.requests = answer, calls, []
-    def write(self, requests, schema=None, choices=None, progress=False):
+    def __init__(self, answer, calls=10**9, size=64): self.answer, self.calls, self.size, self.requests = answer, calls, size, []
+    def stream(self, requests, schema=None, total=None, **_):
+        requests = list(requests)
+        for i in range(0, len(requests), self.size): yield from self.write(requests[i:i+self.size], schema)
+    def write(self, requests, schema=None, **_):
         if len(self.requests) >= self.calls: raise ConnectionError('the writer is gone')
         self.requests.append((requests, schema))
         return [reply if isinstance(reply := self.answer(r), Reply) else Reply(reply) for r in requests]
@@ -184,7 +178,7 @@ def test_interrupted_anywhere_it_ends_the_same(world, tmp_path):
     with RunStore(tmp_path/'broken.sqlite') as store:
         sample_candidates(store, explainer, reader, features[:2], preset) # stopped after some features
         sample_candidates(store, explainer, reader, features, preset)
-        with pytest.raises(ConnectionError): write_texts(store, Scripted(answer, calls=2), preset) # stopped after two batches
+        with pytest.raises(ConnectionError): write_texts(store, Scripted(answer, calls=2, size=5), preset) # stopped after two batches
         assert 0 < len(store.texts()) < len(reference[1])
         score_candidates(store, target, preset) # some scores, out of order
         write_texts(store, Scripted(answer), preset)
@@ -224,10 +218,10 @@ def test_json_writer_one_request_per_candidate(world, store):
     put(store, {1: ['rain', 'sea', 'fog']})
     replies = {'rain': json.dumps(dict(samples=['it rains', 'rainy days'])), 'sea': 'Sorry.', 'fog': '{"samples": ["in the fog"]}'}
     writer = Scripted(lambda r: next(v for k, v in replies.items() if f'\n{k}\n' in r.prompt))
-    assert write_texts(store, writer, preset) == 6 and len(writer.requests) == 1 and writer.requests[0][1] == SAMPLES
+    assert write_texts(store, writer, preset) == 6 and len(writer.requests) == 1 and writer.requests[0][1] == text_schema({'samples': 2})
     texts = store.texts('round1', 'preference')
     assert texts['text'].tolist() == ['it rains', 'rainy days', None, None, 'in the fog', None]
-    assert texts['error'].tolist() == [None, None, *['not the JSON that was asked for']*2, None, '1 of 2 texts in the reply']
+    assert texts['error'].tolist() == [None, None, *['not JSON']*2, None, '1 of 2 texts in the reply']
     score_candidates(store, target, preset)
     assert candidate_rewards(store, preset)['reward'].isna().tolist() == [False, True, False]
     assert write_texts(store, writer, preset) == 0 # a text that could not be parsed is not asked again

@@ -2,7 +2,8 @@
 import json, os, signal, sqlite3, subprocess, sys, textwrap, time
 import numpy as np
 import pytest
-from saeexplainer.store import COLUMNS, KEYS, SCHEMA_VERSION, RunStore
+from saeexplainer.replies import Reply, Request
+from saeexplainer.store import COLUMNS, KEYS, SCHEMA, SCHEMA_VERSION, RunStore
 
 
 @pytest.fixture
@@ -234,10 +235,36 @@ def test_facts_are_written_once(store):
     with pytest.raises(ValueError, match="has template 'a {placeholder}', not 'b': give the run another name"): store.put_meta(template='b')
 
 
-def test_replies_and_their_cost(store):
-    store.put_replies({'a': (dict(prompt='x'), dict(text='y', cost=.25)), 'b': (dict(prompt='x'), dict(text=None, error='empty', cost=None))})
-    store.put_replies({'a': (dict(prompt='x'), dict(text='other', cost=9.))})
-    assert store.replies(['a', 'c']) == {'a': dict(text='y', cost=.25)} and store.cost() == .25
+def test_replies_are_kept_once_and_only_a_failed_one_is_replaced(store):
+    ask = Request('x', seed=3)
+    store.put_replies([('a', ask, Reply('y', cost=.25, scores=(1., 2.), sent={'seed': 3})), ('b', ask, Reply(error='no reply', outcome='failed')), ('c', ask, Reply(error='empty', outcome='empty'))], 'w', 's')
+    store.put_replies([('a', ask, Reply('other'))], 'w', 's')
+    assert store.replies(['a', 'b', 'c', 'd']) == {'a': Reply('y', cost=.25, scores=(1., 2.), sent={'seed': 3}), 'c': Reply(error='empty', outcome='empty')}
+    store.put_replies([('b', ask, Reply('at last'))], 'w', 's')
+    assert store.replies(['b'])['b'].text == 'at last' and store.count('replies') == 3
+    assert store.accounts()['w']['s']['outcomes'] == {'ok': 2, 'empty': 1}
+
+
+def test_attempts_are_on_record_before_and_after(store):
+    a, b, c, d = (store.begin_attempt(k, 'w', 's', 1000, .01) for k in 'abcd')
+    store.end_attempt(a, 'delivered', .5, 100, 10, .002)
+    store.end_attempt(b, '429', .1, 0, 0, 0.)
+    store.end_attempt(c, 'timeout', 9.)
+    assert store.spent() == (4, 110 + 2*1000, pytest.approx(.022)) and store.cost() == .002 and store.answered('w') and not store.answered('v')
+    assert store.forget_attempts() == 1 and store.forget_attempts() == 0
+    book = store.accounts()['w']['s']
+    assert book['attempts'] == {'delivered': 1, '429': 1, 'timeout': 1, 'killed': 1} and book['perhaps_billed'] == .02 and (book['prompt_tokens'], book['cost']) == (100, .002)
+
+
+def test_a_store_of_version_1_is_brought_forward(tmp_path):
+    old = sqlite3.connect(tmp_path/'old.sqlite')
+    for s in SCHEMA.split(';')[:-1]:
+        if 'TABLE attempts' not in s: old.execute(s.replace(', writer TEXT, stage TEXT) STRICT', ') STRICT') if 'TABLE replies' in s else s)
+    old.execute("INSERT INTO metrics VALUES ('sft', 1, 'input', 1.)"); old.execute('PRAGMA user_version=1'); old.commit(); old.close()
+    for _ in range(2):
+        with RunStore(tmp_path/'old.sqlite') as store:
+            assert store.count('metrics') == 1 and store.spent() == (0, 0, 0.) and store._rows('PRAGMA user_version') == [(2,)]
+            store.put_replies([('a', Request('x'), Reply('y'))], 'w', 's')
 
 
 def test_preferences_are_what_trl_trains_on(store):
