@@ -162,7 +162,9 @@ def retry_after(headers) -> float|None: # seconds
         return max(0., float(value) if re.fullmatch(r'[\d.]+', value) else parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError): return None
 
-# %% ../nbs/parts/remote.ipynb #aaff7ecf
+# %% ../nbs/parts/remote.ipynb #1023528a
+LOST = None, None # tokens of an attempt that the server may have answered and billed, though no reply arrived
+
 @dataclass
 class Trouble:
     "Why an attempt gave no reply"
@@ -171,14 +173,16 @@ class Trouble:
     wait: float|None = None # seconds that the server asks to wait
     stop: type|None = None # the error that ends the call; None: it may pass
     verdict: str|None = None # of a 400: see `bad_request`
+    tokens: tuple = (0, 0) # that were billed; None: not known
 
 def trouble(e, sent, hide=str) -> Trouble: # e: an exception of `openai`; hide: a text without the key
     "What an exception of the client means"
     import openai
     name, line = type(e.__cause__ or e).__name__, lambda text: ' '.join(hide(str(text)).split())[:300]
-    if isinstance(e, openai.APITimeoutError): return Trouble('timeout', 'no reply in time')
-    if isinstance(e, openai.APIConnectionError): return Trouble('unreachable' if 'Connect' in name else 'dropped', line(f'{e.message} ({name})'))
-    if not isinstance(e, openai.APIStatusError): return Trouble('unreadable', f'not the reply of a chat completions server ({name})')
+    if isinstance(e, openai.APITimeoutError): return Trouble('timeout', 'no reply in time', tokens=LOST)
+    if isinstance(e, openai.APIConnectionError):
+        return Trouble('unreachable', line(f'{e.message} ({name})')) if name == 'ConnectError' else Trouble('dropped', line(f'{e.message} ({name})'), tokens=LOST)
+    if not isinstance(e, openai.APIStatusError): return Trouble('unreadable', f'not the reply of a chat completions server ({name})', tokens=LOST)
     body = e.body if isinstance(e.body, dict) else {}
     says, code = str(body.get('message') or e.message), body.get('code') or body.get('type')
     error = Trouble(str(e.status_code), f'error {e.status_code}: {line(says)}', retry_after(e.response.headers))
@@ -198,7 +202,7 @@ class _Said:
     cut: bool = False
     outcome: str|None = None # 'refused', 'rejected' or 'failed'
     error: str|None = None
-    tokens: tuple = (None, None) # of prompt and reply; None: the server does not say
+    tokens: tuple = (0, 0) # of prompt and reply; None: the server does not say
     model: str|None = None
 
 @dataclass
@@ -211,10 +215,10 @@ class _Tally:
     model: str|None = None
     sent: dict|None = None
 
-    def add(self, said, cost, sent):
-        self.prompt_tokens, self.completion_tokens = self.prompt_tokens + (said.tokens[0] or 0), self.completion_tokens + (said.tokens[1] or 0)
-        self.model, self.sent = said.model, sent
-        if cost is not None: self.cost = (self.cost or 0.) + cost
+    def add(self, got, cost, sent):
+        self.prompt_tokens, self.completion_tokens, self.sent = self.prompt_tokens + (got.tokens[0] or 0), self.completion_tokens + (got.tokens[1] or 0), sent
+        if isinstance(got, _Said): self.model = got.model
+        if cost is not None and got.tokens != (0, 0): self.cost = (self.cost or 0.) + cost
 
 # %% ../nbs/parts/remote.ipynb #7096c276
 def _turns(request): return ([{'role': 'system', 'content': request.system}] if request.system else []) + [{'role': 'user', 'content': request.prompt}]
@@ -234,9 +238,7 @@ def _joined(found, more, schema): # fields of a reply whose lists were topped up
     counts = {k: sum((c['counts'] or {}).get(k, 0) for c in (found, more, both)) for k in ('empty', 'duplicate', 'surplus')} | {'short': (both['counts'] or {}).get('short', 0)}
     return both | dict(counts={k: n for k, n in counts.items() if n} or None)
 
-# %% ../nbs/parts/remote.ipynb #0b282ef1
-LOST = ('timeout', 'dropped', 'unreadable', 'replayed') # the server may have answered and billed, though no reply of this request arrived
-
+# %% ../nbs/parts/remote.ipynb #845ee38e
 class _Asking:
     "Requests to `self.writer`'s server within one call: attempts, their records, and the ladder"
     async def answer(self, key, request) -> Reply:
@@ -282,16 +284,12 @@ class _Asking:
         await self.traffic.enter(lambda: w.fits(*most))
         ledger.hold(*most)
         id, began, tally.attempts = w.store.begin_attempt(key, w.name, self.stage, *most), time.monotonic(), tally.attempts + 1
-        kind, tokens, cost, got = 'killed', (None, None), None, None # where this task is cancelled
+        kind, tokens, cost, got = 'killed', LOST, None, None # where this task is cancelled
         try:
             got = await self.send(turns, sent)
-            if isinstance(got, _Said):
-                kind, tokens = 'delivered', got.tokens
-                if None not in tokens: cost = ledger.cost(*tokens)
-                tally.add(got, cost, sent)
-            else:
-                kind = got.kind
-                if kind not in LOST: tokens, cost = (0, 0), 0.
+            kind, tokens = 'delivered' if isinstance(got, _Said) else got.kind, got.tokens
+            cost = 0. if tokens == (0, 0) else None if None in tokens else ledger.cost(*tokens)
+            tally.add(got, cost, sent)
         finally:
             w.store.end_attempt(id, kind, round(time.monotonic() - began, 3), *tokens, cost)
             ledger.settle(*most, most[0] if None in tokens else sum(tokens), most[1] if None in tokens else cost or 0.)
@@ -304,13 +302,13 @@ class _Asking:
         w = self.writer
         try:
             async with asyncio.timeout(w.timeout): reply = await self.client.chat.completions.create(model=w.model, messages=turns, **sent)
-        except TimeoutError: return Trouble('timeout', f'no reply in {w.timeout:g} s')
+        except TimeoutError: return Trouble('timeout', f'no reply in {w.timeout:g} s', tokens=LOST)
         except (openai.OpenAIError, ValueError) as e: return trouble(e, sent, w.hide) # ValueError: a body that is not JSON
         choice = next(iter(getattr(reply, 'choices', None) or []), None)
-        if choice is None or choice.message is None: return Trouble('unreadable', 'not the reply of a chat completions server')
-        if self.replayed(reply.id): return Trouble('replayed', 'the reply to another request')
-        said = _Said(choice.message.content or '', choice.finish_reason == 'length', model=w.hide(reply.model or ''),
-                     tokens=(reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (None, None))
+        if choice is None or choice.message is None: return Trouble('unreadable', 'not the reply of a chat completions server', tokens=LOST)
+        tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else LOST
+        if self.replayed(reply.id): return Trouble('replayed', 'the reply to another request', tokens=tokens)
+        said = _Said(choice.message.content or '', choice.finish_reason == 'length', model=w.hide(reply.model or ''), tokens=tokens)
         if choice.message.refusal: return replace(said, outcome='refused', error=f'refused: {w.hide(choice.message.refusal)}')
         if choice.finish_reason == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said
@@ -493,7 +491,7 @@ class OpenAIWriter(_Model):
         import openai
         key = os.environ.get(self.key_env)
         if not key and not self.base_url: raise PermissionError(f'no key: set {self.key_env} in the environment, or name a server of your own with base_url')
-        return openai.AsyncOpenAI(api_key=key or 'none', base_url=self.base_url, timeout=self.timeout, max_retries=0)
+        return openai.AsyncOpenAI(api_key=key or 'none', base_url=self.base_url, timeout=self.timeout, max_retries=0, default_headers={'Connection': 'close'})
 
     @property
     def proven(self) -> bool: return self.store.answered(self.name) # it has replied before: what it fails to do now it may do again

@@ -257,7 +257,7 @@ class FaultServer:
         if action == 'replayed':
             others = [s for s in self.sent if s[0]['prompt'] != entry['prompt']] or [*self.sent]
             if others:
-                earlier, data = others[-1]
+                earlier, data = others[0] # long enough ago for the client to have read it
                 entry.update(action=action, status=200, **{k: earlier[k] for k in ('id', 'prompt_tokens', 'completion_tokens')})
                 return data
             action = 'ok'
