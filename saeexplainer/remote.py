@@ -253,7 +253,8 @@ class _Asking:
             found = self.read(said, schema) if said.outcome != 'failed' else found
         if (found.get('counts') or {}).get('short') and 'text' in found: # topped up
             missing, note = _more(found, sizes)
-            more = self.read(await self.ask(key, _again(turns, found['text'], note), request, request.max_tokens, request.seed + 2, missing, tally), missing)
+            said = await self.ask(key, _again(turns, found['text'], note), request, request.max_tokens, request.seed + 2, missing, tally)
+            more = self.read(said, text_schema({name: n for name, n in sizes.items() if name in missing['properties']})) # a copy among them leaves room for another
             if 'text' in more: found = _joined(found, more, schema)
         return Reply(**found, **vars(tally), seconds=round(time.monotonic() - began, 3))
 
@@ -265,23 +266,26 @@ class _Asking:
         "One completion, in as many tries as it may take"
         w, tries = self.writer, 0
         while True:
-            sent, asked_form = w.parameters(request, max_tokens, seed, form), w.form
-            got = await self.attempt(key, turns, max_tokens, sent, tally)
+            got, sent, kind = await self.attempt(key, turns, lambda: w.parameters(request, max_tokens, seed, form), max_tokens, tally)
             if isinstance(got, _Said): return got
             if got.stop: raise got.stop(w.reason(got))
             if got.verdict in ('refused', 'rejected'): return _Said(outcome=got.verdict, error=f'{got.verdict}: {got.says}')
-            if got.verdict: w.drop(got.verdict, sent, asked_form); continue
+            if got.verdict: w.drop(got.verdict, sent, kind); continue
             if not self.traffic.down: tries += 1 # an outage is no fault of the request
             if tries >= min(w.tries, 3) and got.kind in ('unreachable', 'unreadable') and not w.proven: raise ConnectionError(w.reason(got))
             if tries >= w.tries: return _Said(outcome='failed', error=f'no reply in {tries} tries ({got.says})')
             await self.traffic.rest(got.wait if got.wait is not None else min(60., .5*2**tries)*random.uniform(.5, 1))
 
-    async def attempt(self, key, turns, max_tokens, sent, tally): # _Said, or Trouble
+    async def attempt(self, key, turns, parameters, max_tokens, tally): # (_Said or Trouble, parameters sent, form)
         "One request to the server: its turn, its place in the budget, its record before and after"
-        w, ledger = self.writer, self.writer.ledger
-        prompt, reply = most_tokens(turns, max_tokens, sent)
-        most = prompt + reply, ledger.cost(prompt, reply) or 0.
-        await self.traffic.enter(lambda: w.fits(*most))
+        w, ledger, plan = self.writer, self.writer.ledger, None
+        def fits(): # with what is known of the model when the turn comes
+            nonlocal plan
+            prompt, reply = most_tokens(turns, max_tokens, sent := parameters())
+            plan = sent, w.form, (prompt + reply, ledger.cost(prompt, reply) or 0.)
+            return w.fits(*plan[2])
+        await self.traffic.enter(fits)
+        sent, form, most = plan
         ledger.hold(*most)
         id, began, tally.attempts = w.store.begin_attempt(key, w.name, self.stage, *most), time.monotonic(), tally.attempts + 1
         kind, tokens, cost, got = 'killed', LOST, None, None # where this task is cancelled
@@ -295,7 +299,7 @@ class _Asking:
             ledger.settle(*most, most[0] if None in tokens else sum(tokens), most[1] if None in tokens else cost or 0.)
             passes = got is not None and kind != 'delivered' and not (got.verdict or got.stop)
             await self.traffic.leave(True if kind == 'delivered' else False if passes else None, f'{w.where}: {got.says}' if passes else '')
-        return got
+        return got, sent, form
 
     async def send(self, turns, sent): # _Said, or Trouble
         import openai
@@ -332,7 +336,7 @@ class _Call(_Asking):
     def __init__(self, writer, schema, choices, stage, total, progress):
         from tqdm.auto import tqdm
         self.writer, self.schema, self.choices, self.stage, self.total = writer, schema, choices, stage, total
-        self.under_way, self.ids, self.asked, self.odd, self.ready, self.client = {}, OrderedDict(), 0, {}, threading.Event(), writer.client()
+        self.under_way, self.ids, self.asked, self.done, self.odd, self.ready, self.client = {}, OrderedDict(), 0, 0, {}, threading.Event(), writer.client()
         self.bar = tqdm(total=total, disable=not progress, desc=stage or writer.model, unit='reply')
         self.thread = threading.Thread(target=lambda: asyncio.run(self.run()), daemon=True)
         self.thread.start()
@@ -362,6 +366,7 @@ class _Call(_Asking):
 
     def count(self, reply): # in the bar
         if reply.outcome != 'ok': self.odd[reply.outcome] = self.odd.get(reply.outcome, 0) + 1
+        self.done += 1
         self.bar.set_postfix_str(', '.join([str(self.writer.ledger), *(f'{n} {outcome}' for outcome, n in self.odd.items())]), refresh=False)
         self.bar.update()
 
@@ -386,7 +391,7 @@ class _Window(_Call):
             return job.future, True
         job = _Job(key, request)
         if known := self.writer.store.replies([key]).get(key):
-            self.bar.update()
+            self.bar.update(); self.done += 1
             job.future.set_result(known)
             return job.future, True
         self.under_way[key], self.asked = job, self.asked + 1
@@ -401,7 +406,7 @@ class _Window(_Call):
         "What is measured of the first replies, for all of them"
         w = self.writer
         book = w.store.accounts().get(w.name, {}).get(self.stage) or {'attempts': {}}
-        n, left = book['attempts'].get('delivered', 0), self.total - self.bar.n
+        n, left = book['attempts'].get('delivered', 0), self.total - self.done
         if not n: return
         prompt, reply = book['prompt_tokens']/n, book['completion_tokens']/n
         usd = (w.ledger.cost(prompt, reply) or 0.)*left
