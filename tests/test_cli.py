@@ -35,6 +35,11 @@ def test_presets_json(capsys):
     (['explain', 'smollm2-135m', '--all'], '--all needs --out'),
     (['explain', 'gemma-2-9b/20-gemmascope-res-16k/1'], '`saeexplainer features gemma-2-9b-l20` makes it'),
     (['explain', '5', '--preset', 'gemma-2-9b-l20'], 'features.parquet'),
+    (['run', 'smollm2-135m', '--writer', 'gpt-5.4-mini'], "--writer must be 'openai' or 'local', not 'gpt-5.4-mini'; the model's name goes behind --model"),
+    (['run', 'smollm2-135m', '--writer', 'openai'], '--writer openai needs the name of the model at the server: --model NAME'),
+    (['run', 'smollm2-135m', '--writer', 'local', '--base-url', 'http://127.0.0.1:1/v1'], '--base-url goes with --writer openai'),
+    (['run', 'smollm2-135m', '-s', 'prices={m: [1]}'], 'prices must hold two numbers for each model'), (['run', 'smollm2-135m', '-s', 'budget_usd=0'], 'a budget must be more than 0'),
+    (['run', 'smollm2-135m', '--writer', 'openai', '--model', 'm', '-s', 'budget_usd=3', '--root', '.'], "a budget in dollars needs a price: prices={'m': "),
     (['evaluate', 'no-such.csv'], 'no file no-such.csv'),
     (['report', 'no-such-run'], 'there is no run'),
     (['no-such-command'], 'no-such-command')])
@@ -54,6 +59,15 @@ def test_dead_features_are_not_explained():
     with pytest.raises(ValueError, match='feature 2 is dead'): chosen_features(resolve('smollm2-135m'), ['2'], 0, 0, features)
     drawn = chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features)
     assert drawn == chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features) and [f.index for f in drawn][0] == 3 and 2 not in [f.index for f in drawn]
+
+
+def test_which_writer_is_meant():
+    p = resolve('smollm2-135m', 'demo', (), 'openai', 'http://127.0.0.1:8080/v1', 'mine')
+    assert (p.writer, p.evaluation_writer, p.writer_url, p.one_text('writer')) == ('mine', 'mine', 'http://127.0.0.1:8080/v1', False)
+    assert resolve('gemma-2-9b-l20', None, (), 'local').writer == 'local' and resolve('gemma-2-9b-l20', None, (), 'local', None, 'org/chat').evaluation_writer == 'local:org/chat'
+    assert resolve('gemma-2-9b-l20', None, (), None, None, 'gpt-6').writer == 'gpt-6' and resolve('smollm2-135m', None, ['text_form=one'], 'openai', None, 'mine').one_text('writer')
+    p = resolve('smollm2-135m', None, ['prices={mine: [.5, 2], other: [1, 1]}', 'budget_tokens=9000'])
+    assert p.prices == {'mine': (.5, 2.), 'other': (1., 1.)} and p.budget_tokens == 9000
 
 
 def test_which_preset_is_meant(tmp_path):

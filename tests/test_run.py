@@ -138,6 +138,35 @@ def test_a_refused_first_attempt_does_not_take_the_name(world):
     with pytest.raises(ValueError, match='begun with another preset'): Run(folder, load_preset(world[1], layer=0))
 
 
+def test_a_paid_writer_with_a_budget(world, monkeypatch):
+    "Stopped by the budget, in an outage and by a time-out, a run ends with the rows of one that nothing stopped; what it cost is in its report, and the key is nowhere"
+    from fault_server import FaultServer
+    from saeexplainer.writer import BudgetSpent
+    from writer_server import capable
+    monkeypatch.setenv('OPENAI_API_KEY', key := 'sk-planted-0123456789')
+    monkeypatch.delenv('OPENAI_BASE_URL', raising=False)
+    settings = dict(writer='small', evaluation_writer='small', prices={'small': (1., 10.)}, writer_concurrency=4)
+    quiet = lambda folder, **kw: Run(world[0]/'runs'/folder, load_preset(world[1], **settings, **kw), progress=False)
+    with FaultServer(content=capable) as server, quiet('paid', writer_url=server.url) as run: execute(run, say=lambda line: None)
+    paid = len(server.log)
+    trouble = {3: '429', 5: 'cut', 9: '503', 11: 'fenced', 14: 'bad_body', 17: 'closed'}
+    with FaultServer(lambda asked, n: trouble.get(n, 'ok'), content=capable, refuses=('max_tokens', 'top_p')) as server: # another URL, other budgets: the same run
+        for budget in (6, 20, None):
+            with quiet('stopped', writer_url=server.url, budget_requests=budget) as run:
+                if budget is None: report = execute(run, say=lambda line: None); break
+                with pytest.raises(BudgetSpent, match=f'the budget of {budget} requests: {budget} were sent; raise it'): execute(run, say=lambda line: None)
+                assert len(server.log) == budget
+    stopped, whole = (rows_of(world[0]/'runs'/name/'store.sqlite') for name in ('stopped', 'paid'))
+    assert {t: set(r) for t, r in stopped.items() if t != 'attempts'} == {t: set(r) for t, r in whole.items() if t != 'attempts'} and stopped['explanations'] == whole['explanations']
+    made, text = json.loads((report/'provenance.json').read_text()), (report/'report.md').read_text()
+    book, = made['writers'].values()
+    assert made['writer_cost'] == pytest.approx(server.log.cost({'small': (1., 10.)})) and sum(n for b in book.values() for n in b['attempts'].values()) == len(server.log)
+    assert set(book) == {'round1', 'round2', 'evaluate: generative', 'evaluate: activating, neutral', 'judge'} and all(b['outcomes'].keys() == {'ok'} for b in book.values())
+    assert made['asked_without'] == {'http://127.0.0.1:small': {'dropped': ['max_tokens', 'top_p'], 'form': 'schema with counts'}} and '## Writers' in text and 'round1' in text
+    assert sum(e['action'] == 'ok' or e['action'] == 'fenced' for e in server.log) == paid # no reply was paid twice
+    for file in (world[0]/'runs'/'stopped').rglob('*'): assert not file.is_file() or key.encode() not in file.read_bytes(), file
+
+
 def test_two_models_take_turns(world, finished, monkeypatch):
     from saeexplainer.injection import Explainer
     from saeexplainer.target import Target

@@ -73,8 +73,10 @@ def judged(explanation, prompt, letters) -> str: # the set that mentions the exp
     return pick([k for k in letters if score[k] == max(score.values())], prompt)
 
 
-def sentence(explanation, kind, seed, j) -> str: # the explanation stands in it, unless it is a neutral one
-    return f"{pick(OPENINGS, seed, kind, j)} there was {'a walk in the hills' if kind == 'neutral' else explanation} {pick(ENDINGS, kind, j, seed)}"
+def sentence(explanation, kind, seed, j) -> str: # the explanation stands in it, unless it is a neutral one; different for each of up to 48 j
+    opening, ending = (pick(range(len(options)), seed, kind, options) for options in (OPENINGS, ENDINGS))
+    return (f"{OPENINGS[(opening + j) % len(OPENINGS)]} there was {'a walk in the hills' if kind == 'neutral' else explanation} "
+            f"{ENDINGS[(ending + j//len(OPENINGS)) % len(ENDINGS)]}")
 
 
 def capable(asked, n=0):
