@@ -442,6 +442,7 @@ def judge(store, writer, # RunStore; Writer, of the kind that `preset.evaluation
         if not todo: continue
         if (feature, text) in known: store.put_judgements([(stage, feature, *known[feature, text]) for stage in todo])
         elif sets := steered_sets(store, feature, preset): cases.append((todo, feature, text, sets))
+    cases.sort(key=lambda case: case[1]) # explanations of a feature are held against the same sets
     _judge_cases(store, writer, cases, preset, 'judge', progress)
     return len(cases)
 

@@ -6,8 +6,10 @@
 __all__ = ['chat_ids', 'LocalWriter', 'writer_for']
 
 # %% ../nbs/parts/writer.ipynb #f004dcf3
-import os
-from dataclasses import asdict, replace
+import json, os, re
+from collections import Counter
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
 # %% ../nbs/parts/writer.ipynb #ccfb1fd1
@@ -16,8 +18,8 @@ import torch
 
 # %% ../nbs/parts/writer.ipynb #c9732269
 from .remote import Budget, BudgetSpent, OpenAIWriter
-from .replies import Reply, Request, Writer, finish, reply_key
-from .sampling import batches, new_tokens, pad
+from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences
+from .sampling import batches, new_tokens, pad, pad_rest, seed_for, shared_prefix
 
 # %% ../nbs/parts/writer.ipynb #a57bbdec
 def chat_ids(tokenizer, request:Request) -> list[int]: # token ids
@@ -42,33 +44,78 @@ class _Likelihoods:
     def log_probs(self, contexts, # list of str, or of token ids
                   continuations, # list of str
                   progress:bool=False) -> np.ndarray: # (n,) float64
-        "log P(continuation | context), summed over the continuation's tokens; 0 for an empty continuation"
+        "log P(continuation | context), summed over the continuation's tokens; 0 for an empty continuation. Equal contexts are computed once"
         from tqdm.auto import tqdm
         if len(contexts) != len(continuations): raise ValueError(f'{len(contexts)} contexts but {len(continuations)} continuations')
-        before = [self._context(c) for c in contexts]
         after = [self.tokenizer(c, add_special_tokens=False)['input_ids'] for c in continuations]
-        out = np.zeros(len(before))
-        with tqdm(total=len(before), disable=not progress, desc='log-probabilities', unit='text') as bar:
-            for batch in batches([len(b) + len(a) for b, a in zip(before, after)], max_rows=min(self.batch_size, 32)):
-                out[batch] = self._batch_log_probs([before[i] for i in batch], [after[i] for i in batch])
-                bar.update(len(batch))
+        rows, same = {}, Counter() # context -> its rows, at most 16
+        for i, context in enumerate(contexts):
+            ids = tuple(self._context(context))
+            rows.setdefault((ids, same[ids]//16), []).append(i)
+            same[ids] += 1
+        groups, out = [(ids, of) for (ids, _), of in rows.items()], np.zeros(len(after))
+        with tqdm(total=len(after), disable=not progress, desc='log-probabilities', unit='text') as bar:
+            for batch in batches([len(ids) + max(len(after[i]) for i in of) for ids, of in groups], max_rows=min(self.batch_size, 32)):
+                of = [i for g in batch for i in groups[g][1]]
+                out[of] = self._batch_log_probs([groups[g][0] for g in batch], [len(groups[g][1]) for g in batch], [after[i] for i in of])
+                bar.update(len(of))
         return out
 
-    def _batch_log_probs(self, before, after): # token ids -> (n,)
-        ids, mask = pad([b + a for b, a in zip(before, after)], 0, left=True, device=self.model.device).values()
-        keep = max(map(len, after)) + 1
+    def _batch_log_probs(self, contexts, counts, after): # token ids of contexts, continuations of each, all of their token ids -> (n,)
+        ids, mask = pad(contexts, 0, left=True, device=self.model.device).values()
+        said, there = pad(after, 0, device=self.model.device).values()
+        if not said.shape[1]: return np.zeros(len(after))
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        if keep == 1: return np.zeros(len(before))
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
-        logits = logits[:, :-1].float()
-        said = ids[:, -(keep - 1):]
-        scores = logits.gather(-1, said[..., None])[..., 0] - logits.logsumexp(-1)
-        counts = torch.tensor([len(a) for a in after], device=ids.device)[:, None]
-        inside = torch.arange(keep - 1, 0, -1, device=ids.device)[None] <= counts # the last len(after) columns of each row
-        return scores.double().masked_fill(~inside, 0.).sum(-1).cpu().numpy()
+        first = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=said.shape[1] > 1, logits_to_keep=1)
+        row = torch.arange(len(contexts), device=ids.device).repeat_interleave(torch.tensor(counts, device=ids.device))
+        score = lambda logits, tokens: logits.float().gather(-1, tokens[..., None])[..., 0] - logits.float().logsumexp(-1)
+        scores = score(first.logits[:, -1][row], said[:, 0])[:, None]
+        if said.shape[1] > 1:
+            first.past_key_values.batch_select_indices(row)
+            logits = self.model(input_ids=said[:, :-1], attention_mask=torch.cat([mask[row], there[:, :-1]], 1), past_key_values=first.past_key_values,
+                                position_ids=positions[row, -1:] + 1 + torch.arange(said.shape[1] - 1, device=ids.device)).logits
+            scores = torch.cat([scores, score(logits, said[:, 1:])], 1)
+        return (scores.double()*there).sum(-1).cpu().numpy()
+
+# %% ../nbs/parts/writer.ipynb #af637a53
+class _Lists:
+    "Lists of texts from any model: the form is given, the texts are the model's"
+    @cached_property
+    def _quotes(self) -> list[int]: # ids of tokens that end a JSON string
+        tokens = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+        return [i for i, t in enumerate(tokens) if '"' in t.replace('\\"', '')]
+
+    def _fill(self, prompts, requests, schema, sizes): # [(position, Reply)]
+        lists = [{name: [] for name in sizes} for _ in requests]
+        limits, prompt_tokens, new, ends = [max(8, r.max_tokens//sum(sizes.values())) for r in requests], [0]*len(requests), [0]*len(requests), [*self._quotes, *_end_ids(self)]
+        for name, n in sizes.items():
+            for j in range(n):
+                begun = [p + self.tokenizer(_open_string(l, name), add_special_tokens=False)['input_ids'] for p, l in zip(prompts, lists)]
+                seeds = [seed_for(r.seed, 'string', name, j) for r in requests]
+                for rows, out in self._generate(begun, requests, seeds, limits, ends):
+                    for i, (ids, cut) in zip(rows, out):
+                        text = _string(self.tokenizer.decode(ids, skip_special_tokens=True))
+                        lists[i][name].append(whole_sentences(text) if cut else text)
+                        prompt_tokens[i], new[i] = prompt_tokens[i] + len(begun[i]), new[i] + len(ids)
+        return [(i, Reply(**finish(json.dumps(l), False, schema), prompt_tokens=prompt_tokens[i], completion_tokens=new[i], cost=0.)) for i, l in enumerate(lists)]
+
+def _open_string(lists, name) -> str: # JSON up to the quote that opens the next text of a list
+    done = [f'{json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}' for k, v in lists.items() if k != name and v]
+    there = json.dumps(lists[name], ensure_ascii=False)[:-1] + (', ' if lists[name] else '')
+    return '{' + ', '.join([*done, f'{json.dumps(name)}: {there}"'])
+
+def _string(text) -> str: # what stands before the quote that closes it
+    inside = re.match(r'(?:\\.|[^"\\])*', text, re.S)[0]
+    try: return json.loads(f'"{inside}"', strict=False)
+    except ValueError: return inside
+
+def _end_ids(writer) -> list[int]: # the model's ends of turn
+    ends = getattr(writer.model.generation_config, 'eos_token_id', None)
+    ends = writer.tokenizer.eos_token_id if ends is None else ends
+    return [ends] if isinstance(ends, int) else list(ends or ())
 
 # %% ../nbs/parts/writer.ipynb #2933e4cc
-class LocalWriter(_Likelihoods):
+class LocalWriter(_Likelihoods, _Lists):
     "A writer and judge in this process, from a causal language model with a chat template"
     def __init__(self, model, tokenizer, batch_size:int=96, # rows generated at once
                  store=None): # RunStore: replies are remembered there
@@ -100,30 +147,30 @@ class LocalWriter(_Likelihoods):
         copy = lambda k: known[k] if k in known else known.setdefault(k, replace(new[k], cached=True, cost=0.)) and new[k]
         return [copy(k) for k in keys]
 
-    def _answer(self, requests, schema, choices):
+    def _answer(self, requests, schema, choices): # lists of (position, Reply)
         prompts = [chat_ids(self.tokenizer, r) for r in requests]
-        if choices is not None: yield from self._choose(prompts, choices)
+        if choices is not None: yield self._choose(prompts, choices)
+        elif sizes := list_sizes(schema): yield self._fill(prompts, requests, schema, sizes)
         else:
-            kinds = [(r.max_tokens, r.temperature, r.top_p) for r in requests]
-            for kind in dict.fromkeys(kinds):
-                rows = [i for i, k in enumerate(kinds) if k == kind]
-                for batch in batches([len(prompts[i]) for i in rows], self.batch_size):
-                    yield self._generate([rows[b] for b in batch], prompts, requests, kind, schema)
+            for rows, out in self._generate(prompts, requests, [r.seed for r in requests], [r.max_tokens for r in requests]):
+                texts = self.tokenizer.batch_decode([ids for ids, _ in out], skip_special_tokens=True)
+                yield [(i, Reply(**finish(text, cut, schema), prompt_tokens=len(prompts[i]), completion_tokens=len(ids), cost=0.))
+                       for i, text, (ids, cut) in zip(rows, texts, out)]
 
-    def _generate(self, rows, prompts, requests, kind, schema): # [(position, Reply)] of one batch
-        batch = pad([prompts[i] for i in rows], self.tokenizer.pad_token_id or 0, left=True)
-        out = new_tokens(self.model, self.tokenizer, *batch.values(), [requests[i].seed for i in rows], *kind)
-        texts = self.tokenizer.batch_decode([ids for ids, _ in out], skip_special_tokens=True)
-        return [(i, Reply(**finish(text, cut, schema), prompt_tokens=len(prompts[i]), completion_tokens=len(ids), cost=0.))
-                for i, text, (ids, cut) in zip(rows, texts, out)]
+    def _generate(self, prompts, requests, seeds, limits, ends=None): # (positions, `new_tokens`) of each batch
+        kinds = [(limit, r.temperature, r.top_p) for limit, r in zip(limits, requests)]
+        for kind in dict.fromkeys(kinds):
+            of = [i for i, k in enumerate(kinds) if k == kind]
+            for batch in batches([len(prompts[i]) for i in of], self.batch_size):
+                rows = [of[b] for b in batch]
+                ids = [prompts[i] for i in rows]
+                shared = shared_prefix(self.model, ids, more=kind[0])
+                yield rows, new_tokens(self.model, self.tokenizer, *pad_rest(ids, shared, self.tokenizer.pad_token_id or 0).values(), [seeds[i] for i in rows], *kind,
+                                       ends=ends, shared=shared)
 
-    def _choose(self, prompts, choices): # a list per batch of requests, by log P(choice | prompt)
-        size = max(1, self.batch_size//len(choices))
-        for at in range(0, len(prompts), size):
-            part = prompts[at:at+size]
-            scores = self.log_probs([p for p in part for _ in choices], choices*len(part)).reshape(len(part), len(choices))
-            yield [(at + i, Reply(text=choices[int(s.argmax())], scores=tuple(s.tolist()), prompt_tokens=len(part[i]), cost=0.))
-                   for i, s in enumerate(scores)]
+    def _choose(self, prompts, choices): # by log P(choice | prompt)
+        scores = self.log_probs([p for p in prompts for _ in choices], list(choices)*len(prompts)).reshape(len(prompts), len(choices))
+        return [(i, Reply(text=choices[int(s.argmax())], scores=tuple(s.tolist()), prompt_tokens=len(prompts[i]), cost=0.)) for i, s in enumerate(scores)]
 
 # %% ../nbs/parts/writer.ipynb #d7269b92
 def writer_for(name:str, # 'local': the target itself; 'local:NAME': another model in this process; else a model id at a server

@@ -1,8 +1,8 @@
 "Sampling: draws that depend on a row's seed alone, whatever the shortlist and the batch"
 import pytest
 import torch
-from saeexplainer.sampling import RowSampler, batches, new_tokens, pad, sample, seed_for
-from helpers import tiny_model, tiny_tokenizer
+from saeexplainer.sampling import RowSampler, batches, new_tokens, pad, pad_rest, sample, seed_for, shared_prefix
+from helpers import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize('top_p', [.3, .9, .999])
@@ -59,3 +59,18 @@ def test_batches_hold_every_row_once():
     groups = batches(lengths, max_rows=3, max_tokens=100)
     assert sorted(i for g in groups for i in g) == list(range(7)) and [4] in groups
     assert all(len(g) <= 3 and (len(g) == 1 or len(g)*max(lengths[i] for i in g) <= 100) for g in groups)
+
+
+@pytest.mark.parametrize('kind, more', [*((a, {}) for a in ARCHITECTURES), ('gemma2', dict(sliding_window=40)), ('gemma3', dict(sliding_window=40))])
+def test_a_shared_beginning_changes_nothing(kind, more):
+    model, tokenizer = tiny_model(kind, n_layers=3, **more), tiny_tokenizer()
+    start, rng = list(range(10, 22)), torch.Generator().manual_seed(0)
+    rows = [start + torch.randint(3, 200, (n,), generator=rng).tolist() for n in (1, 9, 4, 4, 2)]
+    rows[3][12] = rows[2][12] + 1
+    common = shared_prefix(model, rows, more=12)
+    window = getattr(model.config.get_text_config(), 'sliding_window', None)
+    assert common == (12 if window is None or window >= 21 + 12 else 0)
+    how = dict(seeds=[5, 6, 7, 8, 9], max_new_tokens=12, temperature=1.)
+    apart = new_tokens(model, tokenizer, **pad(rows, 0, left=True), **how)
+    assert new_tokens(model, tokenizer, **pad_rest(rows, common, 0), **how, shared=common) == apart
+    assert shared_prefix(model, rows, more=10**6) == (0 if window else 12) and shared_prefix(model, rows[:1], 4) == 0 and shared_prefix(model, [start, start], 4) == (11 if window is None or window >= 16 else 0)

@@ -1,18 +1,17 @@
-"Writers: the local one on tiny models, the remote one against a real server on loopback"
-import json, time
+"What writers make of texts, and the local writer on tiny models"
+import json
+from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from saeexplainer.store import RunStore
 from saeexplainer.sampling import new_tokens, pad
-from saeexplainer.writer import (BudgetSpent, LocalWriter, OpenAIWriter, Reply, Request, chat_ids, schema_error, whole_sentences)
+from saeexplainer.replies import schema_error, text_schema, whole_sentences
+from saeexplainer.writer import LocalWriter, Reply, Request, _open_string, _string, chat_ids
 from helpers import tiny_model, tiny_tokenizer
-from writer_server import Server, completion, error
 
 SAMPLES = {'type': 'object', 'properties': {'samples': {'type': 'array', 'items': {'type': 'string'}, 'minItems': 2}}, 'required': ['samples'],
            'additionalProperties': False}
-KEY = 'sk-secret-0123456789'
-PRICES = {'small': (1., 10.)} # per million tokens
 
 
 # ---- texts
@@ -36,7 +35,7 @@ def test_schema_kinds():
 
 # ---- the local writer
 
-@pytest.fixture(scope='module', params=['llama', 'gpt2'])
+@pytest.fixture(scope='module', params=['llama', 'gpt2', 'gemma3'])
 def local(request): return LocalWriter(tiny_model(request.param, n_layers=2), tiny_tokenizer(), batch_size=4)
 
 
@@ -53,6 +52,16 @@ def test_log_probs_equal_one_row_at_a_time(local):
     found = local.log_probs(contexts, continuations)
     assert found.dtype == np.float64 and found[4] == 0
     np.testing.assert_allclose(found, [by_hand(local, *pair) for pair in zip(contexts, continuations)], rtol=1e-5, atol=1e-4)
+
+
+def test_equal_contexts_are_computed_once(local, monkeypatch):
+    contexts, continuations = ['The cat and the dog and the sea '*3, 'I think that the rain is on the mat '*3]*20, [f' sat on {i}' for i in range(40)]
+    read, forward = [], local.model.forward
+    monkeypatch.setattr(local.model, 'forward', lambda *a, **k: read.append(k['input_ids'].numel()) or forward(*a, **k))
+    found = local.log_probs(contexts, continuations)
+    together = sum(read); read.clear()
+    np.testing.assert_allclose(found, [local.log_probs([c], [s])[0] for c, s in zip(contexts, continuations)], rtol=1e-5, atol=1e-4)
+    assert together < sum(read)/3
 
 
 def test_log_probs_take_token_ids_and_nothing_at_all(local):
@@ -101,12 +110,33 @@ def test_an_empty_reply_is_an_error():
     model.lm_head.bias.data[2] = 100. # says nothing but the end token
     tokenizer = tiny_tokenizer()
     asked = len(chat_ids(tokenizer, Request('a')))
-    assert LocalWriter(model, tokenizer).write([Request('a')]) == [Reply(error='empty', prompt_tokens=asked, completion_tokens=1, cost=0.)]
+    assert LocalWriter(model, tokenizer).write([Request('a')]) == [Reply(error='empty', outcome='empty', prompt_tokens=asked, completion_tokens=1, cost=0.)]
 
 
-def test_json_from_a_model_that_knows_none_is_an_error(local):
-    reply = local.write([Request('a', max_tokens=6)], schema=SAMPLES)[0]
-    assert reply.text is None and reply.error in ('not JSON', 'cut before the JSON was complete', 'empty')
+def test_lists_from_a_model_that_knows_no_json(local):
+    schema = text_schema({'activating': 3, 'neutral': 1})
+    requests = [Request('word '*(i % 3 + 1), max_tokens=4*(8 + i % 2), seed=i, temperature=1., top_p=1.) for i in range(7)]
+    replies = local.write(requests, schema=schema)
+    for r in replies:
+        lists, counts = json.loads(r.text), r.counts or {}
+        assert schema_error(lists, schema) is None or counts['short'] and set(counts) <= {'short', 'empty', 'duplicate'}
+        assert all(t == t.strip() and t for texts in lists.values() for t in texts) and r.completion_tokens <= 4*9 and r.prompt_tokens > 4*30
+    assert replies == [local.write([r], schema=schema)[0] for r in requests] # whatever the batch
+    assert len({r.text for r in replies}) == 7 and replies[0].text != local.write([replace(requests[0], seed=99)], schema=schema)[0].text
+
+
+def test_what_ends_a_string(local):
+    text = lambda t: _string(t)
+    assert [text(t) for t in ('A ship." and', 'He said \\"go\\" twice."]', 'no end', '"', 'a \\\\ b" x', 'half \\', 'tab\tand\nline')] == \
+        ['A ship.', 'He said "go" twice.', 'no end', '', 'a \\ b', 'half ', 'tab\tand\nline']
+    assert _open_string({'a': ['x "y"'], 'b': []}, 'b') == '{"a": ["x \\"y\\""], "b": ["' and _open_string({'a': ['x'], 'b': []}, 'a') == '{"a": ["x", "'
+    quote = local.tokenizer('"', add_special_tokens=False)['input_ids'][-1]
+    assert quote in local._quotes and len(local._quotes) < len(local.tokenizer)//4
+
+
+def test_another_schema_is_asked_for_in_the_prompt_alone(local):
+    reply = local.write([Request('a', max_tokens=6)], schema={'type': 'object', 'properties': {'n': {'type': 'integer'}}, 'required': ['n']})[0]
+    assert reply.text is None and reply.outcome in ('unparsed', 'empty') and reply.error in ('not JSON', 'cut before the JSON was complete', 'empty')
 
 
 def test_choices_are_ranked_by_log_probability(local):
