@@ -19,7 +19,7 @@ import torch
 # %% ../nbs/parts/writer.ipynb #c9732269
 from .remote import Budget, BudgetSpent, OpenAIWriter
 from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences
-from .sampling import batches, new_tokens, pad, pad_rest, seed_for, shared_prefix
+from .sampling import batches, can_share, new_tokens, pad, pad_rest, seed_for, shared_prefix
 
 # %% ../nbs/parts/writer.ipynb #a57bbdec
 def chat_ids(tokenizer, request:Request) -> list[int]: # token ids
@@ -48,10 +48,10 @@ class _Likelihoods:
         from tqdm.auto import tqdm
         if len(contexts) != len(continuations): raise ValueError(f'{len(contexts)} contexts but {len(continuations)} continuations')
         after = [self.tokenizer(c, add_special_tokens=False)['input_ids'] for c in continuations]
-        rows, same = {}, Counter() # context -> its rows, at most 16
+        rows, same, most = {}, Counter(), 16 if can_share(self.model) else 1 # context -> its rows, at most so many
         for i, context in enumerate(contexts):
             ids = tuple(self._context(context))
-            rows.setdefault((ids, same[ids]//16), []).append(i)
+            rows.setdefault((ids, same[ids]//most), []).append(i)
             same[ids] += 1
         groups, out = [(ids, of) for (ids, _), of in rows.items()], np.zeros(len(after))
         with tqdm(total=len(after), disable=not progress, desc='log-probabilities', unit='text') as bar:
@@ -71,7 +71,7 @@ class _Likelihoods:
         score = lambda logits, tokens: logits.float().gather(-1, tokens[..., None])[..., 0] - logits.float().logsumexp(-1)
         scores = score(first.logits[:, -1][row], said[:, 0])[:, None]
         if said.shape[1] > 1:
-            first.past_key_values.batch_select_indices(row)
+            if max(counts) > 1: first.past_key_values.batch_select_indices(row)
             logits = self.model(input_ids=said[:, :-1], attention_mask=torch.cat([mask[row], there[:, :-1]], 1), past_key_values=first.past_key_values,
                                 position_ids=positions[row, -1:] + 1 + torch.arange(said.shape[1] - 1, device=ids.device)).logits
             scores = torch.cat([scores, score(logits, said[:, 1:])], 1)
@@ -87,15 +87,15 @@ class _Lists:
 
     def _fill(self, prompts, requests, schema, sizes): # [(position, Reply)]
         lists = [{name: [] for name in sizes} for _ in requests]
-        limits, prompt_tokens, new, ends = [max(8, r.max_tokens//sum(sizes.values())) for r in requests], [0]*len(requests), [0]*len(requests), [*self._quotes, *_end_ids(self)]
+        limits, prompt_tokens, new, ends = [max(1, r.max_tokens//max(1, sum(sizes.values()))) for r in requests], [0]*len(requests), [0]*len(requests), [*self._quotes, *_end_ids(self)]
         for name, n in sizes.items():
             for j in range(n):
                 begun = [p + self.tokenizer(_open_string(l, name), add_special_tokens=False)['input_ids'] for p, l in zip(prompts, lists)]
                 seeds = [seed_for(r.seed, 'string', name, j) for r in requests]
                 for rows, out in self._generate(begun, requests, seeds, limits, ends):
-                    for i, (ids, cut) in zip(rows, out):
-                        text = _string(self.tokenizer.decode(ids, skip_special_tokens=True))
-                        lists[i][name].append(whole_sentences(text) if cut else text)
+                    for i, (ids, _) in zip(rows, out):
+                        text, closed = _string(self.tokenizer.decode(ids, skip_special_tokens=True))
+                        lists[i][name].append(text if closed else whole_sentences(text)) # else cut: by the limit, the end of the turn, or a quote inside the text
                         prompt_tokens[i], new[i] = prompt_tokens[i] + len(begun[i]), new[i] + len(ids)
         return [(i, Reply(**finish(json.dumps(l), False, schema), prompt_tokens=prompt_tokens[i], completion_tokens=new[i], cost=0.)) for i, l in enumerate(lists)]
 
@@ -104,10 +104,11 @@ def _open_string(lists, name) -> str: # JSON up to the quote that opens the next
     there = json.dumps(lists[name], ensure_ascii=False)[:-1] + (', ' if lists[name] else '')
     return '{' + ', '.join([*done, f'{json.dumps(name)}: {there}"'])
 
-def _string(text) -> str: # what stands before the quote that closes it
+def _string(text) -> tuple: # (what stands before the quote that closes it, whether there is one)
     inside = re.match(r'(?:\\.|[^"\\])*', text, re.S)[0]
-    try: return json.loads(f'"{inside}"', strict=False)
-    except ValueError: return inside
+    closed = text[len(inside):].startswith('"')
+    try: return json.loads(f'"{inside}"', strict=False), closed
+    except ValueError: return inside, closed
 
 def _end_ids(writer) -> list[int]: # the model's ends of turn
     ends = getattr(writer.model.generation_config, 'eos_token_id', None)
@@ -149,8 +150,12 @@ class LocalWriter(_Likelihoods, _Lists):
 
     def _answer(self, requests, schema, choices): # lists of (position, Reply)
         prompts = [chat_ids(self.tokenizer, r) for r in requests]
-        if choices is not None: yield self._choose(prompts, choices)
-        elif sizes := list_sizes(schema): yield self._fill(prompts, requests, schema, sizes)
+        sizes = list_sizes(schema)
+        if choices is not None or (sizes and set(sizes) == set(schema['properties'])):
+            for at in range(0, len(prompts), self.batch_size):
+                part = slice(at, at + self.batch_size)
+                done = self._choose(prompts[part], choices) if choices is not None else self._fill(prompts[part], requests[part], schema, sizes)
+                yield [(at + i, reply) for i, reply in done]
         else:
             for rows, out in self._generate(prompts, requests, [r.seed for r in requests], [r.max_tokens for r in requests]):
                 texts = self.tokenizer.batch_decode([ids for ids, _ in out], skip_special_tokens=True)

@@ -1,4 +1,5 @@
 "Sampling: draws that depend on a row's seed alone, whatever the shortlist and the batch"
+import functools
 import pytest
 import torch
 from saeexplainer.sampling import RowSampler, batches, new_tokens, pad, pad_rest, sample, seed_for, shared_prefix
@@ -73,4 +74,9 @@ def test_a_shared_beginning_changes_nothing(kind, more):
     how = dict(seeds=[5, 6, 7, 8, 9], max_new_tokens=12, temperature=1.)
     apart = new_tokens(model, tokenizer, **pad(rows, 0, left=True), **how)
     assert new_tokens(model, tokenizer, **pad_rest(rows, common, 0), **how, shared=common) == apart
+    twice = lambda x: x*2 if isinstance(x, list) else x
+    more, read, forward = {k: twice(v) for k, v in how.items()} | {'seeds': [5, 6, 7, 8, 9, 5, 6, 7, 8, 10]}, [], model.forward
+    model.forward = functools.wraps(forward)(lambda *a, **k: read.append(k['input_ids'].numel()) or forward(*a, **k))
+    again = new_tokens(model, tokenizer, **pad_rest(rows*2, common, 0), **more, shared=common)
+    assert again[:5] == apart and again[5:9] == apart[:4] and again[9] != apart[4] and max(read) <= 5*(21 - common) # equal rows are computed once
     assert shared_prefix(model, rows, more=10**6) == (0 if window else 12) and shared_prefix(model, rows[:1], 4) == 0 and shared_prefix(model, [start, start], 4) == (11 if window is None or window >= 16 else 0)

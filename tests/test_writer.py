@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from saeexplainer.store import RunStore
-from saeexplainer.sampling import new_tokens, pad
+from saeexplainer.sampling import can_share, new_tokens, pad
 from saeexplainer.replies import schema_error, text_schema, whole_sentences
 from saeexplainer.writer import LocalWriter, Reply, Request, _open_string, _string, chat_ids
 from helpers import tiny_model, tiny_tokenizer
@@ -34,6 +34,18 @@ def test_schema_kinds():
 
 
 # ---- the local writer
+
+def test_models_that_keep_more_than_keys_and_values_share_nothing():
+    import transformers as T
+    torch.manual_seed(0)
+    config = T.Lfm2Config(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                          layer_types=['conv', 'full_attention', 'conv', 'full_attention'])
+    hybrid = LocalWriter(T.Lfm2ForCausalLM(config).eval(), tiny_tokenizer(), batch_size=4)
+    assert not can_share(hybrid.model) and can_share(tiny_model('gemma3'))
+    requests = [Request('The cat sat', seed=s, max_tokens=5, top_p=1.) for s in range(3)]
+    assert hybrid.write(requests) == [hybrid.write([r])[0] for r in requests]
+    np.testing.assert_allclose(hybrid.log_probs(['The cat']*3, [' sat on', ' rain', ' sat on']), [by_hand(hybrid, 'The cat', c) for c in (' sat on', ' rain', ' sat on')], rtol=1e-4, atol=1e-3)
+
 
 @pytest.fixture(scope='module', params=['llama', 'gpt2', 'gemma3'])
 def local(request): return LocalWriter(tiny_model(request.param, n_layers=2), tiny_tokenizer(), batch_size=4)
@@ -126,17 +138,21 @@ def test_lists_from_a_model_that_knows_no_json(local):
 
 
 def test_what_ends_a_string(local):
-    text = lambda t: _string(t)
+    text = lambda t: _string(t)[0]
     assert [text(t) for t in ('A ship." and', 'He said \\"go\\" twice."]', 'no end', '"', 'a \\\\ b" x', 'half \\', 'tab\tand\nline')] == \
         ['A ship.', 'He said "go" twice.', 'no end', '', 'a \\ b', 'half ', 'tab\tand\nline']
+    assert [_string(t)[1] for t in ('A ship." and', 'no end', 'He said \\"', '"')] == [True, False, False, True]
     assert _open_string({'a': ['x "y"'], 'b': []}, 'b') == '{"a": ["x \\"y\\""], "b": ["' and _open_string({'a': ['x'], 'b': []}, 'a') == '{"a": ["x", "'
     quote = local.tokenizer('"', add_special_tokens=False)['input_ids'][-1]
     assert quote in local._quotes and len(local._quotes) < len(local.tokenizer)//4
 
 
 def test_another_schema_is_asked_for_in_the_prompt_alone(local):
-    reply = local.write([Request('a', max_tokens=6)], schema={'type': 'object', 'properties': {'n': {'type': 'integer'}}, 'required': ['n']})[0]
-    assert reply.text is None and reply.outcome in ('unparsed', 'empty') and reply.error in ('not JSON', 'cut before the JSON was complete', 'empty')
+    number = {'type': 'object', 'properties': {'n': {'type': 'integer'}}, 'required': ['n']}
+    mixed = text_schema({'samples': 2}) | {'properties': {**text_schema({'samples': 2})['properties'], **number['properties']}, 'required': ['n']}
+    for schema in (number, mixed):
+        reply = local.write([Request('a', max_tokens=6)], schema=schema)[0]
+        assert reply.text is None and reply.outcome in ('unparsed', 'empty') and reply.error in ('not JSON', 'cut before the JSON was complete', 'empty')
 
 
 def test_choices_are_ranked_by_log_probability(local):
