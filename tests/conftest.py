@@ -1,5 +1,7 @@
 """Set before anything is imported: no progress bars, no hub, no windows."""
-import os
+import os, subprocess, sys
+from importlib.util import find_spec
+from pathlib import Path
 
 for name, value in dict(TQDM_DISABLE='1', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false',
                         WANDB_MODE='disabled', MPLBACKEND='agg', NEURONPEDIA_API='http://127.0.0.1:9', NEURONPEDIA_STORE='http://127.0.0.1:9').items():
@@ -30,3 +32,16 @@ def pytest_terminal_summary(terminalreporter):
     if ERRORS: terminalreporter.section('largest errors, relative to max(1, the largest value)')
     for what, error in sorted(ERRORS.items()): terminalreporter.write_line(f'{error:8.1e}  {what}')
     for what, (n, of) in sorted(COUNTS.items()): terminalreporter.write_line(f'{n:,} of {of:,} {what}')
+
+
+# ---- a real server with a real model
+
+@pytest.fixture(scope='session')
+def llama_server(tmp_path_factory): # URL; see tools/llama_server.py
+    if find_spec('xllamacpp') is None: pytest.skip('xllamacpp is not installed: pip install xllamacpp')
+    tool, errors = Path(__file__).parents[1]/'tools'/'llama_server.py', tmp_path_factory.mktemp('llama')/'stderr'
+    with errors.open('w') as stderr, subprocess.Popen([sys.executable, tool], stdout=subprocess.PIPE, stderr=stderr, text=True) as server:
+        url = server.stdout.readline().strip()
+        if not url: pytest.fail(f'{tool.name} did not start: {errors.read_text()}')
+        yield url
+        server.terminate()
