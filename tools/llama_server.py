@@ -5,7 +5,7 @@ Prints its URL once it is ready and goes on until SIGTERM or Ctrl-C. Needs the w
 import argparse, os, signal, sys
 from importlib.util import find_spec
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # read when OpenMP is loaded; threads that spin are many times slower beside any other busy process
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # threads that spin are faster on an idle machine ('active'), many times slower beside another busy process
 from saeexplainer.models import _wheel_file
 
 ALIAS = 'smollm2-135m'
