@@ -17,23 +17,23 @@ def four(length): return form(samples=dict(type='array', items=dict(type='string
 def asks(url, *requests): # replies, in order; all under way at once, sixteen at most
     async def main():
         at_once = asyncio.Semaphore(16)
-        async with openai.AsyncOpenAI(base_url=url, api_key='none', max_retries=0, timeout=120) as client:
+        async with openai.AsyncOpenAI(base_url=url, api_key='none', timeout=300) as client:
             async def one(prompt, kw):
-                async with at_once: return await client.chat.completions.create(model=MODEL, messages=[dict(role='user', content=prompt)], **{'max_tokens': 120, **kw})
+                async with at_once: return await client.chat.completions.create(model=MODEL, messages=[dict(role='user', content=prompt)], **{'max_tokens': 200, **kw})
             return await asyncio.gather(*[one(prompt, kw) for prompt, kw in requests])
     return asyncio.run(main())
 
 
 def test_lists_of_exactly_four(llama_server):
-    replies = asks(llama_server, *[(f'Write short texts about the number {i}.', dict(response_format=four(12), temperature=.8, top_p=.95, seed=i)) for i in range(32)])
+    replies = asks(llama_server, *[(f'Write short texts about the number {i}.', dict(response_format=four(5), temperature=.8, top_p=.95, seed=i)) for i in range(32)])
     texts = [json.loads(r.choices[0].message.content)['samples'] for r in replies]
-    assert [len(t) for t in texts] == [4]*32 and all(isinstance(t, str) and 1 <= len(t) <= 12 for row in texts for t in row)
+    assert [len(t) for t in texts] == [4]*32 and all(isinstance(t, str) and 1 <= len(t) <= 5 for row in texts for t in row)
     assert {r.choices[0].finish_reason for r in replies} == {'stop'} and len({r.id for r in replies}) == 32 and {r.model for r in replies} == {MODEL}
-    assert all(r.usage.prompt_tokens > 20 and 8 < r.usage.completion_tokens < 120 for r in replies) and len({str(t) for t in texts}) > 16
+    assert all(r.usage.prompt_tokens > 20 and 8 < r.usage.completion_tokens < 200 for r in replies) and len({str(t) for t in texts}) > 16
 
 
 def test_a_choice(llama_server):
-    requests = [(f'Which letter comes first? Question {i}.', dict(response_format=form(choice=dict(type='string', enum=['A', 'B', 'C'])), max_tokens=24)) for i in range(4)]
+    requests = [(f'Which letter comes first? Question {i}.', dict(response_format=form(choice=dict(type='string', enum=['A', 'B', 'C'])), temperature=0)) for i in range(4)]
     assert all(json.loads(r.choices[0].message.content)['choice'] in 'ABC' for r in asks(llama_server, *requests))
 
 
@@ -51,16 +51,18 @@ def test_a_prompt_that_is_too_long(llama_server):
     assert model.id == MODEL
 
 
-def test_it_ends_when_told(llama_server): # a server of its own, with one slot; nothing but the URL on stdout
-    with subprocess.Popen([sys.executable, TOOL, '--slots', '1', '--context', '256'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        url = server.stdout.readline().strip()
-        [reply] = asks(url, ('Count to three.', dict(max_tokens=4)))
-        assert reply.usage.completion_tokens == 4
-        server.send_signal(signal.SIGTERM)
-        assert server.stdout.read() == '' and server.wait(20) == 0
+def test_it_ends_when_told(): # a server of its own; nothing but the URL on stdout
+    pytest.importorskip('xllamacpp')
+    with subprocess.Popen([sys.executable, TOOL, '--slots', '1'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            [reply] = asks(server.stdout.readline().strip(), ('Count.', dict(max_tokens=4)))
+            assert reply.usage.completion_tokens == 4
+            server.send_signal(signal.SIGTERM)
+            assert server.stdout.read() == '' and server.wait(20) == 0
+        finally: server.kill()
 
 
-def test_without_the_wheel(): # -S: no site-packages
-    hidden = f"import sys; sys.modules['xllamacpp'] = None; import runpy; sys.argv = ['x']; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, '-c', hidden], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip() == 'xllamacpp is not installed: pip install xllamacpp' and done.stdout == ''
+def test_without_the_wheel():
+    without = f"import sys, runpy, importlib.util as u; find = u.find_spec; u.find_spec = lambda n: None if n == 'xllamacpp' else find(n); sys.argv = ['x']; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, '-c', without], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, '', 'xllamacpp is not installed: pip install xllamacpp\n')

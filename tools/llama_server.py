@@ -2,9 +2,10 @@
 
 Prints its URL once it is ready and goes on until SIGTERM or Ctrl-C. Needs the wheel of llama.cpp's server: pip install xllamacpp
 """
-import argparse, signal, sys
+import argparse, os, signal, sys
 from importlib.util import find_spec
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # threads that spin are faster on an idle machine ('active'), many times slower beside another busy process
 from saeexplainer.models import embedded_gguf
 
 ALIAS = 'smollm2-135m'
@@ -26,7 +27,7 @@ if __name__ == '__main__':
     a.add_argument('--port', type=int, default=0, help='0: any that is free')
     a.add_argument('--slots', type=int, default=16, help='requests answered at once; more wait')
     a.add_argument('--threads', type=int, default=2)
-    a.add_argument('--context', type=int, default=1024, help='tokens of prompt and answer, per slot')
+    a.add_argument('--context', type=int, default=1024, help='tokens of prompt and answer, per slot; a multiple of 256')
     a = a.parse_args()
     if find_spec('xllamacpp') is None:
         print('xllamacpp is not installed: pip install xllamacpp', file=sys.stderr)
