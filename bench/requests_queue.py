@@ -23,12 +23,13 @@ def main():
     kinds = '429,500,closed,cut,bad_body,refusal' # those that cost no waiting
     with subprocess.Popen([sys.executable, Path(__file__).parents[1]/'tests'/'fault_server.py', '--faults', '.1', '--kinds', kinds], stdout=subprocess.PIPE, text=True) as server, \
             tempfile.TemporaryDirectory() as folder, RunStore(f'{folder}/store.sqlite') as store:
-        writer = OpenAIWriter('small', base_url=server.stdout.readline().strip(), store=store, concurrency=a.concurrency)
-        readings, began = [], time.perf_counter()
-        for n, reply in enumerate(writer.stream((Request(f'Write about #{i}.', seed=i) for i in range(a.requests)), total=a.requests, progress=True), 1):
-            if n % (a.requests//20) == 0: readings.append(resident())
+        try:
+            writer = OpenAIWriter('small', base_url=server.stdout.readline().strip(), store=store, concurrency=a.concurrency)
+            readings, began = [], time.perf_counter()
+            for n, reply in enumerate(writer.stream((Request(f'Write about #{i}.', seed=i) for i in range(a.requests)), total=a.requests, progress=True), 1):
+                if n % max(1, a.requests//20) == 0: readings.append(resident())
+        finally: server.kill()
         seconds = time.perf_counter() - began
-        server.kill()
         book = store.accounts()[writer.name]['']
         size = Path(f'{folder}/store.sqlite').stat().st_size/1e6
     early, late = readings[1], max(readings[2:])

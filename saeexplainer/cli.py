@@ -34,6 +34,7 @@ def writer_fields(writer, base_url, model) -> dict: # fields of a preset
     "What the options --writer, --base-url and --model stand for"
     if writer not in (None, 'openai', 'local'): raise ValueError(f"--writer must be 'openai' or 'local', not {writer!r}; the model's name goes behind --model")
     if writer == 'openai' and not model: raise ValueError('--writer openai needs the name of the model at the server: --model NAME')
+    if model and writer != 'local' and model.split(':')[0] == 'local': raise ValueError(f"{model} is no model at a server: give --writer local for a writer in this process")
     if writer == 'local' and base_url: raise ValueError('--base-url goes with --writer openai: a local writer has no server')
     name = f'local:{model}' if writer == 'local' and model else writer if writer == 'local' else model
     return (dict(writer=name, evaluation_writer=name) if name else {}) | (dict(writer_url=base_url) if base_url else {})
@@ -42,13 +43,15 @@ def writer_fields(writer, base_url, model) -> dict: # fields of a preset
 def resolve(name:str, size:str|None=None, settings=(), writer=None, base_url=None, model=None): # Preset
     "A preset by name or YAML file, with `field=value` settings; `writer` 'openai' or 'local' with `model` is short for both of its writers"
     import yaml
-    from saeexplainer.presets import load_preset
+    from saeexplainer.presets import is_local, load_preset
     fields = writer_fields(writer, base_url, model)
     for setting in settings or ():
         field, eq, value = setting.partition('=')
         if not eq: raise ValueError(f'{setting!r} is not a setting: write field=value')
         fields[field] = tuple(v) if isinstance(v := yaml.safe_load(value), list) else v
-    return load_preset(name, **({'size': size} if size else {}), **fields)
+    preset = load_preset(name, **({'size': size} if size else {}), **fields)
+    if base_url and is_local(preset.writer) and is_local(preset.evaluation_writer): raise ValueError(f'--base-url needs a model at that server, as in --writer openai --model NAME: the writers of {preset.name} are local')
+    return preset
 
 # %% ../nbs/parts/cli.ipynb #c75fd7d6
 @app.command('presets')

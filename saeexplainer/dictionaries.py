@@ -7,6 +7,7 @@ __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary']
 
 # %% ../nbs/parts/dictionaries.ipynb #f2cbb705
 import json, os
+from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
 
@@ -108,6 +109,8 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     from saeexplainer.run import free_memory
     from saeexplainer.saes import FeatureReader
     from saeexplainer.target import Target
+    from saeexplainer.presets import is_local
+    from saeexplainer.store import RunStore
     from saeexplainer.writer import writer_for
     out = Path(out)
     if out.suffix not in ('.jsonl', '.parquet'): raise ValueError(f'--out must end in .jsonl or .parquet, not {out.name!r}')
@@ -123,8 +126,10 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     if n:
         known = {f.index: f.max_act for f in load_features(preset) if f.max_act > 0} if features_file(preset).exists() else {}
         verified = Rows(out.with_name(out.name + '.verified.part'), settings | dict(n=n, writer=preset.evaluation_writer, seed=preset.seed))
-        target = Target.load(preset, reader)
-        _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset), preset, n, known, progress)
+        target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
+        with nullcontext() if is_local(preset.evaluation_writer) else RunStore(paid) as store: # a server's replies, until they are all in the file
+            _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
+        paid.unlink(missing_ok=True)
         parts.append(verified)
     return _finish(out, parts)
 

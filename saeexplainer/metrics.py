@@ -404,27 +404,33 @@ def judge_locally(writer, # LocalWriter
         i += len(sets) + 1
     return out
 
-def judge_by_letter(writer, cases, seeds) -> list[tuple]: # [(position or None, None)]
-    "Prompt E.5 to a capable judge"
-    requests = [Request(judge_prompt(*case), max_tokens=64, temperature=0., seed=seed) for case, seed in zip(cases, seeds)]
-    letters = LETTERS[:len(cases[0][1])]
-    replies = writer.write(requests, choices=list(letters), stage='judge')
-    return [(letters.index(r.text.strip()) if r.text and r.text.strip() in letters else None, None) for r in replies]
+def judge_by_letter(writer, cases, # iterable of (thing, explanation, sets in the order shown, seed)
+                    n:int, # sets in each case
+                    **how): # total, progress
+    "Prompt E.5 to a capable judge: (thing, position of its choice or None) for each case"
+    letters = LETTERS[:n]
+    asked = ((thing, Request(judge_prompt(e, sets), max_tokens=64, temperature=0., seed=seed)) for thing, e, sets, seed in cases)
+    for thing, reply in answers(writer, asked, choices=list(letters), stage='judge', **how):
+        yield thing, letters.index(reply.text.strip()) if reply.text and reply.text.strip() in letters else None
 
 # %% ../nbs/04_metrics.ipynb #c40723a2
 def _judge_cases(store, writer, cases, # [(stages, feature, explanation, sets)], the right set first
                  preset, desc, progress) -> None:
-    local = is_local(preset.evaluation_writer)
-    size = max(1, preset.batch_size//8) if local else 16*preset.writer_concurrency
+    def shown(): # things and what the judge sees of them, one order of the sets each
+        for stages, f, e, sets in cases:
+            seed = seed_for(preset.seed, 'judge', f, explanation_key(e))
+            order = np.random.default_rng(seed).permutation(len(sets)).tolist()
+            yield (stages, f, order), e, [sets[o] for o in order], seed
+    def keep(thing, choice, scores=None):
+        stages, f, order = thing
+        store.put_judgements([dict(stage=stage, feature=f, choice=choice, true=order.index(0), scores=dict(order=order, scores=scores)) for stage in stages])
+    if not is_local(preset.evaluation_writer):
+        for thing, choice in judge_by_letter(writer, shown(), preset.n_controls + 1, total=len(cases), progress=progress): keep(thing, choice)
+        return
     with _bar(len(cases), desc, progress) as bar:
-        for i in range(0, len(cases), size):
-            batch = cases[i:i+size]
-            seeds = [seed_for(preset.seed, 'judge', f, explanation_key(e)) for _, f, e, _ in batch]
-            orders = [np.random.default_rng(seed).permutation(len(sets)).tolist() for seed, (*_, sets) in zip(seeds, batch)]
-            shown = [(e, [sets[o] for o in order]) for (_, _, e, sets), order in zip(batch, orders)]
-            verdicts = judge_locally(writer, shown) if local else judge_by_letter(writer, shown, seeds)
-            store.put_judgements([dict(stage=stage, feature=f, choice=choice, true=order.index(0), scores=dict(order=order, scores=scores))
-                                  for (stages, f, _, _), order, (choice, scores) in zip(batch, orders, verdicts) for stage in stages])
+        left, size = shown(), max(1, preset.batch_size//8)
+        while batch := list(itertools.islice(left, size)):
+            for (thing, *_), verdict in zip(batch, judge_locally(writer, [(e, sets) for _, e, sets, _ in batch])): keep(thing, *verdict)
             bar.update(len(batch))
 
 def judge(store, writer, # RunStore; Writer, of the kind that `preset.evaluation_writer` says

@@ -170,6 +170,7 @@ _RULES = ( # what must hold, and the line that says so
      'dpo_beta and dpo_lr need one value for each of the {p.dpo_rounds} rounds'),
     (lambda p: p.text_form in (None, 'one', 'list'), "text_form must be 'list', 'one' or null, not {p.text_form!r}"),
     (lambda p: all(len(pair) == 2 and min(pair) >= 0 for pair in p.prices.values()), 'prices must hold two numbers for each model, for prompt and reply: not {p.prices!r}'),
+    (lambda p: not re.search('[@?]', p.writer_url or ''), 'writer_url must hold no password and no query: a key goes into the environment'),
     (lambda p: all(b is None or b > 0 for b in (p.budget_usd, p.budget_requests, p.budget_tokens)), 'a budget must be more than 0'),
     (lambda p: p.steering_reference in ('raw', 'sae'), "steering_reference must be 'raw' or 'sae', not {p.steering_reference!r}"),
     (lambda p: 0 not in p.steering_kl, 'steering_kl has a target of 0: a search for no change at all'),

@@ -30,7 +30,8 @@ OUTCOMES = {'ok': 'a text, a choice or JSON that was asked for',
             'unparsed': 'not the JSON or the choice that was asked for, after asking once more',
             'refused': 'the model refuses, or a content filter does',
             'rejected': 'the server does not take this prompt',
-            'failed': 'no reply in all tries'}
+            'failed': 'no reply in all tries of one call: the next call asks again',
+            'given up': 'no reply in all tries of two calls'}
 
 # %% ../nbs/parts/replies.ipynb #1660f94a
 @dataclass(frozen=True)
@@ -177,9 +178,9 @@ def answers(writer, # Writer
             asked, # iterable of (thing, Request)
             sizes:dict|None=None, # list name -> texts wanted of each request; None: one plain text
             total:int|None=None, # how many, for the progress bar
-            **how): # stage, progress
-    "(thing, Reply) for each, as they come; a writer without `stream` is asked for 64 at a time"
-    things, how = deque(), dict(schema=text_schema(sizes) if sizes else None, **how)
+            **how): # choices, stage, progress
+    "(thing, Reply) for each, as they come, but for those that failed: if there are any, `ConnectionError` is raised at the end. A writer without `stream` is asked for 64 at a time"
+    things, how, failed = deque(), dict(schema=text_schema(sizes) if sizes else None, **how), []
     def requests():
         for thing, request in asked:
             things.append(thing)
@@ -187,4 +188,8 @@ def answers(writer, # Writer
     def written(left):
         while some := list(islice(left, 64)): yield from writer.write(some, **how)
     replies = writer.stream(requests(), total=total, **how) if hasattr(writer, 'stream') else written(requests())
-    for reply in replies: yield things.popleft(), reply
+    for reply in replies:
+        thing = things.popleft()
+        if reply.outcome == 'failed': failed.append(reply.error)
+        else: yield thing, reply
+    if failed: raise ConnectionError(f'{len(failed)} of the requests had {failed[-1]}; the others are kept: run the same command again, and these are asked once more')

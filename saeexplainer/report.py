@@ -109,9 +109,10 @@ def writers_table(books): # of `RunStore.accounts`; DataFrame
     import pandas as pd
     said = lambda counts, good: ', '.join(f'{n:,} {name}' for name, n in sorted(counts.items(), key=lambda c: (c[0] != good, c[0])))
     rows = {(writer, stage): dict(requests=said(b['outcomes'], 'ok'), attempts=said(b['attempts'], 'delivered'), lists=said(b.get('texts', {}), ''),
-                                  tokens=f"{b['prompt_tokens']:,} + {b['completion_tokens']:,}" if b['attempts'] else '', cost=f"${b['cost']:.4f}" if b['cost'] else '')
+                                  tokens=f"{b['prompt_tokens']:,} + {b['completion_tokens']:,}" if b['attempts'] else '', cost=f"${b['cost']:.4f}" if b['cost'] else '',
+                                  lost=f"${b['perhaps_billed']:.4f}" if b.get('perhaps_billed') else '')
             for writer, stages in books.items() for stage, b in stages.items()}
-    table = pd.DataFrame.from_dict(rows, orient='index').rename(columns=dict(lists='texts dropped or short'))
+    table = pd.DataFrame.from_dict(rows, orient='index').rename(columns=dict(lists='texts dropped or short', lost='lost replies, at most'))
     table.index = [' / '.join(key) for key in rows]
     return table.loc[:, (table != '').any()]
 

@@ -107,6 +107,10 @@ class _File(_Transactions):
             if self._rows('PRAGMA user_version') != [(1,)]: return # another process was quicker
             for column in ('writer', 'stage'): db.execute(f'ALTER TABLE replies ADD COLUMN {column} TEXT')
             db.execute(next(s for s in SCHEMA.split(';') if 'TABLE attempts' in s))
+            value = lambda name: f"json_extract(reply, '$.{name}')"
+            db.execute(f"UPDATE replies SET reply=json_set(reply, '$.outcome', CASE WHEN {value('text')} IS NOT NULL THEN 'ok' WHEN {value('error')}='empty' THEN 'empty' ELSE 'unparsed' END)")
+            db.execute(f"INSERT INTO attempts (id, key, outcome, prompt_tokens, completion_tokens, cost) SELECT row_number() OVER (), key, 'delivered', {value('prompt_tokens')}, "
+                       f"{value('completion_tokens')}, {value('cost')} FROM replies WHERE {value('cost')} > 0")
             db.execute(f'PRAGMA user_version={SCHEMA_VERSION}')
 
 # %% ../nbs/parts/store.ipynb #a3cdc051
@@ -258,6 +262,7 @@ class _Pairs(_Texts):
 # %% ../nbs/parts/store.ipynb #a097f2c9
 class _Replies(_Pairs):
     "What was asked of writers, what came back and what it took"
+    busy = False # whether a writer is at work on it
     def put_replies(self, rows, # [(key, Request, Reply)]
                     writer:str='', stage:str='') -> None:
         "Replies, each once: only a failed one is replaced"
@@ -271,7 +276,7 @@ class _Replies(_Pairs):
         "Stored replies"
         rows = self._rows("SELECT key, reply FROM replies WHERE key IN (SELECT value FROM json_each(?)) AND json_extract(reply, '$.outcome')<>'failed'",
                           [json.dumps(list(keys))])
-        return {key: Reply(**{k: tuple(v) if k=='scores' else v for k, v in json.loads(reply).items()}) for key, reply in rows}
+        return {key: Reply(**{k: tuple(v) if k=='scores' and v else v for k, v in json.loads(reply).items()}) for key, reply in rows}
 
     def begin_attempt(self, key, writer, stage, most_tokens, most_cost) -> int: # its id
         "Notes that a request is about to be sent"
@@ -291,10 +296,16 @@ class _Replies(_Pairs):
         "Attempts of a process that was killed while they were under way get the outcome 'killed'"
         with self._write() as db: return db.execute("UPDATE attempts SET outcome='killed' WHERE outcome IS NULL").rowcount
 
-    def spent(self) -> tuple: # requests, tokens, dollars: over all attempts; at the most where it is not known
+    def spent(self, price=None # dollars per million tokens: (prompt, reply), for attempts that were made when no price was known
+             ) -> tuple: # requests, tokens, dollars: over all attempts; at the most where it is not known
         "What a budget has to count"
-        return self._rows('SELECT count(*), coalesce(sum(coalesce(prompt_tokens + completion_tokens, most_tokens)), 0), '
-                          'coalesce(sum(coalesce(cost, most_cost)), 0.) FROM attempts')[0]
+        prompt, reply = price or (0., 0.)
+        return self._rows('SELECT count(*), coalesce(sum(coalesce(prompt_tokens + completion_tokens, most_tokens)), 0), coalesce(sum(coalesce(cost, '
+                          '(prompt_tokens*? + completion_tokens*?)/1e6, nullif(most_cost, 0), most_tokens*?/1e6)), 0.) FROM attempts', [prompt, reply, max(prompt, reply)])[0]
+
+    def failed_before(self, key) -> bool:
+        "Whether a request had no reply in an earlier call"
+        return bool(self._rows("SELECT 1 FROM replies WHERE key=? AND json_extract(reply, '$.outcome')='failed'", [key]))
 
     def answered(self, writer) -> bool:
         "Whether a writer ever gave a reply"

@@ -203,7 +203,7 @@ def test_a_slow_consumer_slows_the_reading_and_an_early_end_is_clean():
         replies.close()
         asked = len(server.log)
         time.sleep(.2)
-        assert len(server.log) == asked == writer.store.count('replies') and not [t for t in threading.enumerate() if 'asyncio' in t.name and t.daemon and t.is_alive() and 'run' in t.name]
+        assert len(server.log) == asked == writer.store.count('replies') and 'writer' not in [t.name for t in threading.enumerate()]
 
 
 # ---- the ladder
@@ -286,6 +286,9 @@ def test_parameters_are_dropped_once_per_model_and_remembered(tmp_path, refuses,
     ("Unsupported value: 'temperature' does not support 0.8 with this model. Only the default (1) value is supported.", 'unsupported_value', 'temperature', ('temperature', 'seed'), 'temperature'),
     ('Unrecognized request argument supplied: seed', None, None, ('temperature', 'seed'), 'seed'), ("extra fields not permitted: 'top_p'", None, None, ('top_p',), 'top_p'),
     ("Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model.", None, 'response_format', ('response_format',), 'response_format'),
+    ('`temperature` and `top_p` cannot both be specified for this model. Please use only one.', None, None, ('temperature', 'top_p'), 'top_p'),
+    ('Your account has exceeded its monthly usage limit', None, None, ('seed',), 'bad'), ('Your organization has been flagged for review', None, None, ('seed',), 'bad'),
+    ('temperature 1.2 exceeds the maximum of 1.0', None, None, ('temperature',), 'bad'),
     ('failed to parse grammar', None, None, ('response_format',), 'response_format'), ('failed to parse grammar', None, None, ('seed',), 'bad'),
     ("max_tokens is too large: 5000. This model's maximum context length is 4096 tokens", None, 'max_tokens', ('max_tokens',), 'rejected'),
     ('the request exceeds the available context size, try increasing it', 'exceed_context_size_error', None, ('max_tokens',), 'rejected'),
@@ -309,14 +312,29 @@ def test_retry_after_is_honoured(serve):
     assert retry_after({'retry-after': 'soon'}) is None
 
 
-def test_a_poisoned_request_fails_alone():
+@pytest.mark.parametrize('concurrency', [1, 4])
+def test_a_poisoned_request_fails_alone_and_blocks_nothing(concurrency, capsys):
     with FaultServer(lambda asked, n: '500' if '#7.' in asked['messages'][0]['content'] else 'ok') as server:
-        writer = writer_at(server, tries=3, concurrency=4)
-        replies = writer.write(requests(40))
+        writer = writer_at(server, tries=3, concurrency=concurrency)
+        replies = writer.write(requests(20))
         assert [i for i, r in enumerate(replies) if r.outcome != 'ok'] == [7] and replies[7].error.startswith('no reply in 3 tries (error 500') and replies[7].attempts == 3
         asked = len(server.log)
-        writer_at(server, store=writer.store, tries=3, patience=30).write(requests(50))
-        assert {e['prompt'] for e in server.log[asked:]} == {r.prompt for r in (requests(8)[7], *requests(10, 40))} # a failure is no answer: it is asked again
+        alone, = writer_at(server, store=writer.store, tries=3).write(requests(8)[7:]) # a failure is no answer: it is asked again, once
+        assert alone.outcome == 'given up' and len(server.log) == asked + 3
+        assert writer_at(server, store=writer.store, tries=3).write(requests(8)[7:])[0].cached and len(server.log) == asked + 3
+        assert book(writer)['outcomes'] == {'ok': 19, 'given up': 1} and 'in a row failed' not in capsys.readouterr().err
+
+
+def test_a_stage_with_failures_keeps_the_rest_and_asks_for_them_once_more(tmp_path):
+    up = [False]
+    with FaultServer(lambda asked, n: '500' if not up[0] and '#7.' in asked['messages'][0]['content'] else 'ok') as server, RunStore(tmp_path/'s.sqlite') as store:
+        stage = lambda got: got.extend(i for i, _ in answers(writer_at(server, store=store, tries=2), enumerate(requests(20)), stage='s'))
+        got = []
+        with pytest.raises(ConnectionError, match='1 of the requests had no reply in 2 tries .*: run the same command again'): stage(got)
+        assert got == [i for i in range(20) if i != 7]
+        up[0], got, asked = True, [], len(server.log)
+        stage(got)
+        assert got == list(range(20)) and len(server.log) == asked + 1
 
 
 def test_an_outage_pauses_and_then_costs_nothing(capsys):
@@ -340,7 +358,7 @@ def test_an_outage_that_lasts_stops_cleanly_and_the_same_command_goes_on(tmp_pat
         return 'ok' if up[0] else '500'
     with FaultServer(act) as server, RunStore(tmp_path/'s.sqlite') as store:
         with pytest.raises(ConnectionError) as e: writer_at(server, store=store, concurrency=8, tries=3, patience=.5).write(requests(200))
-        assert 'requests in a row failed' in str(e.value) and 'run the same command again when it is back' in str(e.value) and '\n' not in str(e.value)
+        assert 'requests in a row failed; waited ' in str(e.value) and 'run the same command again when it is back' in str(e.value) and '\n' not in str(e.value)
         assert 40 < store.count('replies') < 60
         up[0], asked = True, len(server.log)
         replies = writer_at(server, store=store).write(requests(200))
@@ -353,9 +371,28 @@ def test_replies_to_others_are_not_taken_for_ones_own():
         assert all(f'#{i}:' in r.text for i, r in enumerate(replies))
 
 
+def test_a_server_with_few_ids_is_believed(serve):
+    import random
+    server, writer = serve(lambda asked, n: (200, completion(f'fine {n}') | dict(id=f'chatcmpl-{random.randrange(9)}', created=int(time.time())), {}))
+    replies = writer.write([Request(str(i)) for i in range(60)])
+    assert all(r.outcome == 'ok' for r in replies) and len(server.asked) == 60
+
+
 def test_a_server_whose_ids_are_all_the_same_is_believed(serve):
     server, writer = serve(lambda asked, n: 'fine')
     assert [r.text for r in writer.write([Request(str(i)) for i in range(30)])] == ['fine']*30 and len(server.asked) == 30
+
+
+@pytest.mark.parametrize('status', [408, 502, 504, 524])
+def test_what_a_gateway_gave_up_on_counts_at_its_most(serve, status):
+    server, writer = serve(lambda asked, n: error(status, 'gateway time-out') if n == 1 else 'fine', prices=PRICES)
+    writer.write([Request('a')])
+    assert book(writer)['perhaps_billed'] > 0 and writer.store.spent()[2] > writer.store.cost()
+
+
+def test_a_wait_that_is_too_long_stops_the_call(serve):
+    server, writer = serve(lambda asked, n: error(429, 'daily limit', **{'Retry-After': 43200}), patience=30)
+    with pytest.raises(ConnectionError, match='asks to wait .*daily limit.*43200 s more would be too long: run the same command again'): writer.write([Request('a')])
 
 
 # ---- trouble that does not
@@ -383,7 +420,8 @@ def test_the_key_is_in_no_log(caplog, monkeypatch):
 
 def test_no_server_and_none_that_speaks_the_protocol(serve):
     server, writer = serve(lambda asked, n: (200, {'hello': 1}, {}))
-    with pytest.raises(ConnectionError, match='not the reply of a chat completions server.*: is it the URL of a chat completions server, ending in /v1?'): writer.write([Request('a')])
+    with pytest.raises(ConnectionError, match='not the reply of a chat completions server.*: is it the URL of a chat completions server, ending in /v1?'): writer.write(requests(30))
+    assert len(server.asked) < 12 # at once, though many were waiting
     server.shutdown(); server.server_close()
     with pytest.raises(ConnectionError, match='gives no reply for the model'): writer.write([Request('b')])
 
@@ -396,7 +434,76 @@ def test_no_key(monkeypatch):
     assert OpenAIWriter('mine', base_url='http://user:secret@127.0.0.1:9/v1').where == 'http://127.0.0.1:9/v1' # a server of one's own needs none
 
 
+def test_a_server_that_turns_everything_down_is_not_believed(serve):
+    server, writer = serve(lambda asked, n: error(400, 'Your prompt was flagged by our content policy', code='content_filter'))
+    with pytest.raises(ValueError, match="turns down every request to the model 'small'"): writer.write([Request(str(i)) for i in range(100)])
+    assert len(server.asked) < 30
+
+
+def test_a_loop_that_cannot_start_is_an_error(serve, monkeypatch):
+    import asyncio
+    server, writer = serve(lambda asked, n: 'fine')
+    def refuse(job, **_): job.close(); raise OSError(24, 'Too many open files')
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, 'run', refuse)
+        with pytest.raises(OSError, match='Too many open files'): writer.write([Request('a')])
+    assert writer.write([Request('a')])[0].text == 'fine'
+
+
 # ---- small things
+
+def test_a_key_that_is_a_word_leaves_texts_alone(serve, monkeypatch):
+    monkeypatch.setenv('OPENAI_API_KEY', 'test')
+    server, writer = serve(lambda asked, n: 'The latest test was a contest.' if n == 1 else error(401, 'wrong key: test'))
+    assert writer.write([Request('a')])[0].text == 'The latest test was a contest.'
+    with pytest.raises(PermissionError, match=r'wrong key: \*\*\*'): writer.write([Request('b')])
+
+
+def test_a_reply_in_parts(serve):
+    bodies = [completion([{'type': 'text', 'text': 'Hello '}, {'type': 'text', 'text': 'there.'}]), completion([{'type': 'image'}])]
+    server, writer = serve(lambda asked, n: (200, bodies[n - 1], {}), concurrency=1)
+    whole, none = writer.write([Request('a'), Request('b')])
+    assert whole.text == 'Hello there.' and none.outcome == 'empty'
+
+
+def test_half_characters_are_stored_and_sent(serve, tmp_path):
+    says = ['no json \ud83d here', '{"samples": ["a \\ud83d", "b", "c", "d"]}', completion(None, refusal='I \ud83d no')]
+    server, writer = serve(lambda asked, n: (200, says[n - 1] if n == 3 else completion(says[n - 1]), {}), concurrency=1, store=RunStore(tmp_path/'s.sqlite'))
+    first, second = writer.write([Request('a'), Request('b')], schema=LISTS)
+    assert json.loads(first.text)['samples'][0] == 'a ?' and second.error == 'refused: I ? no' and writer.store.put_texts([('s', 1, 0, 'k', 0, None, second.error, None)]) == 1
+
+
+def test_two_calls_at_once_into_one_store_are_refused(serve):
+    server, writer = serve(lambda asked, n: 'fine')
+    one = writer.stream(requests(50))
+    next(one)
+    with pytest.raises(RuntimeError, match='another call is writing into this store'): writer.write(requests(1))
+    one.close()
+    assert writer.write(requests(1))[0].text == 'fine'
+
+
+def test_what_was_spent_before_a_price_was_known_counts():
+    with FaultServer() as server:
+        writer = writer_at(server)
+        writer.write(requests(50))
+        priced = writer_at(server, store=writer.store, prices=PRICES, budget=9.)
+        assert priced.ledger.usd == pytest.approx(server.log.cost(PRICES))
+
+
+def test_a_budget_that_ends_between_two_rungs_keeps_what_is_there(tmp_path):
+    with FaultServer(lambda asked, n: 'too_few' if n == 1 else 'ok') as server, RunStore(tmp_path/'s.sqlite') as store:
+        with pytest.raises(BudgetSpent): writer_at(server, budget=Budget(requests=1), store=store).write(requests(2), schema=LISTS)
+        assert store.count('replies') == 1
+        replies = writer_at(server, store=store).write(requests(2), schema=LISTS)
+        assert replies[0].cached and replies[0].counts == {'short': 1} and len(server.log) == 2
+
+
+def test_usage_of_nothing_counts_at_its_most(serve):
+    nothing = completion('fine') | dict(usage=dict(prompt_tokens=0, completion_tokens=0, total_tokens=0))
+    server, writer = serve(lambda asked, n: (200, nothing, {}), budget=Budget(tokens=2000))
+    with pytest.raises(BudgetSpent): writer.write(requests(40))
+    assert 2 <= len(server.asked) <= 12
+
 
 def test_what_is_sent_and_what_is_kept(serve):
     server, writer = serve(lambda asked, n: 'fine', prices=PRICES)

@@ -260,10 +260,11 @@ def test_a_store_of_version_1_is_brought_forward(tmp_path):
     old = sqlite3.connect(tmp_path/'old.sqlite')
     for s in SCHEMA.split(';')[:-1]:
         if 'TABLE attempts' not in s: old.execute(s.replace(', writer TEXT, stage TEXT) STRICT', ') STRICT') if 'TABLE replies' in s else s)
+    old.execute('INSERT INTO replies VALUES (?, ?, ?)', ['old', '{}', json.dumps(dict(text='y', error=None, prompt_tokens=10, completion_tokens=2, cost=.5, cached=False, cut=False, scores=None, sent=None))])
     old.execute("INSERT INTO metrics VALUES ('sft', 1, 'input', 1.)"); old.execute('PRAGMA user_version=1'); old.commit(); old.close()
     for _ in range(2):
         with RunStore(tmp_path/'old.sqlite') as store:
-            assert store.count('metrics') == 1 and store.spent() == (0, 0, 0.) and store._rows('PRAGMA user_version') == [(2,)]
+            assert store.count('metrics') == 1 and store.spent() == (1, 12, .5) and store.replies(['old'])['old'].text == 'y' and store.replies(['old'])['old'].outcome == 'ok' and store._rows('PRAGMA user_version') == [(2,)]
             store.put_replies([('a', Request('x'), Reply('y'))], 'w', 's')
 
 
