@@ -132,7 +132,9 @@ def tidy_lists(value:dict, sizes:dict): # (value, counts)
     for name, n in sizes.items():
         texts = [' '.join(t.split()) for t in value[name]]
         there = [t for t in texts if t]
-        new = list({t.casefold(): t for t in reversed(there)}.values())[::-1] # the first of equal ones
+        first = {}
+        for t in there: first.setdefault(t.casefold(), t)
+        new = [*first.values()]
         counts.update(empty=len(texts) - len(there), duplicate=len(there) - len(new), surplus=max(0, len(new) - n), short=max(0, n - len(new)))
         out[name] = new[:n]
     return out, {k: v for k, v in counts.items() if v}

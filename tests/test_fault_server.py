@@ -98,7 +98,7 @@ def test_wrong_contents(action):
 def test_replayed():
     with FaultServer(lambda asked, n: 'ok' if n in (2, 3) else 'replayed') as server:
         a, b, c, d = [ask(server, p) for p in ('#1', '#2', '#3', '#3')]
-        assert len({a.id, b.id, c.id}) == 3 and d.id == b.id and '#2,' in samples(d)[0] and d.usage == b.usage
+        assert len({a.id, b.id, c.id}) == 3 and d.id == a.id and '#1,' in samples(d)[0] and d.usage == a.usage # the oldest of another prompt
         assert [e['action'] for e in server.log] == ['ok', 'ok', 'ok', 'replayed']
 
 

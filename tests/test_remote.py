@@ -538,3 +538,25 @@ def test_answers_pair_things_with_replies():
     with FaultServer(faults(.2, seed=5)) as server:
         got = list(answers(writer_at(server, concurrency=8), ((i, r) for i, r in enumerate(requests(100))), {'samples': 4}, stage='s'))
     assert [i for i, _ in got] == list(range(100)) and all(f'#{i}' in r.text.lower() for i, r in got if r.text)
+
+
+# ---- a real server: llama.cpp with the embedded model
+
+def test_llama_cpp(llama_server, tmp_path):
+    "Lists by grammar, sixteen at once, choices, a prompt that is too long, and nothing asked twice"
+    short = text_schema({'samples': 2})
+    short['properties']['samples']['items']['maxLength'] = 24 # the grammar's; so that a small model comes to an end
+    asking = [Request(f'Write two short texts about the number {i}, as JSON.', max_tokens=96, seed=i) for i in range(24)]
+    with RunStore(tmp_path/'s.sqlite') as store:
+        writer = OpenAIWriter('smollm2-135m', base_url=llama_server, concurrency=16, store=store)
+        replies = writer.write([*asking, Request('word '*1500)], schema=short, stage='lists')
+        outcomes = Counter(r.outcome for r in replies)
+        assert replies[-1].outcome == 'rejected' and 'exceeds the available context size' in replies[-1].error and outcomes['ok'] >= 20 and set(outcomes) <= {'ok', 'unparsed', 'empty', 'rejected'}
+        for r in replies:
+            if r.text: assert len(json.loads(r.text)['samples']) == 2 - (r.counts or {}).get('short', 0) and r.model == 'smollm2-135m' and r.prompt_tokens > 20 and r.sent['seed'] is not None
+        letters = writer.write([Request(f'Which letter? {i}', max_tokens=24, seed=i) for i in range(6)], choices=['A', 'B', 'C'], stage='letters')
+        assert {r.text for r in letters if r.outcome == 'ok'} <= set('ABC') and sum(r.outcome == 'ok' for r in letters) >= 4
+        kept, sent = store.accounts()[writer.name], store.count('attempts')
+        assert sum(kept['lists']['outcomes'].values()) == 25 and sum(kept['letters']['outcomes'].values()) == 6 and kept['lists']['completion_tokens'] > 24*5 and writer.form == 'schema with counts'
+        again = OpenAIWriter('smollm2-135m', base_url=llama_server, store=store).write([*asking, Request('word '*1500)], schema=short)
+        assert store.count('attempts') == sent and [r.text for r in again] == [r.text for r in replies]
