@@ -12,7 +12,7 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
            'output_features', 'feature_values', 'summary', 'compare', 'stage_table', 'evaluate']
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
-import functools, hashlib, itertools, json, re
+import functools, hashlib, itertools, re
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 

@@ -8,9 +8,9 @@ __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'select_pair', 'threshold
            'build_preferences']
 
 # %% ../nbs/02_prefs.ipynb #910eb014
-import json, math, statistics
+import math, statistics
 from dataclasses import dataclass
-import numpy as np, pandas as pd
+import pandas as pd
 
 # %% ../nbs/02_prefs.ipynb #1f93f81e
 from .sampling import seed_for
