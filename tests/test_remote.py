@@ -551,7 +551,7 @@ def test_llama_cpp(llama_server, tmp_path):
         writer = OpenAIWriter('smollm2-135m', base_url=llama_server, concurrency=16, store=store)
         replies = writer.write([*asking, Request('word '*1500)], schema=short, stage='lists')
         outcomes = Counter(r.outcome for r in replies)
-        assert replies[-1].outcome == 'rejected' and 'exceeds the available context size' in replies[-1].error and outcomes['ok'] >= 20 and set(outcomes) <= {'ok', 'unparsed', 'empty', 'rejected'}
+        assert replies[-1].outcome == 'rejected' and 'exceeds the available context size' in replies[-1].error and outcomes['ok'] >= 16 and set(outcomes) <= {'ok', 'unparsed', 'empty', 'rejected'}
         for r in replies:
             if r.text: assert len(json.loads(r.text)['samples']) == 2 - (r.counts or {}).get('short', 0) and r.model == 'smollm2-135m' and r.prompt_tokens > 20 and r.sent['seed'] is not None
         letters = writer.write([Request(f'Which letter? {i}', max_tokens=24, seed=i) for i in range(6)], choices=['A', 'B', 'C'], stage='letters')
