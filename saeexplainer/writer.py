@@ -19,7 +19,7 @@ import torch
 # %% ../nbs/parts/writer.ipynb #c9732269
 from .remote import Budget, BudgetSpent, OpenAIWriter
 from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences
-from .sampling import batches, can_share, new_tokens, pad, pad_rest, seed_for, shared_prefix
+from .sampling import batches, can_share, end_ids, new_tokens, pad, pad_rest, seed_for, shared_prefix
 
 # %% ../nbs/parts/writer.ipynb #a57bbdec
 def chat_ids(tokenizer, request:Request) -> list[int]: # token ids
@@ -87,7 +87,7 @@ class _Lists:
 
     def _fill(self, prompts, requests, schema, sizes): # [(position, Reply)]
         lists = [{name: [] for name in sizes} for _ in requests]
-        limits, prompt_tokens, new, ends = [max(1, r.max_tokens//max(1, sum(sizes.values()))) for r in requests], [0]*len(requests), [0]*len(requests), [*self._quotes, *_end_ids(self)]
+        limits, prompt_tokens, new, ends = [max(1, r.max_tokens//max(1, sum(sizes.values()))) for r in requests], [0]*len(requests), [0]*len(requests), [*self._quotes, *end_ids(self.model, self.tokenizer)]
         for name, n in sizes.items():
             for j in range(n):
                 begun = [p + self.tokenizer(_open_string(l, name), add_special_tokens=False)['input_ids'] for p, l in zip(prompts, lists)]
@@ -109,11 +109,6 @@ def _string(text) -> tuple: # (what stands before the quote that closes it, whet
     closed = text[len(inside):].startswith('"')
     try: return json.loads(f'"{inside}"', strict=False), closed
     except ValueError: return inside, closed
-
-def _end_ids(writer) -> list[int]: # the model's ends of turn
-    ends = getattr(writer.model.generation_config, 'eos_token_id', None)
-    ends = writer.tokenizer.eos_token_id if ends is None else ends
-    return [ends] if isinstance(ends, int) else list(ends or ())
 
 # %% ../nbs/parts/writer.ipynb #2933e4cc
 class LocalWriter(_Likelihoods, _Lists):
