@@ -35,7 +35,8 @@ def select_pair(candidates, # K explanations of one feature
                 scores, # K scores; NaN (or None) where a candidate could not be scored
                 threshold:float, # tau of Eq. 8, in units of the activation
                 spread:float=.10, # Eq. 8: (s_max - s_min) / s_max must be larger
-                margin:float=.15 # Eq. 9: relative distance of a clearly worse candidate
+                margin:float=.15, # Eq. 9: relative distance of a clearly worse candidate
+                negative:str='hard' # 'hard': Eq. 9-10; 'worst': the worst candidate, if it is clearly worse
                ) -> Pair|Dropped:
     "Eq. 8-10: the best candidate, and the best of those clearly worse (or the worst of all)"
     if len(candidates) != len(scores): raise ValueError(f'{len(candidates)} candidates came with {len(scores)} scores: one score each')
@@ -48,7 +49,8 @@ def select_pair(candidates, # K explanations of one feature
     others = [(text, s) for text, s in scored if text != chosen and s < best]
     if not others: return Dropped('low_spread')
     clearly_worse = [(text, s) for text, s in others if (best - s) / best > margin]
-    rejected, score = max(clearly_worse, key=lambda c: c[1]) if clearly_worse else min(others, key=lambda c: c[1])
+    if negative == 'worst' and not clearly_worse: return Dropped('low_spread')
+    rejected, score = max(clearly_worse, key=lambda c: c[1]) if clearly_worse and negative == 'hard' else min(others, key=lambda c: c[1])
     return Pair(chosen, rejected, best, score)
 
 # %% ../nbs/02_prefs.ipynb #15b6a3da
@@ -182,7 +184,7 @@ def build_preferences(store, preset, round:int=1,
         raise ValueError(f'round {round}: {n} texts have no score yet: score_candidates comes first')
     rows = []
     for f, c in candidate_rewards(store, preset, round).groupby('feature'):
-        result = select_pair(c['text'].tolist(), c['reward'].tolist(), threshold, preset.spread, preset.margin)
+        result = select_pair(c['text'].tolist(), c['reward'].tolist(), threshold, preset.spread, preset.margin, preset.negative)
         rows.append(dict(round=round, feature=int(f), **vars(result)) if isinstance(result, Pair)
                     else dict(round=round, feature=int(f), dropped=result.reason))
     store.put_pairs(rows)

@@ -81,6 +81,7 @@ class Preset:
     threshold: float|str = _field('auto', "tau of Eq. 8; 'auto': .25 x the median max_act of the SFT features (over n_texts, where the reward is a mean)")
     spread: float = _field(.10, 'smallest (s_max - s_min) / s_max of a feature that is kept (Eq. 8)')
     margin: float = _field(.15, 'the rejected one lies at least this share of s_max below the chosen (Eq. 9)')
+    negative: str = _field('hard', "the rejected one: 'hard', the best of those so far below (Eq. 9-10), or 'worst', the worst of all, if it is so far below")
     # DPO, Eq. 11
     dpo_rounds: int = _field(2, 'rounds of preferences and DPO')
     dpo_beta: tuple[float, ...] = _field((.1, .15), 'beta, one per round')
@@ -162,6 +163,7 @@ _HINTS = {f.name: f.type for f in dataclasses.fields(Preset)}
 _RULES = ( # what must hold, and the line that says so
     (lambda p: p.template.count('{placeholder}') == 1, 'template must contain {{placeholder}} exactly once'),
     (lambda p: p.reward in ('max', 'mean'), "reward must be 'max' or 'mean', not {p.reward!r}"),
+    (lambda p: p.negative in ('hard', 'worst'), "negative must be 'hard' or 'worst', not {p.negative!r}"),
     (lambda p: p.threshold == 'auto' or isinstance(p.threshold, float), "threshold must be a number or 'auto', not {p.threshold!r}"),
     (lambda p: p.dtype in ('bfloat16', 'float32', 'float16'), "dtype must be 'bfloat16', 'float16' or 'float32', not {p.dtype!r}"),
     (lambda p: p.n_candidates >= 2, 'n_candidates must be 2 or more: a pair needs two explanations'),
@@ -232,8 +234,8 @@ _PRESETS |= {
 _PRESETS['smollm2-135m'] = dict(
     target='smollm2-135m-instruct', explainer='smollm2-135m-instruct', sae='smollm2-135m/sae', source='smollm2-135m/9-res-4k', layer=9,
     corpus='embedded',
-    n_sft=2900, n_pref=220, n_test=200, n_output=60, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
-    sft_lr=6e-4, sft_epochs=3., sft_batch=16, sft_accumulation=1, explanation_tokens=24, writer='local', evaluation_writer='local',
+    label_model='claude', baseline_labels=('peak words',), n_sft=2350, n_pref=1200, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
+    sft_lr=6e-4, sft_epochs=2., sft_batch=16, sft_accumulation=1, explanation_tokens=32, writer='local', evaluation_writer='local',
     text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_length_normalised=True, dpo_sft_weight=.2,
     batch_size=96)
 

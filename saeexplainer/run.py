@@ -88,9 +88,11 @@ class Run:
         from saeexplainer.features import split_features
         p = self.preset
         rounds = p.dpo_rounds if p.new_features_in_round_2 else 1
-        sizes = dict(test=p.n_test, **{f'preference{r+1}': p.n_pref for r in range(rounds)}, validation=validation_size(p), sft=p.n_sft)
-        ids = split_features([f.id for f in self.features.values() if f.status=='ok'], sizes, p.seed)
-        return {name: [i.index for i in part] for name, part in ids.items()}
+        ids = {status: [f.id for f in self.features.values() if f.status==status] for status in ('ok', 'unlabelled')}
+        parts = split_features(sum(ids.values(), []), dict(test=p.n_test, **{f'preference{r+1}': p.n_pref for r in range(rounds)}), p.seed)
+        left = set(ids['ok']).difference(*parts.values())
+        parts |= split_features(left, dict(validation=validation_size(p), sft=p.n_sft), p.seed, 'labelled features')
+        return {name: [i.index for i in part] for name, part in parts.items()}
 
     def preference_features(self, round:int) -> list[int]:
         "The features of a round's preferences: the same in every round, or new ones, as the preset says"
