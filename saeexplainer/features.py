@@ -109,12 +109,12 @@ class Feature:
 # %% ../nbs/parts/features.ipynb #d3eaff44
 def split_features(ids, # `FeatureId`s or names
                    sizes:dict, # split -> number of features, taken in this order
-                   seed:int=0, kind:str='features') -> dict: # split -> list of ids
-    "Disjoint random splits; raises `ValueError` where there are too few of this kind"
+                   seed:int=0) -> dict: # split -> list of ids
+    "Disjoint random splits; raises `ValueError` where there are too few features"
     from saeexplainer.sampling import seed_for
     ids = sorted(set(ids), key=lambda i: (seed_for(seed, 'split', str(i)), str(i)))
     if sum(sizes.values()) > len(ids):
-        raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in sizes.items())} {kind} are wanted, there are {len(ids)}")
+        raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in sizes.items())} features are wanted, there are {len(ids)}")
     splits, start = {}, 0
     for name, n in sizes.items(): splits[name], start = ids[start:start+n], start+n
     return splits

@@ -84,15 +84,23 @@ class Run:
         return {f.index: f for f in load_features(self.preset)}
 
     @cached_property
-    def splits(self) -> dict: # test, preference1, ..., validation, sft -> indices
+    def splits(self) -> dict: # test, sft, validation, preference1, ... -> indices
+        "Disjoint: test features from the front of a random order, all others from its back, so that a smaller run takes part of what a larger one takes"
         from saeexplainer.features import split_features
-        p = self.preset
+        p, alive = self.preset, [f.id for f in self.features.values() if f.status in ('ok', 'unlabelled')]
+        order = [i.index for i in split_features(alive, dict(all=len(alive)), p.seed)['all']]
+        parts, left = {'test': order[:p.n_test]}, order[p.n_test:][::-1]
         rounds = p.dpo_rounds if p.new_features_in_round_2 else 1
-        ids = {status: [f.id for f in self.features.values() if f.status==status] for status in ('ok', 'unlabelled')}
-        parts = split_features(sum(ids.values(), []), dict(test=p.n_test, **{f'preference{r+1}': p.n_pref for r in range(rounds)}), p.seed)
-        left = set(ids['ok']).difference(*parts.values())
-        parts |= split_features(left, dict(validation=validation_size(p), sft=p.n_sft), p.seed, 'labelled features')
-        return {name: [i.index for i in part] for name, part in parts.items()}
+        sizes = {'sft': p.n_sft, 'validation': validation_size(p)} | {f'preference{r+1}': p.n_pref for r in range(rounds)}
+        for name, n in sizes.items():
+            labelled = name in ('sft', 'validation')
+            parts[name] = [i for i in left if not labelled or self.features[i].status=='ok'][:n]
+            taken = set(parts[name])
+            left = [i for i in left if i not in taken]
+        if any(len(parts[name]) < n for name, n in (sizes | {'test': p.n_test}).items()):
+            raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in ({'test': p.n_test} | sizes).items())} features are wanted, there are {len(alive)}, "
+                             f"{sum(self.features[i].status=='ok' for i in order)} of them with a label")
+        return parts
 
     def preference_features(self, round:int) -> list[int]:
         "The features of a round's preferences: the same in every round, or new ones, as the preset says"
