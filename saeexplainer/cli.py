@@ -110,12 +110,13 @@ def show_report(folder:Path):
 @app.command('run')
 def run_command(preset: Annotated[str, typer.Argument(help='name of a preset, or a YAML file')], size: Annotated[Optional[str], typer.Option(help='demo or full')] = None,
                 name: Annotated[Optional[str], typer.Option(help='folder under runs/; default: the preset and its size')] = None,
+                like: Annotated[Optional[str], typer.Option(help='another run under runs/: what it has made with the same settings (adapters, writers\' replies) is taken over')] = None,
                 root: Annotated[Path, typer.Option(help='where runs are kept')] = Path('runs'), writer: WriterKind = None, base_url: BaseURL = None, model: Model = None,
                 settings: Setting = None, as_json: JSON = False):
     "Run the closed loop, or go on with it: SFT, preferences and DPO in rounds, metrics, report"
     from saeexplainer.run import Run, execute
     chosen = resolve(preset, size, settings, writer, base_url, model)
-    with Run(root/(name or f'{chosen.name}-{chosen.size}'), chosen) as run:
+    with Run(root/(name or f'{chosen.name}-{chosen.size}'), chosen, like=like and root/like) as run:
         folder = execute(run, say=(lambda line: print(line, file=sys.stderr)) if as_json else lambda line: out.print(Text(line)))
     print(json.dumps(dict(report=str(folder)))) if as_json else show_report(folder)
 

@@ -16,7 +16,7 @@ import torch
 from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages
 from .models import weights_sha256
 from .sampling import seed_for
-from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, quiet, train_to_the_end, trainer_settings
+from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, quiet, take_over, train_to_the_end, trainer_settings
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
@@ -111,12 +111,15 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
               reader, # FeatureReader
               previous, # folder of the explainer that sampled the candidates
               out, # folder: becomes the new explainer's; holds checkpoints while it trains
-              round:int=1, progress:bool=True) -> DPOResult:
+              round:int=1, progress:bool=True,
+              like=None # folder of a finished round: taken over, if it is this one
+             ) -> DPOResult:
     "One round of DPO from the previous stage's explainer (3.4); killed, the same call goes on, and finished, it returns the result"
     out, start = Path(out), time.monotonic()
     card = ExplainerCard.load(previous)
     rows = preference_dataset(pairs, card)
     settings = _settings(preset, card, rows, previous, round)
+    take_over(like, out, settings)
     if (out/CARD).exists() and json.loads((out/'training.json').read_text())['settings'] == settings: return DPOResult.load(out)
     claim(out/'checkpoints', settings)
     explainer = Explainer.from_pretrained(previous, reader=reader, trainable=True, device=preset.device)

@@ -353,9 +353,10 @@ def adapter_of(explainer, preset): # folder or hub id
     if explainer == 'ao' and not preset.ao_adapter: raise ValueError(f'{preset.name} names no Activation Oracle: set ao_adapter')
     return preset.ao_adapter if explainer == 'ao' else explainer
 
-def load_explainer(explainer, # folder or hub id, or 'ao'
+def load_explainer(explainer, # folder or hub id, 'ao' or 'untrained'
                    preset, reader) -> Explainer:
-    "An explainer, or the preset's Activation Oracle"
+    "An explainer, the preset's Activation Oracle, or the bare model with the injection"
+    if explainer == 'untrained': return Explainer.from_preset(preset, reader)
     adapter = adapter_of(explainer, preset)
     if explainer == 'ao': return Explainer.from_oracle(adapter, preset, reader)
     return Explainer.from_pretrained(adapter, reader=reader, device=preset.device)

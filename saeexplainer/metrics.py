@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE', 'NEUTRAL_ONE', 'SUBJECTS', 'KINDS', 'LETTERS',
            'JUDGE', 'OVERHEARD', 'METRICS', 'COUNTS', 'mean_activation', 'generative_accuracy', 'input_score',
-           'discriminative_gap', 'output_score', 'Interval', 'bootstrap_ci', 'quoted_words', 'names_label',
+           'discriminative_gap', 'output_score', 'Interval', 'bootstrap_ci', 'sign_flip', 'names_word', 'repeats',
            'neutral_subject', 'explanation_key', 'distinct_explanations', 'write_evaluation_texts', 'score_texts',
            'max_acts', 'Verified', 'verify', 'control_features', 'calibrate', 'usable_targets', 'steer', 'steered_sets',
            'judge_prompt', 'judge_locally', 'judge_by_letter', 'judge', 'control_cases', 'judge_controls', 'Evaluation',
@@ -13,6 +13,7 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
 import functools, hashlib, itertools, re
+from collections import Counter
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
 
@@ -106,22 +107,41 @@ def bootstrap_ci(values, # one value per feature; NaN: unavailable, left out and
     low, high = np.quantile(means, [(1-level)/2, (1+level)/2])
     return Interval(float(low), float(high), float(known.mean()), len(known), missing)
 
-# %% ../nbs/04_metrics.ipynb #d2796bc0
-def quoted_words(label:str) -> list[str]: # without their quotes
-    "The words that a label quotes"
-    return re.findall(r"(?<!\w)'(\S(?:.*?\S)??)'(?!\w)", label)
+# %% ../nbs/04_metrics.ipynb #1335d81e
+def sign_flip(differences, # one value per feature; NaN is left out
+              n:int=10_000, # flips
+              seed:int=0) -> float: # two-sided p; NaN where no value is left
+    "Paired permutation test of a mean difference"
+    d = np.asarray(differences, dtype=np.float64).ravel()
+    d = d[~np.isnan(d)]
+    if not len(d): return np.nan
+    rng, rows, far = np.random.default_rng(seed), max(1, 4_000_000//len(d)), 0
+    for i in range(0, n, rows): far += int((np.abs(rng.choice((-1, 1), size=(min(rows, n-i), len(d))) @ d) >= abs(d.sum()) - 1e-9).sum())
+    return (1 + far)/(1 + n)
 
+# %% ../nbs/04_metrics.ipynb #d2796bc0
 @functools.lru_cache(maxsize=None)
 def _any_of(words) -> re.Pattern: # matches each of the words as a whole word, in case-folded text
     return re.compile('|'.join(rf'(?<!\w){re.escape(w.casefold())}(?!\w)' for w in words) or '(?!)')
 
-def names_label(explanation:str,
-                label, # a label with quoted words, or a list of words
-                max_words:int=20 # of the explanation; what comes later does not count
-               ) -> bool:
-    "Does the explanation name a word of the label: whole word, case folded?"
-    words = quoted_words(label) if isinstance(label, str) else label
+def names_word(explanation:str, words, # at the feature's peaks
+               max_words:int=20 # of the explanation; what comes later does not count
+              ) -> bool:
+    "Does the explanation name one of the words: whole word, case folded?"
     return bool(_any_of(tuple(words)).search(' '.join(explanation.split()[:max_words]).casefold()))
+
+# %% ../nbs/04_metrics.ipynb #1c1ac89f
+def repeats(explanations:dict, # {feature: text}; empty ones are left out
+            form:float=.05 # words in more than this share of the explanations are left out
+           ) -> dict: # features, distinct, shared (share of features), nearest (mean overlap with the most similar other)
+    "How often explanations are used again"
+    texts = [' '.join(text.casefold().split()) for text in explanations.values() if text and text.strip()]
+    if len(texts) < 2: return dict(features=len(texts), distinct=len(texts), shared=np.nan, nearest=np.nan)
+    times, words = Counter(texts), [set(re.findall(r'\w+', text)) for text in texts]
+    common = {w for w, n in Counter(w for ws in words for w in ws).items() if n > max(1, form*len(words))}
+    words = [ws - common for ws in words]
+    near = [max(len(a & b)/len(a | b) if a | b else 1. for j, b in enumerate(words) if j != i) for i, a in enumerate(words)]
+    return dict(features=len(texts), distinct=len(times), shared=float(np.mean([times[t] > 1 for t in texts])), nearest=float(np.mean(near)))
 
 # %% ../nbs/04_metrics.ipynb #c5e627c6
 GENERATIVE_LIST = '''Somebody has studied one feature inside a language model and reports that it detects this:
@@ -481,7 +501,7 @@ def judge_controls(store, writer, explanations:dict, features, preset, progress:
 
 # %% ../nbs/04_metrics.ipynb #e8fe0b5e
 METRICS = ('generative', 'input', 'output', 'high', 'low', 'gap', # as in the paper's Table 1
-           'names_label', 'names_other') # names a word of its own label; of another feature's (the share of them, which is chance)
+           'names_word', 'names_other') # names a word at its own peaks; at another feature's (the share of them, which is chance)
 COUNTS = ('unparsed_generative', 'unparsed_contrast', 'missed_kl', 'empty') # per feature, stored beside the metrics
 _FAILURES = {'generative': 'unparsed_generative', 'output': 'missed_kl', # the count that belongs to a metric
              **dict.fromkeys(('input', 'high', 'low', 'gap'), 'unparsed_contrast')}
@@ -494,7 +514,7 @@ class Evaluation:
     writer: object # Writer of the evaluation texts
     judge: object # Writer that judges; a LocalWriter where the preset's `evaluation_writer` is 'local'
     preset: object # Preset
-    features: list # `Feature`s: `max_act` of those explained (Eq. 12), and the pool of controls (those alive)
+    features: list # `Feature`s: `max_act` (Eq. 12) and words of those explained, and the pool of controls (those alive)
 
 # %% ../nbs/04_metrics.ipynb #d4c65c36
 def output_features(features, preset) -> list[int]: # at most `preset.n_output`
@@ -510,14 +530,14 @@ def _keep_explanations(store, explanations): # stored; raises `ValueError` where
                              'give the stage another name')
 
 # %% ../nbs/04_metrics.ipynb #a7039fc3
-def _naming_values(stage, texts, labels) -> list[tuple]: # rows of `names_label` and `names_other`, where labels quote words
-    words = {f: w for f, text in labels.items() if (w := quoted_words(text))}
-    rows = []
+def _naming_values(stage, texts, words) -> list[tuple]: # rows of `names_word` and `names_other`, where words at the peaks are known
+    words, rows = {f: w for f, w in words.items() if w}, []
+    some = list(words)[::-(-len(words)//300) or 1] # other features, for chance
     for f in (f for f in texts if f in words):
-        named = {g: names_label(texts[f], w) for g, w in words.items()} if texts[f].strip() else {}
-        others = [n for g, n in named.items() if g != f]
-        rows += [(stage, f, 'names_label', float(named.get(f, np.nan))),
-                 (stage, f, 'names_other', float(np.mean(others)) if others else np.nan)]
+        said = texts[f].strip()
+        others = [names_word(said, words[g]) for g in some if g != f]
+        rows += [(stage, f, 'names_word', float(names_word(said, words[f])) if said else np.nan),
+                 (stage, f, 'names_other', float(np.mean(others)) if said and others else np.nan)]
     return rows
 
 # %% ../nbs/04_metrics.ipynb #f2f452c6
@@ -540,7 +560,7 @@ def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple
     for f in with_output:
         missed = float(len(preset.steering_kl) - len(usable[f]))
         if f in texts: rows += [(stage, f, 'output', verdicts.get(f, np.nan)), (stage, f, 'missed_kl', missed)]
-    return rows + (_naming_values(stage, texts, explanations.get('label', {})) if stage != 'label' else [])
+    return rows + _naming_values(stage, texts, {f.id.index: f.words for f in run.features})
 
 # %% ../nbs/04_metrics.ipynb #89eed551
 def summary(metrics, # columns stage, feature, metric, value
@@ -564,15 +584,16 @@ def summary(metrics, # columns stage, feature, metric, value
 def compare(metrics, # columns stage, feature, metric, value
             pairs # [(stage, baseline)]
            ) -> pd.DataFrame: # index (stage, baseline, metric)
-    "Mean difference of two stages over the features that have both values, with its paired bootstrap interval"
+    "Mean difference of two stages over the features that have both values, with its paired bootstrap interval and p by sign flips"
     wide, rows = metrics.pivot(index='feature', columns=['stage', 'metric'], values='value'), []
     for stage, baseline in pairs:
         for name in METRICS:
             if (stage, name) not in wide or (baseline, name) not in wide: continue
-            ci = bootstrap_ci((wide[stage, name] - wide[baseline, name]).dropna())
-            rows.append(dict(stage=stage, baseline=baseline, metric=name, n=ci.n, difference=ci.mean, low=ci.low, high=ci.high))
+            difference = (wide[stage, name] - wide[baseline, name]).dropna()
+            ci = bootstrap_ci(difference)
+            rows.append(dict(stage=stage, baseline=baseline, metric=name, n=ci.n, difference=ci.mean, low=ci.low, high=ci.high, p=sign_flip(difference)))
     index = ['stage', 'baseline', 'metric']
-    return pd.DataFrame(rows, columns=[*index, 'n', 'difference', 'low', 'high']).set_index(index)
+    return pd.DataFrame(rows, columns=[*index, 'n', 'difference', 'low', 'high', 'p']).set_index(index)
 
 def stage_table(summary) -> pd.DataFrame: # one row per stage, 'mean [low, high]' as text; shares in per cent
     "The summary as a table to read, in the layout of the paper's Table 1"
@@ -585,7 +606,7 @@ def stage_table(summary) -> pd.DataFrame: # one row per stage, 'mean [low, high]
 
 # %% ../nbs/04_metrics.ipynb #ff8d6216
 def evaluate(run, # `Evaluation`, or anything with its attributes
-             explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls and `names_label`
+             explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute
              progress:bool=True
             ) -> pd.DataFrame: # `summary`: n, mean, interval and failures for each (stage, metric)

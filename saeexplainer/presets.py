@@ -41,6 +41,8 @@ class Preset:
     features: str|None = _field(None, 'features.parquet: a path, absolute or relative to data/; None: the shipped one, or what `saeexplainer features` keeps in the user cache')
     label_model: str|None = _field(None, "which model's labels to train on; None: the source's default, recorded with the run")
     baseline_labels: tuple[str, ...] = _field((), "models whose labels of the test features are measured beside the explainer's, where there are any")
+    baselines: tuple[str, ...] = _field((), "what else explains the test features: 'autointerp', a writer that reads contexts; 'untrained', the explainer before SFT; "
+        "'best', that of n_candidates by the last explainer whose texts activate most")
     corpus: str|None = _field(None, "texts from which `saeexplainer features` reads an SAE that Neuronpedia does not know: 'embedded', text files, or a dataset")
     corpus_tokens: int = _field(2_200_000, 'tokens read of the corpus')
     ao_adapter: str|None = _field(None, 'Activation Oracle that explains the test features too: PEFT adapter of the explainer model, a hub id or a folder')
@@ -163,6 +165,7 @@ _HINTS = {f.name: f.type for f in dataclasses.fields(Preset)}
 _RULES = ( # what must hold, and the line that says so
     (lambda p: p.template.count('{placeholder}') == 1, 'template must contain {{placeholder}} exactly once'),
     (lambda p: p.reward in ('max', 'mean'), "reward must be 'max' or 'mean', not {p.reward!r}"),
+    (lambda p: set(p.baselines) <= {'autointerp', 'untrained', 'best'}, "baselines are 'autointerp', 'untrained' and 'best', not {p.baselines!r}"),
     (lambda p: p.negative in ('hard', 'worst'), "negative must be 'hard' or 'worst', not {p.negative!r}"),
     (lambda p: p.threshold == 'auto' or isinstance(p.threshold, float), "threshold must be a number or 'auto', not {p.threshold!r}"),
     (lambda p: p.dtype in ('bfloat16', 'float32', 'float16'), "dtype must be 'bfloat16', 'float16' or 'float32', not {p.dtype!r}"),
@@ -234,7 +237,7 @@ _PRESETS |= {
 _PRESETS['smollm2-135m'] = dict(
     target='smollm2-135m-instruct', explainer='smollm2-135m-instruct', sae='smollm2-135m/sae', source='smollm2-135m/9-res-4k', layer=9,
     corpus='embedded',
-    label_model='claude', baseline_labels=('peak words',), n_sft=2350, n_pref=1200, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
+    label_model='claude', baseline_labels=('peak words',), baselines=('autointerp', 'untrained', 'best'), n_sft=2350, n_pref=1200, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
     sft_lr=6e-4, sft_epochs=2., sft_batch=16, sft_accumulation=1, explanation_tokens=32, writer='local', evaluation_writer='local',
     text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_length_normalised=True, dpo_sft_weight=.2,
     batch_size=96)

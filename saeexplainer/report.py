@@ -60,7 +60,7 @@ def provenance(run) -> dict:
                 begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'), device=str(run.target.model.device), threads=torch.get_num_threads(),
                 python=platform.python_version(), versions={p: version(p) for p in ('torch', 'transformers', 'trl', 'peft', 'sae-lens', 'saeexplainer')},
                 sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())),
-                notes=run.store.meta('notes') or [], labels=label_source(run.preset), writer_cost=run.store.cost(), writers=run.store.accounts(),
+                notes=run.store.meta('notes') or [], labels=label_source(run.preset), like=run.store.meta('like'), writer_cost=run.store.cost(), writers=run.store.accounts(),
                 asked_without={name: known for name in run.store.accounts() if (known := run.store.meta(f'writer {name}'))},
                 command=f'saeexplainer run {p.name} --size {p.size}' if built_in and not changes else f'saeexplainer run {run.folder}/preset.yaml')
 

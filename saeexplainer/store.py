@@ -272,6 +272,10 @@ class _Replies(_Pairs):
             db.executemany('INSERT INTO replies VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET reply=excluded.reply, writer=excluded.writer, '
                            "stage=excluded.stage WHERE json_extract(reply, '$.outcome')='failed'", values)
 
+    def take_replies(self, other) -> int: # RunStore; how many
+        "Another run's replies to the same requests need not be asked for again; what they cost stays in its books"
+        return self.put('replies', other._rows("SELECT key, request, reply, writer, stage FROM replies WHERE json_extract(reply, '$.outcome')='ok'"))
+
     def replies(self, keys) -> dict: # key -> Reply, for those that came to an end other than 'failed'
         "Stored replies"
         rows = self._rows("SELECT key, reply FROM replies WHERE key IN (SELECT value FROM json_each(?)) AND json_extract(reply, '$.outcome')<>'failed'",

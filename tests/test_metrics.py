@@ -69,17 +69,15 @@ def test_bootstrap_of_constants_and_of_nothing():
     assert all(map(math.isnan, bootstrap_ci([nan, nan]))) and bootstrap_ci([nan, nan]).missing == 2
 
 
-@pytest.mark.parametrize('explanation, label, named', [
-    ("the word 'National'", "the word 'national'", True), ('nationality', "the word 'national'", False), ('', "the word 'a'", False),
-    ('a national-park', "the word 'national'", True), ('STRASSE', "the word 'Straße'", True), ("don't", "the word 'don't'", True),
-    ('don', "the word 'don't'", False),
-    ('c++ code', ['C++'], True), ('c code', ['C++'], False), ('New  York', ['new york'], True), ('words', "words such as 'pass'", False)])
-def test_names_label(explanation, label, named): assert names_label(explanation, label) is named
+@pytest.mark.parametrize('explanation, words, named', [
+    ("the word 'National'", ['national'], True), ('nationality', ['national'], False), ('', ['a'], False),
+    ('a national-park', ['national'], True), ('STRASSE', ['Straße'], True), ("don't", ["don't"], True), ('don', ["don't"], False),
+    ('c++ code', ['C++'], True), ('c code', ['C++'], False), ('New  York', ['new york'], True), ('words', ['pass'], False), ('words', [], False)])
+def test_names_word(explanation, words, named): assert names_word(explanation, words) is named
 
 
 def test_only_the_first_words_count():
-    assert not names_label('x '*20 + 'national', ['national']) and names_label('x '*19 + 'national', ['national'])
-    assert quoted_words("what follows the word 'such'") == ['such'] and quoted_words("words such as 'a', 'b c', 'd'") == ['a', 'b c', 'd']
+    assert not names_word('x '*20 + 'national', ['national']) and names_word('x '*19 + 'national', ['national'])
 
 
 # prompts and replies
@@ -117,7 +115,7 @@ def machine(tmp_path_factory):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     reader = FeatureReader.load(tiny_sae(tmp_path_factory.mktemp('sae')))
     return SimpleNamespace(target=Target(model, tokenizer, reader), writer=LocalWriter(model, tokenizer),
-                           features=[SimpleNamespace(id=SimpleNamespace(index=i), max_act=0. if i==11 else 2.) for i in range(12)])
+                           features=[SimpleNamespace(id=SimpleNamespace(index=i), max_act=0. if i==11 else 2., words={3: ('rain',), 5: ('cat', 'dog'), 8: ('park',)}.get(i, ())) for i in range(12)])
 
 
 @pytest.fixture
@@ -171,8 +169,8 @@ def test_evaluate_from_end_to_end(machine, store):
     assert list(table.index.get_level_values(0).unique()) == ['label', 'sft', 'dpo1', 'control']
     assert table.loc[('sft', 'generative'), 'unavailable'] >= 1 and table.loc[('sft', 'generative'), 'empty'] == 1 # feature 8 said nothing
     assert not len(store.texts('sft', 'generative').query('feature == 8')) and pd.isna(value(store, 'sft', 8, 'output'))
-    assert [value(store, *of, 'names_label') for of in (('dpo1', 3), ('sft', 3))] == [1, 0] and value(store, 'sft', 3, 'names_other') == 0
-    assert pd.isna(value(store, 'sft', 8, 'names_label')) and not len(store.metrics('label').query("metric == 'names_label'"))
+    assert [value(store, *of, 'names_word') for of in (('dpo1', 3), ('sft', 3))] == [1, 0] and value(store, 'sft', 3, 'names_other') == 0
+    assert pd.isna(value(store, 'sft', 8, 'names_word')) and value(store, 'label', 3, 'names_word') == 1
     before = dump(store)
     assert evaluate(run, EXPLANATIONS, progress=False).equals(table)
     same(before, dump(store))

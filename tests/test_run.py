@@ -97,7 +97,8 @@ def test_killed_in_every_stage(world, finished):
 def test_splits_never_overlap(world):
     with Run(world[0]/'runs'/'splits', load_preset(world[1], new_features_in_round_2=True), progress=False) as run:
         used = [i for part in run.splits.values() for i in part]
-        assert len(used) == len(set(used)) and all(run.features[i].status == 'ok' for i in used)
+        assert len(used) == len(set(used)) and all(run.features[i].status in ('ok', 'unlabelled') for i in used)
+        assert all(run.features[i].status == 'ok' for name in ('sft', 'validation') for i in run.splits[name])
         assert not set(run.preference_features(1)) & set(run.preference_features(2))
 
 
@@ -161,7 +162,7 @@ def test_a_paid_writer_with_a_budget(world, monkeypatch):
     made, text = json.loads((report/'provenance.json').read_text()), (report/'report.md').read_text()
     book, = made['writers'].values()
     assert made['writer_cost'] == pytest.approx(server.log.cost({'small': (1., 10.)})) and sum(n for b in book.values() for n in b['attempts'].values()) == len(server.log)
-    assert set(book) == {'round1', 'round2', 'evaluate: generative', 'evaluate: activating, neutral', 'judge'} and all(b['outcomes'].keys() == {'ok'} for b in book.values())
+    assert set(book) == {'round1', 'round2', 'round3', 'autointerp', 'evaluate: generative', 'evaluate: activating, neutral', 'judge'} and all(b['outcomes'].keys() == {'ok'} for b in book.values())
     assert made['asked_without'] == {'http://127.0.0.1:small': {'dropped': ['max_tokens', 'top_p'], 'form': 'schema with counts'}} and '## Writers' in text and 'round1' in text
     assert sum(e['action'] == 'ok' or e['action'] == 'fenced' for e in server.log) == paid # no reply was paid twice
     for file in (world[0]/'runs'/'stopped').rglob('*'): assert not file.is_file() or key.encode() not in file.read_bytes(), file
@@ -187,7 +188,7 @@ def test_one_process_at_a_time(world, finished):
 
 def test_too_few_features(world):
     with Run(world[0]/'runs'/'many', load_preset(world[1], n_sft=99), progress=False) as run:
-        with pytest.raises(ValueError, match=r'are wanted, there are 36 with a label'): run.splits
+        with pytest.raises(ValueError, match=r'4 test \+ 99 sft \+ 8 validation \+ 4 preference1 features are wanted, there are 37, 36 of them with a label'): run.splits
 
 
 def test_no_pair_is_an_error(world):

@@ -81,7 +81,9 @@ def sentence(explanation, kind, seed, j) -> str: # the explanation stands in it,
 
 def capable(asked, n=0):
     "Texts that contain the explanation, as many as the prompt asks for; as a judge, the set that mentions it. Depends on what is asked alone"
-    prompt, form = asked['messages'][-1]['content'], asked['response_format']['json_schema']['schema']['properties']
+    prompt = asked['messages'][-1]['content']
+    if (word := re.search('«(.*?)»', prompt)) and 'response_format' not in asked: return f"the word '{word[1]}'" # autointerp
+    form = asked['response_format']['json_schema']['schema']['properties']
     explanation, seed = EXPLAINED.search(prompt), asked.get('seed')
     if explanation is None: return error(400, f'no explanation is found in: {prompt[:80]}')
     if 'choice' in form: return json.dumps({'choice': judged(explanation[1], prompt, form['choice']['enum'])})
