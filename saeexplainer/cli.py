@@ -122,19 +122,21 @@ def run_command(preset: Annotated[str, typer.Argument(help='name of a preset, or
 
 # %% ../nbs/parts/cli.ipynb #cbda4b90
 @app.command('report')
-def report_command(name: Annotated[str, typer.Argument(help='a run under runs/')], root: Path = Path('runs'),
+def report_command(name: Annotated[str, typer.Argument(help='a run under runs/, or a folder of results')], root: Path = Path('runs'),
                    out_folder: Annotated[Optional[Path], typer.Option('--out', help='copy the report there too')] = None):
-    "Write a run's report anew from its store, and show it"
+    "Write the report anew, of a run from its store or of a folder from its tables, and show it"
     import shutil
     from saeexplainer.presets import load_preset
-    from saeexplainer.report import write_report
+    from saeexplainer.report import write_report, write_results
     from saeexplainer.run import Run, stage_functions
     folder = root/name
-    if not (folder/'preset.yaml').exists(): raise ValueError(f'there is no run {folder}: see {root}/')
-    with Run(folder, load_preset(folder/'preset.yaml')) as run:
-        missing = [s for s in stage_functions(run.preset) if not run.store.finished(s)]
-        if missing: raise ValueError(f'{folder} is not finished, {missing[0]} is next: saeexplainer run {folder}/preset.yaml --name {name}')
-        report = write_report(run)
+    if (folder/'preset.yaml').exists():
+        with Run(folder, load_preset(folder/'preset.yaml')) as run:
+            missing = [s for s in stage_functions(run.preset) if not run.store.finished(s)]
+            if missing: raise ValueError(f'{folder} is not finished, {missing[0]} is next: saeexplainer run {folder}/preset.yaml --name {name}')
+            folder = write_results(run)
+    elif not (folder := Path(name)).is_dir(): raise ValueError(f'there is no run {root/name}, and no folder {name}')
+    report = write_report(folder)
     if out_folder: shutil.copytree(report, out_folder, dirs_exist_ok=True)
     show_report(out_folder or report)
 

@@ -39,8 +39,8 @@ def dpo_config(preset, model, # the loaded explainer
                round:int=1): # trl.DPOConfig
     "A round's settings for trl's `DPOTrainer`"
     from trl import DPOConfig
-    losses = {'sigmoid_norm' if preset.dpo_length_normalised else 'sigmoid': 1.}
-    if preset.dpo_sft_weight: losses['sft'] = preset.dpo_sft_weight
+    losses = {preset.dpo_loss: 1.}
+    if preset.dpo_sft_weight: losses.setdefault('sft', preset.dpo_sft_weight)
     return DPOConfig(**trainer_settings(preset, model, folder) | dict(seed=seed_for(preset.seed, 'dpo', round) % 2**31, data_seed=None),
         beta=preset.dpo_beta[round-1], learning_rate=preset.dpo_lr[round-1], loss_type=list(losses), loss_weights=list(losses.values()),
         num_train_epochs=preset.dpo_epochs, per_device_train_batch_size=preset.dpo_batch,
@@ -64,7 +64,7 @@ def dpo_trainer(preset, rows, # of `preference_dataset`
             processing_class=explainer.tokenizer, data_collator=FeatureCollator(inner, reader, explainer.placeholder_id, copies=2),
             callbacks=[Checkpoints(), *([TrainingBar(f'dpo round {round}')] if progress else [])])
     trainer.remove_callback(PrinterCallback)
-    if preset.dpo_length_normalised:
+    if preset.dpo_loss == 'sigmoid_norm':
         lengths = [len(ids) for side in ('chosen_ids', 'rejected_ids') for ids in trainer.train_dataset[side]]
         trainer.beta *= sum(lengths) / len(lengths)
     return trainer
@@ -72,8 +72,9 @@ def dpo_trainer(preset, rows, # of `preference_dataset`
 # %% ../nbs/03_dpo.ipynb #b25c361d
 def step0_loss(trainer, # of `dpo_trainer`, before its first step
                rows:int=4 # pairs that are looked at
-              ) -> float: # ln 2 where the reference equals the policy
+              ) -> float: # ln 2 where the reference equals the policy; NaN where the loss has no reference
     "Eq. 11 before the first step; raises `RuntimeError` where it is not ln 2"
+    if trainer.loss_types == ['sft']: return math.nan
     data, weights = trainer.train_dataset, trainer.loss_weights
     batch = trainer.data_collator([data[i] for i in range(min(rows, len(data)))])
     trainer.loss_weights = [0. if kind=='sft' else 1. for kind in trainer.loss_types]
@@ -135,7 +136,7 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
 
 # %% ../nbs/03_dpo.ipynb #1f34a19a
 def _settings(preset, card, rows, previous, round) -> dict: # JSON: what makes two trainings the same
-    names = 'dpo_epochs dpo_batch dpo_accumulation dpo_length_normalised dpo_sft_weight max_length seed'.split()
+    names = 'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight max_length seed'.split()
     about = {k: v for k, v in dataclasses.asdict(card).items() if k != 'versions'}
     return {**{k: getattr(preset, k) for k in names}, 'beta': preset.dpo_beta[round-1], 'lr': preset.dpo_lr[round-1],
             'round': round, **about, 'pairs': hashlib.sha256(json.dumps(rows.to_list()).encode()).hexdigest(),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'select_pair', 'threshold_of', 'preference_prompt', 'stage_of',
            'sample_candidates', 'distinct_candidates', 'write_texts', 'score_candidates', 'candidate_rewards',
-           'build_preferences']
+           'choose_pairs', 'build_preferences']
 
 # %% ../nbs/02_prefs.ipynb #910eb014
 import math, statistics
@@ -15,6 +15,7 @@ import pandas as pd
 # %% ../nbs/02_prefs.ipynb #1f93f81e
 from .sampling import seed_for
 from .replies import Request, answers, texts_of
+from .store import COLUMNS
 
 # %% ../nbs/02_prefs.ipynb #e3197604
 @dataclass(frozen=True)
@@ -171,21 +172,25 @@ def candidate_rewards(store, preset, round:int=1) -> pd.DataFrame: # feature, k,
     return candidates.merge(scored[['feature', 'text', 'reward']], on=['feature', 'text'], how='left').reset_index(drop=True)
 
 # %% ../nbs/02_prefs.ipynb #9cd08a0c
-def build_preferences(store, preset, round:int=1,
-                      threshold:float|None=None # tau; None: the preset's number
-                     ) -> pd.DataFrame: # the round's rows of `pairs`
-    "Eq. 8-10 for every feature of a round"
+def choose_pairs(store, preset, round:int=1,
+                 threshold:float|None=None # tau; None: the preset's number
+                ) -> pd.DataFrame: # columns of `pairs`: one row for each feature of the round
+    "Eq. 8-10 for every feature of a round; nothing is stored"
     if threshold is None: threshold = threshold_of(preset, [])
-    texts = store.texts(stage_of(round), kind='preference')
-    wanted = len(distinct_candidates(store, round)) * preset.n_texts
-    if lack := wanted - len(texts):
-        raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
-    if n := len(store.unscored(stage_of(round), 'preference')):
-        raise ValueError(f'round {round}: {n} texts have no score yet: score_candidates comes first')
     rows = []
     for f, c in candidate_rewards(store, preset, round).groupby('feature'):
         result = select_pair(c['text'].tolist(), c['reward'].tolist(), threshold, preset.spread, preset.margin, preset.negative)
         rows.append(dict(round=round, feature=int(f), **vars(result)) if isinstance(result, Pair)
                     else dict(round=round, feature=int(f), dropped=result.reason))
-    store.put_pairs(rows)
+    return pd.DataFrame(rows, columns=list(COLUMNS['pairs']))
+
+def build_preferences(store, preset, round:int=1, threshold:float|None=None) -> pd.DataFrame: # the round's rows of `pairs`
+    "The pairs of a round, stored, once all its texts are written and scored"
+    wanted = len(distinct_candidates(store, round)) * preset.n_texts
+    if lack := wanted - len(store.texts(stage_of(round), kind='preference')):
+        raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
+    if n := len(store.unscored(stage_of(round), 'preference')):
+        raise ValueError(f'round {round}: {n} texts have no score yet: score_candidates comes first')
+    rows = choose_pairs(store, preset, round, threshold).astype(object)
+    store.put_pairs(rows.where(rows.notna(), None).to_dict('records'))
     return store.pairs(round)

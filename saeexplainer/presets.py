@@ -91,7 +91,7 @@ class Preset:
     dpo_epochs: float = _field(2.5, 'epochs of one round')
     dpo_batch: int = _field(4, 'pairs per step of DPO')
     dpo_accumulation: int = _field(4, 'gradient accumulation of DPO')
-    dpo_length_normalised: bool = _field(False, 'mean instead of sum of the log-probabilities (the paper: sum)')
+    dpo_loss: str = _field('sigmoid', "'sigmoid': Eq. 11; 'sigmoid_norm': with log-probabilities per token instead of their sums; 'sft': none, only the SFT term on the chosen")
     dpo_sft_weight: float = _field(0., 'weight of an SFT term on the chosen explanation (the paper: none)')
     # metrics, Eq. 12-18
     evaluation_writer: str = _field('gpt-5.4-mini', "writes the texts of the metrics and judges; as `writer`")
@@ -166,6 +166,7 @@ _RULES = ( # what must hold, and the line that says so
     (lambda p: p.template.count('{placeholder}') == 1, 'template must contain {{placeholder}} exactly once'),
     (lambda p: p.reward in ('max', 'mean'), "reward must be 'max' or 'mean', not {p.reward!r}"),
     (lambda p: set(p.baselines) <= {'autointerp', 'untrained', 'best'}, "baselines are 'autointerp', 'untrained' and 'best', not {p.baselines!r}"),
+    (lambda p: p.dpo_loss in ('sigmoid', 'sigmoid_norm', 'sft'), "dpo_loss must be 'sigmoid', 'sigmoid_norm' or 'sft', not {p.dpo_loss!r}"),
     (lambda p: p.negative in ('hard', 'worst'), "negative must be 'hard' or 'worst', not {p.negative!r}"),
     (lambda p: p.threshold == 'auto' or isinstance(p.threshold, float), "threshold must be a number or 'auto', not {p.threshold!r}"),
     (lambda p: p.dtype in ('bfloat16', 'float32', 'float16'), "dtype must be 'bfloat16', 'float16' or 'float32', not {p.dtype!r}"),
@@ -239,7 +240,7 @@ _PRESETS['smollm2-135m'] = dict(
     corpus='embedded',
     label_model='claude', baseline_labels=('peak words',), baselines=('autointerp', 'untrained', 'best'), n_sft=2350, n_pref=1200, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
     sft_lr=6e-4, sft_epochs=2., sft_batch=16, sft_accumulation=1, explanation_tokens=32, writer='local', evaluation_writer='local',
-    text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_length_normalised=True, dpo_sft_weight=.2,
+    text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_loss='sigmoid_norm', dpo_sft_weight=.2,
     batch_size=96)
 
 _SIZES = {'smollm2-135m': {'full': {}, 'demo': dict(

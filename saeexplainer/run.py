@@ -258,7 +258,7 @@ def stage_functions(preset) -> dict: # name -> function of the run
 
 def execute(run:Run, say=print) -> Path: # the report's folder
     "Do what is left of a run; call it again after any interruption"
-    from saeexplainer.report import write_report
+    from saeexplainer.report import write_report, write_results
     run.check()
     say(f'{run.preset.name} ({run.preset.size}): {len(run.features)} features, '
         + ', '.join(f'{len(part)} {name}' for name, part in run.splits.items()))
@@ -273,4 +273,4 @@ def execute(run:Run, say=print) -> Path: # the report's folder
         run.store.finish(name, line=line)
         seconds = run.store.progress().set_index('stage').loc[name, 'seconds']
         say(f'{name}: {line} ({int(seconds)//60}:{int(seconds)%60:02d})')
-    return write_report(run)
+    return write_report(write_results(run))

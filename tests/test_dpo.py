@@ -24,7 +24,7 @@ def tiny_run(folder, **fields):
         tiny_model().save_pretrained(folder/'model'); tiny_tokenizer().save_pretrained(folder/'model')
         tiny_sae(folder/'sae')
     preset = load_preset('smollm2-135m', **dict(target=str(folder/'model'), explainer=str(folder/'model'), sae=str(folder/'sae'), layer=2,
-                         dpo_epochs=2., dpo_batch=4, dpo_lr=(1e-2, 1e-2), dpo_length_normalised=False, dpo_sft_weight=0., device='cpu') | fields)
+                         dpo_epochs=2., dpo_batch=4, dpo_lr=(1e-2, 1e-2), dpo_loss='sigmoid', dpo_sft_weight=0., device='cpu') | fields)
     reader = FeatureReader.load(preset.sae)
     if not (folder/'sft').exists():
         explainer = Explainer.from_preset(preset, reader)
@@ -48,7 +48,7 @@ def trainer_of(run, tmp_path, **fields):
 @pytest.mark.parametrize('normalised', (False, True))
 @pytest.mark.parametrize('sft_weight', (0., .2))
 def test_the_loss_starts_at_ln_2_exactly(run, tmp_path, normalised, sft_weight):
-    _, trainer = trainer_of(run, tmp_path, dpo_length_normalised=normalised, dpo_sft_weight=sft_weight)
+    _, trainer = trainer_of(run, tmp_path, dpo_loss='sigmoid_norm' if normalised else 'sigmoid', dpo_sft_weight=sft_weight)
     assert step0_loss(trainer, rows=8) == torch.tensor(LN2).item()
     assert trainer.loss_weights == ([1., sft_weight] if sft_weight else [1.]) # and the trainer is as it was
     assert not trainer._metrics['train']
@@ -102,7 +102,7 @@ def test_no_pairs_is_an_error_that_says_so(run):
 
 def test_length_normalisation_keeps_eq_11_for_an_average_pair(run, tmp_path):
     preset, *_ = tiny_run(run)
-    _, trainer = trainer_of(run, tmp_path, dpo_length_normalised=True)
+    _, trainer = trainer_of(run, tmp_path, dpo_loss='sigmoid_norm')
     lengths = [len(row[c]) for row in trainer.train_dataset for c in ('chosen_ids', 'rejected_ids')]
     assert trainer.beta == pytest.approx(preset.dpo_beta[0] * sum(lengths)/len(lengths)) and trainer.loss_types == ['sigmoid_norm']
 

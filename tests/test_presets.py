@@ -34,7 +34,7 @@ def test_values_of_appendix_b(name):
     assert (p.sft_lr, p.sft_epochs, p.sft_warmup, p.sft_weight_decay) == (5e-5, 2.5, .03, .01)
     assert (p.lora_r, p.lora_alpha, p.lora_dropout) == (32, 64, .05)
     assert (p.n_candidates, p.n_texts, p.spread, p.margin, p.candidate_temperature, p.candidate_top_p) == (6, 4, .10, .15, .9, .9)
-    assert (p.dpo_rounds, p.dpo_beta, p.dpo_lr, p.dpo_length_normalised, p.dpo_sft_weight, p.reward) == (2, (.1, .15), (5e-6, 3e-6), False, 0, 'max')
+    assert (p.dpo_rounds, p.dpo_beta, p.dpo_lr, p.dpo_loss, p.dpo_sft_weight, p.reward) == (2, (.1, .15), (5e-6, 3e-6), 'sigmoid', 0, 'max')
     assert (p.n_test, p.n_generative, p.n_activating, p.n_neutral, p.success, p.n_controls) == (300, 10, 5, 5, .5, 2)
     assert p.evaluation_writer == 'gpt-5.4-mini' and p.steering_kl == (.25, .5, -.25, -.5) and p.injection_layer == 1
     assert p.sft_batch * p.sft_accumulation == 16 and p.dpo_batch * p.dpo_accumulation == 16
@@ -79,7 +79,7 @@ def test_overrides_and_their_types():
     (dict(sft_lr=float('nan')), 'preset field sft_lr must be a number, not nan'),
     (dict(dpo_lr=.1), 'preset field dpo_lr must be a list, each item a number, not 0.1'),
     (dict(dpo_lr=[1e-5]), 'dpo_beta and dpo_lr need one value for each of the 2 rounds'),
-    (dict(dpo_length_normalised='yes'), "preset field dpo_length_normalised must be true or false, not 'yes'"),
+    (dict(swap_models='yes'), "preset field swap_models must be true or false, not 'yes'"),
     (dict(label_model=3), 'preset field label_model must be text or null, not 3'),
     (dict(threshold='low'), "threshold must be a number or 'auto', not 'low'"),
     (dict(template='no place for it'), 'template must contain {placeholder} exactly once'),
