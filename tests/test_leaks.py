@@ -1,0 +1,64 @@
+"No label of a test feature reaches a trainer; the evaluation asks with other words than the preferences"
+import pandas as pd, pytest
+from saeexplainer import metrics, prefs
+from saeexplainer.features import labels_of, load_features
+from saeexplainer.presets import load_preset
+from saeexplainer.run import Run, execute
+from test_run import make_preset
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A whole run in which every feature has a label of its own, and all rows that its trainers were given"
+    import trl, pyarrow.parquet as pq
+    folder = tmp_path_factory.mktemp('leaks')
+    file = make_preset(folder)
+    table = pq.read_table(folder/'data'/'tiny'/'features.parquet').to_pandas()
+    table['explanation'] = [f'label number {i}' if s == 'ok' else None for i, s in zip(table['index'], table['status'])]
+    table.to_parquet(folder/'data'/'tiny'/'features.parquet')
+    seen, patch = [], pytest.MonkeyPatch()
+    patch.setenv('SAEEXPLAINER_DATA', str(folder/'data'))
+    for trainer in (trl.SFTTrainer, trl.DPOTrainer):
+        def init(self, *a, _init=trainer.__init__, **kw):
+            for rows in (kw['train_dataset'], kw.get('eval_dataset')): seen.extend(rows or [])
+            _init(self, *a, **kw)
+        patch.setattr(trainer, '__init__', init)
+    preset = load_preset(file, label_model=None, baseline_labels=())
+    with Run(folder/'run', preset, progress=False) as run:
+        execute(run, say=lambda line: None)
+        yield run, seen
+    patch.undo()
+
+
+def test_test_features_reach_no_trainer(trained):
+    run, seen = trained
+    test = set(run.splits['test'])
+    assert len(seen) >= 8 + 8 + 2 and not {row['feature'] for row in seen} & test
+    learned = ' / '.join(turn['content'] for row in seen for part in ('completion', 'chosen', 'rejected') for turn in row.get(part, ()))
+    assert all(f'label number {i}' in learned for i in run.splits['sft']) # the look at what is learned is no empty look
+    assert not any(f'label number {i} ' in f'{learned} ' for i in test)
+
+
+def test_a_leaking_split_is_refused(trained, monkeypatch):
+    run, _ = trained
+    leaking = dict(run.splits, sft=[*run.splits['sft'][1:], run.splits['test'][0]])
+    monkeypatch.setitem(run.__dict__, 'splits', leaking)
+    from saeexplainer.run import sft_stage
+    with pytest.raises(ValueError, match='1 held-out features are among the SFT features'): sft_stage(run)
+
+
+def test_what_is_written_for_the_evaluation_was_asked_in_other_words(trained):
+    "The prompts that the writer was really sent, by stage"
+    run, _ = trained
+    asked = pd.DataFrame(run.store._rows("SELECT stage, json_extract(request, '$.prompt') FROM replies"), columns=['stage', 'prompt'])
+    rounds, evaluation = (asked[asked.stage.str.startswith(part)].prompt for part in ('round', 'evaluate'))
+    assert len(rounds) and len(evaluation) and not set(rounds) & set(evaluation)
+
+
+def test_no_prompt_is_another_for_any_label(monkeypatch):
+    monkeypatch.delenv('SAEEXPLAINER_DATA', raising=False)
+    said = list(labels_of(load_features(load_preset('smollm2-135m')), 'claude').values())[::30]
+    preference = {prefs.preference_prompt(e, n) for e in said for n in (None, 4)}
+    evaluation = {form.format(explanation=e, n=10, n_activating=5, n_neutral=5) for e in said
+                  for form in (metrics.GENERATIVE_ONE, metrics.GENERATIVE_LIST, metrics.ACTIVATING_ONE, metrics.CONTRAST_LIST)}
+    assert len(preference) == 2*len(set(said)) and not preference & evaluation
