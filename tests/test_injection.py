@@ -353,7 +353,7 @@ def test_oracle(made, tmp_path):
     preset, reader, _ = made
     tokenizer = tiny_tokenizer(vocab=500); tokenizer.add_tokens([' ?'])
     tiny_model(n_layers=8).save_pretrained(tmp_path/'model'); tokenizer.save_pretrained(tmp_path/'model')
-    preset = load_preset(preset, explainer=str(tmp_path/'model'))
+    preset = load_preset(preset, explainer=str(tmp_path/'model'), dtype='float32')
     torch.manual_seed(0)
     config = LoraConfig(r=64, lora_alpha=128, lora_dropout=.05, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False)
     get_peft_model(load_model(preset.explainer, device='cpu')[0], config).save_pretrained(tmp_path/'oracle')
