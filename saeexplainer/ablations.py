@@ -16,18 +16,17 @@ def stage_figure(metrics, # rows stage, feature, metric, value
                  stages=('label', 'sft', 'dpo1', 'dpo2'), chance=1/3):
     "The metrics at each stage, with intervals, as a matplotlib figure"
     from matplotlib.figure import Figure
-    from saeexplainer.metrics import bootstrap_ci
-    fig = Figure(figsize=(11, 2.9), layout='constrained')
-    for ax, (name, title) in zip(fig.subplots(1, len(PANELS)), PANELS.items()):
-        scale = 1 if name=='gap' else 100
-        for i, stage in enumerate(stages):
-            values = metrics[(metrics.stage==stage) & (metrics.metric==name)].value
-            if not values.notna().any(): continue
-            ci = bootstrap_ci(values)
-            ax.errorbar(i, scale*ci.mean, [[scale*(ci.mean-ci.low)], [scale*(ci.high-ci.mean)]], fmt='o', capsize=4, color='.5' if stage=='label' else 'C0')
-        if name=='output': ax.axhline(100*chance, color='k', ls=':', lw=1)
-        ax.set(title=title, xticks=range(len(stages)), xticklabels=stages, xlim=(-.5, len(stages)-.5)); ax.title.set_fontsize(10)
-        ax.set_ylim(bottom=0)
+    from saeexplainer.metrics import summary
+    from saeexplainer.plots import WIDTH, interval_plot, named, style
+    table = summary(metrics, stages)
+    with style():
+        fig = Figure(figsize=(WIDTH, .75 + .27*len(stages)))
+        for i, (ax, (name, title)) in enumerate(zip(fig.subplots(1, len(PANELS), sharey=True), PANELS.items())):
+            rows = table.xs(name, level='metric').reindex(stages) if name in table.index.get_level_values('metric') else table.iloc[:0].droplevel('metric').reindex(stages)
+            interval_plot(ax, rows, 1 if name == 'gap' else 100)
+            if name == 'output': ax.axvline(100*chance, color='k', ls=':', lw=1)
+            ax.set_xlabel(title); ax.set_xlim(left=0)
+            if i: ax.tick_params(left=False)
     return fig
 
 # %% ../nbs/05_ablations.ipynb #f32e8663

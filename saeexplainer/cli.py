@@ -95,16 +95,16 @@ def show_report(folder:Path):
     "The table of stages x metrics, and examples with the words that lit up"
     import pandas as pd
     from saeexplainer.metrics import stage_table
+    from saeexplainer.report import stages_of
     cells = stage_table(pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric']))
     table = Table('', *cells.index, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption='means with 95% intervals: shares in per cent; high, low and gap in units of the activation')
     table.columns[0].no_wrap = True
     for metric, row in zip(cells.columns, cells.T.values): table.add_row(metric, *(Text(c.replace(' [', '\n').replace(', ', '–').rstrip(']')) for c in row))
     out.print(table)
-    for example in json.loads((folder/'examples.json').read_text()):
-        out.print(Text(example['feature'], style='bold'))
-        for stage, text in example.items():
-            if stage not in ('feature', 'pieces', 'score', 'max_act'): out.print(Text(f'  {stage:6} {text}'))
-        out.print(Text(f"  best text, {example['score']:.1f} (strongest known {example['max_act']:.1f}): ") + marked(example['pieces']))
+    for case in json.loads((folder/'examples.json').read_text()):
+        out.print(Text(case['feature'], style='bold'))
+        for stage in stages_of(case): out.print(Text(f'  {stage:6} {case[stage]}'))
+        for stage, best in case['texts'].items(): out.print(Text(f"  best text of {stage}, {best['score']:.1f} (strongest known {case['max_act']:.1f}): ") + marked(best['pieces']))
     out.print(Text(f'report: {folder}'))
 
 @app.command('run')
