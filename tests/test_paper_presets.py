@@ -190,7 +190,7 @@ def test_every_stage_and_report(world, finished):
         grid = ', '.join(str(n_layers*p//100) for p in (25, 50, 75))
         if oracle: assert run.store.meta('notes') == notes[odd == 4:] + [f'ao: layer {layer} is off the grid that the oracle was trained on (layers {grid})']
     names = {p.name for p in (folder/'report').iterdir()}
-    assert {'report.md', 'summary.csv', 'provenance.json', 'examples.json', 'metrics.csv', 'pairs.csv', 'candidates.csv', 'judgements.csv', 'steering.csv', 'stages.png'} <= names
+    assert {'report.md', 'summary.csv', 'provenance.json', 'examples.json', 'metrics.parquet', 'pairs.parquet', 'candidates.parquet', 'judgements.parquet', 'steering.parquet', 'stages.png'} <= names
     summary = pd.read_csv(folder/'report'/'summary.csv').set_index(['stage', 'metric'])
     assert summary.loc[('control', 'output'), 'mean'] == 1 # the judge finds the texts that were written from an explanation
     for stage in ('label', 'sft', 'dpo1', 'dpo2'): # an explainer of random weights may say nothing of a feature: counted, not measured
@@ -316,7 +316,7 @@ def test_command(world, capsys):
     assert 'ao: not measured' in (folder/'report'/'report.md').read_text() # the public oracle cannot be had here
     main(['report', 'command', *root, '--out', str(world.folder/'copy')])
     assert (world.folder/'copy'/'report.md').exists() and 'control' in capsys.readouterr().out
-    said = pd.read_csv(folder/'report'/'explanations.csv').query('stage == "dpo1"').iloc[0]
+    said = pd.read_parquet(folder/'report'/'explanations.parquet').query('stage == "dpo1"').iloc[0]
     main(['explain', f'gemma-2-9b/20-gemmascope-res-16k/{said.feature}', '--preset', 'gemma-2-9b-l20', '--explainer', str(folder/'explainer'/'dpo1'), '--json'])
     answer = json.loads(capsys.readouterr().out)[0]
     assert answer['explanation'].startswith(said.text) and answer['label'].startswith('words such as')

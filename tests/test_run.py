@@ -5,12 +5,13 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.presets import load_preset
-from saeexplainer.report import result_tables
+from saeexplainer.report import Results
 from saeexplainer.run import Run, execute, stage_functions
 from saeexplainer.store import KEYS, RunStore
 
 WORDS = 'cat dog mat fire sea shells rain nation park large area land model feature word natural state hello range print'.split()
 STAGES = ['sft', 'prefs1', 'dpo1', 'prefs2', 'dpo2', 'evaluate']
+TABLES = 'sft_log dpo_log candidates pairs explanations metrics steering judgements texts features stages'.split()
 
 
 def make_preset(folder, **kw):
@@ -199,10 +200,59 @@ def test_no_pair_is_an_error(world):
 def test_report(finished):
     folder, report = finished
     names = {p.name for p in report.iterdir()}
-    assert {'report.md', 'summary.csv', 'provenance.json', 'metrics.csv', 'pairs.csv', 'candidates.csv', 'sft_log.csv', 'dpo_log.csv', 'explanations.csv', 'stages.png'} <= names
-    made = json.loads((report/'provenance.json').read_text())
-    assert made['seed'] == 0 and made['versions']['torch'] and set(made['seconds']) == set(STAGES)
+    assert {'report.md', 'summary.csv', 'provenance.json', 'examples.json', 'stages.png'} | {f'{t}.parquet' for t in TABLES} == names
+    results = Results(report)
+    made = results.made
+    assert made['seed'] == 0 and made['versions']['torch'] and set(made['seconds']) == set(STAGES) and made['like'] is None
+    assert results.stages == ['label', 'autointerp', 'untrained', 'sft', 'dpo1', 'dpo2', 'best'] == list(results.said.columns)
     summary = pd.read_csv(report/'summary.csv')
-    assert set(summary.stage) >= {'label', 'sft', 'dpo1', 'dpo2'} and (summary.low <= summary['mean'] + 1e-9).all()
-    candidates = pd.read_csv(report/'candidates.csv')
-    assert list(candidates.columns) == ['round', 'feature', 'k', 'text', 'reward'] and len(candidates) == 2*4*4
+    assert set(summary.stage) == {*results.stages, 'control'} and (summary.low <= summary['mean'] + 1e-9).all()
+    candidates = results['candidates']
+    assert list(candidates.columns) == ['round', 'feature', 'k', 'text', 'reward'] and len(candidates) == 3*4*4
+    best = candidates[candidates['round'] == 3].dropna(subset='reward')
+    for f, rows in best.groupby('feature'): assert results.said.loc[f, 'best'] == rows.loc[rows.reward.idxmax(), 'text'] # the target's choice
+    with pytest.raises(KeyError, match="has no table 'x': it has candidates"): results['x']
+    with pytest.raises(ValueError, match='holds no results'): Results(folder)
+
+
+def test_the_report_is_computed_from_its_tables(finished, tmp_path):
+    "Without the run, its store and its models; and from changed tables comes a changed report"
+    import shutil
+    from saeexplainer.report import write_report
+    for name in [*(f'{t}.parquet' for t in TABLES), 'provenance.json', 'examples.json']: shutil.copy(finished[1]/name, tmp_path)
+    write_report(tmp_path)
+    for name in ('report.md', 'summary.csv', 'stages.png'): assert (tmp_path/name).read_bytes() == (finished[1]/name).read_bytes(), name
+    page = (tmp_path/'report.md').read_text()
+    assert '## Differences' in page and '| dpo2 - sft |' in page and '## Repeats' in page and '| untrained |' in page
+    metrics = pd.read_parquet(tmp_path/'metrics.parquet')
+    metrics.assign(value=metrics.value + 1).to_parquet(tmp_path/'metrics.parquet')
+    write_report(tmp_path)
+    assert (tmp_path/'summary.csv').read_bytes() != (finished[1]/'summary.csv').read_bytes()
+
+
+def test_a_run_like_another_takes_over_what_is_the_same(world, finished):
+    "Adapters and replies where the settings are equal; what differs is made anew, and the outcome is that of a run on its own"
+    from saeexplainer.models import weights_sha256
+    like = dict(preset=load_preset(world[1]), like=finished[0], progress=False)
+    with Run(world[0]/'runs'/'twin', **like) as run:
+        execute(run, say=lambda line: None)
+        assert run.store.meta('like').startswith('whole: ') and run.store.progress().set_index('stage').loc['sft', 'seconds'] < 5
+    twin, whole = (rows_of(folder/'store.sqlite') for folder in (world[0]/'runs'/'twin', finished[0]))
+    assert all(twin[t] == whole[t] for t in ('explanations', 'pairs', 'texts', 'metrics'))
+    same = lambda folder, stage: weights_sha256(folder/'explainer'/stage, 'adapter_model.safetensors')
+    with Run(world[0]/'runs'/'cousin', **like | dict(preset=load_preset(world[1], dpo_lr=(1e-2, 1e-2)))) as run: execute(run, say=lambda line: None)
+    assert same(world[0]/'runs'/'cousin', 'sft') == same(finished[0], 'sft') and same(world[0]/'runs'/'cousin', 'dpo1') != same(finished[0], 'dpo1')
+    with pytest.raises(ValueError, match='there is no run .* to take anything over from'): Run(world[0]/'runs'/'lost', load_preset(world[1]), progress=False, like=world[0]/'runs'/'nobody')
+
+
+def test_screening_keeps_held_out_features_out(world, finished):
+    from saeexplainer.ablations import screen, screen_table
+    with Run(finished[0], load_preset(world[1]), progress=False) as run:
+        held_out = run.splits['preference1'][-2:]
+        rows = {name: screen(run, name, load_preset(world[1], **kw), held_out, samples=2, n=2)
+                for name, kw in dict(sft={}, paper=dict(reward='max'), worst=dict(negative='worst', dpo_loss='sigmoid_norm'), imitate=dict(dpo_loss='sft')).items()}
+        trained = json.loads((run.folder/'screening'/'paper'/'explainer'/'training.json').read_text())
+        assert screen(run, 'paper', None, held_out).equals(rows['paper']) # kept
+    assert trained['pairs'] <= 2 and set(rows['paper'].feature) == set(held_out) and rows['paper'].groupby('feature').k.nunique().tolist() == [3, 3]
+    table = screen_table(rows)
+    assert list(table.index) == ['sft', 'paper', 'worst', 'imitate'] and table.loc['sft', 'greedy - sft'] == 0
