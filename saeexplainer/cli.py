@@ -97,10 +97,12 @@ def show_report(folder:Path):
     from saeexplainer.metrics import stage_table
     from saeexplainer.report import stages_of
     cells = stage_table(pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric']))
-    table = Table('', *cells.index, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption='means with 95% intervals: shares in per cent; high, low and gap in units of the activation')
-    table.columns[0].no_wrap = True
-    for metric, row in zip(cells.columns, cells.T.values): table.add_row(metric, *(Text(c.replace(' [', '\n').replace(', ', '–').rstrip(']')) for c in row))
-    out.print(table)
+    for part in (cells.iloc[i:i+5] for i in range(0, len(cells), 5)):
+        table = Table('', *part.index, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.columns[0].no_wrap = True
+        for metric, row in zip(part.columns, part.T.values): table.add_row(metric, *(Text(c.replace(' [', '\n').replace(', ', '–').rstrip(']')) for c in row))
+        out.print(table)
+    out.print('means with 95% intervals: shares in per cent; high, low and gap in units of the activation')
     for case in json.loads((folder/'examples.json').read_text()):
         out.print(Text(case['feature'], style='bold'))
         for stage in stages_of(case): out.print(Text(f'  {stage:6} {case[stage]}'))
@@ -298,7 +300,7 @@ def measurable(names, run) -> list[bool]: # one per name
     return kept
 
 @app.command('evaluate')
-def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .jsonl or .parquet with feature and explanation')], preset: Optional[str] = None,
+def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .parquet or .jsonl with feature and explanation, or an export of Neuronpedia (.jsonl.gz)')], preset: Optional[str] = None,
                      name: Annotated[str, typer.Option(help='store and table go to runs/NAME')] = 'evaluation', root: Path = Path('runs'), writer: WriterKind = None, base_url: BaseURL = None, model: Model = None,
                      settings: Setting = None, as_json: JSON = False):
     "Measure explanations from whatever method with the four metrics"
@@ -308,12 +310,12 @@ def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .jsonl or 
     rows = read_explanations(file)
     if n := int(rows['explanation'].isna().sum()): print(f'{n} of {len(rows)} rows have no explanation and are left out', file=sys.stderr)
     rows = rows.dropna()
-    if file.stem in ('label', 'control'): raise ValueError(f'{file.name}: the stage {file.stem!r} is taken, give the file another name')
+    if (stage := file.name.split('.')[0]) in ('label', 'control'): raise ValueError(f'{file.name}: the stage {stage!r} is taken, give the file another name')
     with Run(root/name, resolve(preset_and_names(rows['feature'].tolist()[:1], preset)[0], None, settings, writer, base_url, model)) as run:
         rows = rows[measurable(rows['feature'], run)]
         if not len(rows): raise ValueError(f'{file} explains no feature that can be measured: {run.preset.source} has features 0 to {max(run.features)}')
         found = chosen_features(run.preset, rows['feature'].tolist(), 0, 0, list(run.features.values()))
-        stages = {file.stem: {f.index: t for f, t in zip(found, rows['explanation'])}, 'label': {f.index: f.explanation for f in found if f.explanation}}
+        stages = {stage: {f.index: t for f, t in zip(found, rows['explanation'])}, 'label': {f.index: f.explanation for f in found if f.explanation}}
         judge = run.writer('evaluation_writer')
         table = evaluate(Evaluation(run.store, run.target, judge, judge, run.preset, list(run.features.values())), stages)
     table.to_csv(root/name/'summary.csv')

@@ -13,15 +13,23 @@ import numpy as np
 
 # %% ../nbs/parts/dictionaries.ipynb #34fc6642
 def read_explanations(file): # DataFrame, columns feature (str), explanation (str or None)
-    "Explanations from a .csv, .jsonl or .parquet file; raises `FileNotFoundError` or `ValueError`"
+    """Explanations from a .csv, .parquet, .jsonl or .jsonl.gz file with the columns `feature` and `explanation`, or as Neuronpedia's export has them:
+    `index` and `description`, beside them `modelId` and `layer`; raises `FileNotFoundError` or `ValueError`"""
+    import gzip
     import pandas as pd
     file = Path(file)
+    lines = lambda text: pd.DataFrame([json.loads(line) for line in text.decode('utf-8').splitlines() if line.strip()])
     readers = {'.csv': lambda f: pd.read_csv(f, dtype=str, keep_default_na=False), '.parquet': pd.read_parquet,
-               '.jsonl': lambda f: pd.DataFrame([json.loads(line) for line in f.read_text(encoding='utf-8').splitlines() if line.strip()])}
+               '.jsonl': lambda f: lines(f.read_bytes()), '.jsonl.gz': lambda f: lines(gzip.decompress(f.read_bytes()))}
+    kind = ''.join(file.suffixes[-2:]) if file.suffix == '.gz' else file.suffix
     if not file.exists(): raise FileNotFoundError(f'no file {file}')
-    if file.suffix not in readers: raise ValueError(f'{file} must be .csv, .jsonl or .parquet')
-    try: rows = readers[file.suffix](file)
-    except Exception as e: raise ValueError(f'{file} is not a readable {file.suffix[1:]} file: {str(e).splitlines()[0]}') from None
+    if kind not in readers: raise ValueError(f'{file} must be .csv, .parquet, .jsonl or .jsonl.gz')
+    try: rows = readers[kind](file)
+    except Exception as e: raise ValueError(f'{file} is not a readable {kind[1:]} file: {str(e).splitlines()[0]}') from None
+    if {'index', 'description'} <= set(rows):
+        whole = {'modelId', 'layer'} <= set(rows)
+        names = rows['modelId'] + '/' + rows['layer'] + '/' + rows['index'].astype(str) if whole else rows['index']
+        rows = rows.assign(feature=names, explanation=rows['description'])
     if not {'feature', 'explanation'} <= set(rows): raise ValueError(f'{file} has the columns {", ".join(map(str, rows))}: it needs feature and explanation')
     said = [text if isinstance(text, str) and text.strip() else None for text in rows['explanation']]
     return pd.DataFrame({'feature': rows['feature'].astype(str), 'explanation': pd.Series(said, dtype=object)})

@@ -244,7 +244,7 @@ _PRESETS['smollm2-135m'] = dict(
     batch_size=96)
 
 _SIZES = {'smollm2-135m': {'full': {}, 'demo': dict(
-    n_sft=240, n_pref=24, n_test=16, n_output=6, n_candidates=4, n_texts=3, n_generative=4, n_activating=2, n_neutral=2,
+    baseline_labels=(), baselines=(), n_sft=240, n_pref=24, n_test=16, n_output=6, n_candidates=4, n_texts=3, n_generative=4, n_activating=2, n_neutral=2,
     steering_kl=(.5,))}}
 
 # %% ../nbs/parts/presets.ipynb #a2c8d641

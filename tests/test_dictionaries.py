@@ -105,8 +105,14 @@ def test_what_evaluate_reads(world, tmp_path):
     pd.DataFrame({'feature': [5], 'explanation': ['x']}).to_csv(tmp_path/'a.csv', index=False)
     pd.DataFrame({'feature': [5], 'explanation': ['x'], 'score': [1.]}).to_parquet(tmp_path/'b.parquet')
     for name in ('a.csv', 'b.parquet'): assert read_explanations(tmp_path/name).to_dict('list') == {'feature': ['5'], 'explanation': ['x']}
+    import gzip
+    row = dict(modelId='gemma-2-9b', layer='20-gemmascope-res-16k', index='5', description=' x ', explanationModelName='gpt-4o-mini') # as Neuronpedia exports it
+    (tmp_path/'batch-0.jsonl.gz').write_bytes(gzip.compress((json.dumps(row) + '\n' + json.dumps(row | dict(index='6', description=None)) + '\n').encode()))
+    assert read_explanations(tmp_path/'batch-0.jsonl.gz').to_dict('list') == {'feature': ['gemma-2-9b/20-gemmascope-res-16k/5', 'gemma-2-9b/20-gemmascope-res-16k/6'], 'explanation': [' x ', None]}
+    (tmp_path/'bare.jsonl').write_text('{"index": 5, "description": "x"}\n')
+    assert read_explanations(tmp_path/'bare.jsonl').to_dict('list') == {'feature': ['5'], 'explanation': ['x']}
     (tmp_path/'c.jsonl').write_text('{"feature": 1\n'); (tmp_path/'d.jsonl').write_text('{"id": 1}\n'); (tmp_path/'e.txt').write_text('')
-    for name, says in (('c.jsonl', 'is not a readable jsonl file'), ('d.jsonl', 'has the columns id: it needs feature and explanation'), ('e.txt', 'must be .csv, .jsonl or .parquet')):
+    for name, says in (('c.jsonl', 'is not a readable jsonl file'), ('d.jsonl', 'has the columns id: it needs feature and explanation'), ('e.txt', 'must be .csv, .parquet, .jsonl or .jsonl.gz')):
         with pytest.raises(ValueError, match=says): read_explanations(tmp_path/name)
 
 
