@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'select_pair', 'threshold_of', 'preference_prompt', 'stage_of',
            'sample_candidates', 'distinct_candidates', 'write_texts', 'score_candidates', 'candidate_rewards',
-           'choose_pairs', 'build_preferences']
+           'choose_pairs', 'build_preferences', 'split_half']
 
 # %% ../nbs/02_prefs.ipynb #910eb014
 import math, statistics
 from dataclasses import dataclass
-import pandas as pd
+import numpy as np, pandas as pd
 
 # %% ../nbs/02_prefs.ipynb #1f93f81e
 from .sampling import seed_for
@@ -194,3 +194,23 @@ def build_preferences(store, preset, round:int=1, threshold:float|None=None) -> 
     rows = choose_pairs(store, preset, round, threshold).astype(object)
     store.put_pairs(rows.where(rows.notna(), None).to_dict('records'))
     return store.pairs(round)
+
+# %% ../nbs/02_prefs.ipynb #1921d70a
+def split_half(texts, # rows of `texts` of one round: feature, k, j, score
+               negative:str='hard', reward:str='mean', threshold:float=0., spread:float=.10, margin:float=.15, splits:int=20, seed:int=0
+              ) -> dict: # pairs per split, agreement (ties count half), gap: mean difference of the halves' rewards, as a share of the chosen one's
+    "How far a half of the texts agrees with the pairs that the other half makes"
+    texts, rng = texts.dropna(subset='score'), np.random.default_rng(seed)
+    right, gaps, pairs = [], [], 0
+    for _ in range(splits):
+        order = texts.assign(at=rng.random(len(texts))).sort_values('at').groupby(['feature', 'k'])['score']
+        half, size = order.cumcount(), order.transform('size')
+        first, second = (texts[(half < size//2).reindex(texts.index) == side].groupby(['feature', 'k'])['score'].agg(reward) for side in (True, False))
+        for f, scores in first.groupby(level=0):
+            judge = second.loc[f] if f in second.index else {}
+            ks = [k for k in scores.index.get_level_values(1) if k in judge]
+            pair = select_pair(ks, [scores[f, k] for k in ks], threshold, spread, margin, negative)
+            if isinstance(pair, Dropped): continue
+            chosen, rejected = judge[pair.chosen], judge[pair.rejected]
+            pairs += 1; right.append((chosen > rejected) + .5*(chosen == rejected)); gaps.append((chosen - rejected)/pair.chosen_score)
+    return dict(pairs=pairs/splits, agreement=float(np.mean(right)) if right else math.nan, gap=float(np.mean(gaps)) if gaps else math.nan)
