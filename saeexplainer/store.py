@@ -272,8 +272,11 @@ class _Replies(_Pairs):
             db.executemany('INSERT INTO replies VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET reply=excluded.reply, writer=excluded.writer, '
                            "stage=excluded.stage WHERE json_extract(reply, '$.outcome')='failed'", values)
 
-    def take_replies(self, other) -> int: # RunStore; how many
+    def take_over(self, other, # RunStore
+                  steering:bool=False # also what steering has found and written
+                 ) -> int: # how many replies
         "Another run's replies to the same requests need not be asked for again; what they cost stays in its books"
+        for table in ('steering', 'steered_texts') if steering else (): self.put(table, other._rows(f'SELECT * FROM {table}'))
         return self.put('replies', other._rows("SELECT key, request, reply, writer, stage FROM replies WHERE json_extract(reply, '$.outcome')='ok'"))
 
     def replies(self, keys) -> dict: # key -> Reply, for those that came to an end other than 'failed'
