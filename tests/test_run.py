@@ -256,3 +256,23 @@ def test_screening_keeps_held_out_features_out(world, finished):
     assert trained['pairs'] <= 2 and set(rows['paper'].feature) == set(held_out) and rows['paper'].groupby('feature').k.nunique().tolist() == [3, 3]
     table = screen_table(rows)
     assert list(table.index) == ['sft', 'paper', 'worst', 'imitate'] and table.loc['sft', 'greedy - sft'] == 0
+
+
+def test_arms_are_smaller_runs_that_differ_in_one_thing(tmp_path):
+    from saeexplainer.ablations import ARMS, SMALLER, arm_preset, arms_figure, collect_arms
+    from saeexplainer.presets import diff
+    recorded = load_preset('smollm2-135m', size='full')
+    assert {line.split(':')[0] for line in diff(recorded, arm_preset('pool-6')).splitlines()} <= set(SMALLER)
+    assert diff(arm_preset('pool-2'), arm_preset('pool-10')) == 'n_candidates: 2 -> 10'
+    one, two = arm_preset('split-1'), arm_preset('split-2')
+    assert one.n_sft + one.n_pref == two.n_sft + 2*two.n_pref and two.new_features_in_round_2 and not one.new_features_in_round_2
+    assert set(ARMS) >= {f'layer-{i}' for i in (3, 9, 15, 21, 27)}
+    for arm in ('a', 'b'):
+        (tmp_path/arm/'report').mkdir(parents=True)
+        (tmp_path/arm/'report'/'provenance.json').write_text(json.dumps(dict(command=arm)))
+        pd.DataFrame([(s, f, m, float(f)) for s in ('sft', 'dpo1') for f in range(4) for m in ('generative', 'gap')], columns=['stage', 'feature', 'metric', 'value']).to_parquet(tmp_path/arm/'report'/'metrics.parquet')
+    collect_arms(['a', 'b'], tmp_path, tmp_path)
+    arms = pd.read_parquet(tmp_path/'arms.parquet')
+    assert len(arms) == 2*16 and json.loads((tmp_path/'arms.json').read_text())['b'] == dict(command='b')
+    fig = arms_figure(arms, dict(a='2', b='6'), 'K', stages=('sft', 'dpo1'), panels=('generative', 'gap'))
+    assert [ax.get_title() for ax in fig.axes] == ['generative accuracy (%)', 'gap H - L (activation)'] and fig.axes[0].get_lines()[0].get_ydata().tolist() == [150., 150.]
