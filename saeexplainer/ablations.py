@@ -28,7 +28,8 @@ def stage_figure(metrics, # rows stage, feature, metric, value
             rows = table.xs(name, level='metric').reindex(stages) if name in table.index.get_level_values('metric') else table.iloc[:0].droplevel('metric').reindex(stages)
             interval_plot(ax, rows, 1 if name == 'gap' else 100)
             if name == 'output': ax.axvline(100*chance, color='k', ls=':', lw=1)
-            ax.set_xlabel(title); ax.set_xlim(left=0)
+            ax.set_xlabel(title)
+            if name != 'gap': ax.set_xlim(left=0)
             if i: ax.tick_params(left=False)
     return fig
 
@@ -46,8 +47,13 @@ def screen(run, # `Run` with a finished first round of preferences
     from saeexplainer.injection import load_explainer
     from saeexplainer.metrics import verify
     from saeexplainer.prefs import choose_pairs, threshold_of
+    from saeexplainer.presets import diff
+    from saeexplainer.sft import same_settings
     folder, adapter, held_out = run.folder/'screening'/name, run.adapter('sft'), list(held_out)
-    if (file := folder/'screen.parquet').exists(): return pd.read_parquet(file)
+    settings = dict(changes=diff(run.preset, preset, fixed=True), held_out=held_out, samples=samples, n=n)
+    if (file := folder/'screen.parquet').exists():
+        same_settings(json.loads((folder/'screen.json').read_text()), settings, f'{folder} holds another screening')
+        return pd.read_parquet(file)
     if name != 'sft':
         pairs = choose_pairs(run.store, preset, 1, threshold_of(preset, [run.features[f] for f in run.splits['sft']]))
         adapter = train_dpo(preset, pairs[~pairs['feature'].isin(held_out)], run.reader, adapter, folder/'explainer', progress=progress).folder
@@ -58,9 +64,10 @@ def screen(run, # `Run` with a finished first round of preferences
     del explainer
     checked = verify(run.target, run.writer('evaluation_writer'), [(f, text) for f, _, text in said], preset, n, progress)
     known = {f: run.features[f].max_act for f in held_out}
-    rows = pd.DataFrame([(f, k, text, float(np.nanmean(v.scores))/known[f] if v.best is not None else np.nan, v.reached(known[f], preset.success))
+    rows = pd.DataFrame([(f, k, text, float(np.nanmean(v.scores))/known[f] if text.strip() and v.best is not None else np.nan, v.reached(known[f], preset.success))
                          for (f, k, text), v in zip(said, checked)], columns=['feature', 'k', 'text', 'score', 'reached'])
-    folder.mkdir(parents=True, exist_ok=True); rows.to_parquet(file, index=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'screen.json').write_text(json.dumps(settings)); rows.to_parquet(file, index=False)
     return rows
 
 def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
@@ -97,14 +104,14 @@ SMALLER = dict(n_pref=150, n_test=100, n_output=100, dpo_rounds=1, baselines=(),
 ARMS = { # what each changes
     'pool-2': dict(n_candidates=2), 'pool-6': dict(n_candidates=6), 'pool-10': dict(n_candidates=10),
     'split-1': dict(n_sft=600, n_pref=300, dpo_rounds=2), 'split-2': dict(n_sft=300, n_pref=300, dpo_rounds=2, new_features_in_round_2=True),
-    'peak-words': dict(label_model='peak words', n_sft=2000),
+    'peak-words': dict(label_model='peak words'),
     **{f'layer-{layer}': dict(label_model='peak words', n_sft=1000) for layer in (3, 9, 15, 21, 27)}}
 
 def arm_preset(name:str, root='runs'): # `root`: where the recipe of the layers' SAEs has put them, in layer_saes/
     "The preset of an arm"
     from saeexplainer.presets import load_preset
-    layer = int(name.removeprefix('layer-')) if name.startswith('layer-') else 9
-    return load_preset('smollm2-135m' if layer == 9 else Path(root)/'layer_saes'/f'layer{layer}'/'preset.yaml', size='full', **SMALLER | ARMS[name])
+    base = Path(root)/'layer_saes'/name.replace('-', '')/'preset.yaml' if name.startswith('layer-') else 'smollm2-135m'
+    return load_preset(base, size='full', **SMALLER | ARMS[name])
 
 def run_arms(names=ARMS, root='runs', like:str|None=None, # a run under `root`
              say=print) -> None:
@@ -138,6 +145,7 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
                 x = np.arange(len(names)) + .16*(j - (len(stages)-1)/2)
                 cis = [bootstrap_ci(arms[(arms.arm == a) & (arms.stage == stage) & (arms.metric == metric)].value) for a in names]
                 ax.errorbar(x, [scale*c.mean for c in cis], [[scale*(c.mean - c.low) for c in cis], [scale*(c.high - c.mean) for c in cis]], fmt=MARKS.get(stage, 'o') + '-', ms=4, lw=1, color=color(stage), label=named(stage))
-            ax.set(xticks=range(len(names)), xticklabels=names.values(), title=PANELS[metric], xlabel=xlabel, ylim=(0, None))
+            ax.set(xticks=range(len(names)), xticklabels=names.values(), title=PANELS[metric], xlabel=xlabel)
+            if metric != 'gap': ax.set_ylim(bottom=0)
         fig.axes[0].legend()
     return fig

@@ -310,7 +310,7 @@ def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .parquet o
     rows = read_explanations(file)
     if n := int(rows['explanation'].isna().sum()): print(f'{n} of {len(rows)} rows have no explanation and are left out', file=sys.stderr)
     rows = rows.dropna()
-    if (stage := file.name.split('.')[0]) in ('label', 'control'): raise ValueError(f'{file.name}: the stage {stage!r} is taken, give the file another name')
+    if (stage := file.name.removesuffix('.gz').rpartition('.')[0]) in ('label', 'control'): raise ValueError(f'{file.name}: the stage {stage!r} is taken, give the file another name')
     with Run(root/name, resolve(preset_and_names(rows['feature'].tolist()[:1], preset)[0], None, settings, writer, base_url, model)) as run:
         rows = rows[measurable(rows['feature'], run)]
         if not len(rows): raise ValueError(f'{file} explains no feature that can be measured: {run.preset.source} has features 0 to {max(run.features)}')

@@ -31,6 +31,9 @@ def read_explanations(file): # DataFrame, columns feature (str), explanation (st
         names = rows['modelId'] + '/' + rows['layer'] + '/' + rows['index'].astype(str) if whole else rows['index']
         rows = rows.assign(feature=names, explanation=rows['description'])
     if not {'feature', 'explanation'} <= set(rows): raise ValueError(f'{file} has the columns {", ".join(map(str, rows))}: it needs feature and explanation')
+    if (twice := rows['feature'].astype(str).duplicated()).any():
+        by = f" ({', '.join(map(str, rows['explanationModelName'].unique()))})" if 'explanationModelName' in rows else ''
+        raise ValueError(f"{file} explains {rows['feature'][twice].iloc[0]} more than once{by}: keep one explanation of each feature")
     said = [text if isinstance(text, str) and text.strip() else None for text in rows['explanation']]
     return pd.DataFrame({'feature': rows['feature'].astype(str), 'explanation': pd.Series(said, dtype=object)})
 

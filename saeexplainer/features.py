@@ -161,9 +161,10 @@ def card_of(file:Path) -> dict: # empty where there is none
     return json.loads(card.read_text()) if card.exists() else {}
 
 def check_features_of(file:Path, reader): # raises `ValueError`
-    "The hash of the SAE that a file of features was read from, where features.json beside it names one, against the reader's"
-    wanted = card_of(file).get('sae_sha256')
-    if wanted and wanted != reader.sha256:
+    "The hash of the SAE that a file of features was read from, where features.json (and for later labels labels.json) beside it names one, against the reader's"
+    for card in (file, file.with_name('labels.parquet')):
+        if (wanted := card_of(card).get('sae_sha256')) in (None, reader.sha256): continue
+        if card != file: raise ValueError(f'{card} holds labels of an SAE with hash {wanted[:12]}, this one has {reader.sha256[:12]}: move it away')
         raise ValueError(f'{file} was read from an SAE with hash {wanted[:12]}, this one has {reader.sha256[:12]}: make it again with `saeexplainer features PRESET --anew`')
 
 def stored_source(file) -> str|None: # 'model/source'; None where the file does not say, or cannot be read

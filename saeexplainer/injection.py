@@ -227,7 +227,7 @@ class Explainer:
     def from_preset(cls, preset, reader, device=None): # `FeatureReader` whose directions it is to read
         "The untrained explainer of a preset: the bare model with the injection"
         card = ExplainerCard.from_preset(preset, reader)
-        return cls(*load_model(preset.explainer, preset.dtype, device or preset.device), card)
+        return cls(*load_model(preset.explainer, device=device or preset.device), card)
 
 # %% ../nbs/00_injection.ipynb #41fd99ea
 def _rows(self, directions, seeds, max_new_tokens, temperature, top_p, batch_size, progress): # one text per direction
@@ -340,7 +340,7 @@ def _from_oracle(cls, adapter, # PEFT adapter: a folder or hub id
     "An Activation Oracle that reads the directions of `reader`; raises as `from_pretrained` does"
     from peft import PeftModel
     card = replace(ExplainerCard.from_preset(preset, reader, 'ao'), template=ORACLE_TEMPLATE.replace('{layer}', str(reader.layer)), placeholder=' ?', layer=1, coefficient=1.)
-    model, tokenizer = load_model(preset.explainer, preset.dtype, device or preset.device)
+    model, tokenizer = load_model(preset.explainer, device=device or preset.device)
     card.check_model(model)
     folder = _fetch(adapter)
     if not (folder/'adapter_model.safetensors').exists(): raise FileNotFoundError(f'{adapter} has no adapter_model.safetensors: it is not a PEFT adapter')
@@ -359,4 +359,4 @@ def load_explainer(explainer, # folder or hub id, 'ao' or 'untrained'
     if explainer == 'untrained': return Explainer.from_preset(preset, reader)
     adapter = adapter_of(explainer, preset)
     if explainer == 'ao': return Explainer.from_oracle(adapter, preset, reader)
-    return Explainer.from_pretrained(adapter, reader=reader, dtype=preset.dtype, device=preset.device)
+    return Explainer.from_pretrained(adapter, reader=reader, device=preset.device)

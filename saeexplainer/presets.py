@@ -113,7 +113,7 @@ class Preset:
     budget_requests: int|None = _field(None, 'requests that it may send, repetitions included', fixed=False)
     budget_tokens: int|None = _field(None, 'tokens of prompts and replies that it may spend', fixed=False)
     # the machine
-    dtype: str = _field('bfloat16', "weights of target and writer, and of an explainer that is not trained at the moment: 'bfloat16' or 'float32'")
+    dtype: str = _field('bfloat16', "weights of target and writer: 'bfloat16' or 'float32'")
     device: str = _field('auto', "'auto', 'cpu', 'cuda', ...")
     batch_size: int = _field(64, 'rows generated at once')
     batch_tokens: int = _field(4096, 'tokens read at once, padding included')

@@ -19,7 +19,8 @@ def _claim_preset(folder:Path, preset:Preset, begun:bool):
     "Write the run's preset, after a check that it is the one that was begun with; what may change in between (a server's URL, prices, budgets) is the latest"
     file = folder/'preset.yaml'
     if begun and file.exists():
-        changes = diff(load_preset(file), preset, fixed=True)
+        try: changes = diff(load_preset(file), preset, fixed=True)
+        except ValueError as e: raise ValueError(f'{folder} was begun by another version of saeexplainer ({e}): choose another --name') from None
         if changes: raise ValueError(f'{folder} was begun with another preset ({"; ".join(changes.splitlines())}): choose another --name')
     part = file.with_suffix('.part'); part.write_text(preset.to_yaml()); part.rename(file)
 
@@ -31,7 +32,7 @@ def _lock(folder:Path): # the open file: the lock lasts as long as it does
     return file
 
 # %% ../nbs/parts/run.ipynb #90cfa987
-STEERED_BY = ('target sae sae_hook source layer features n_controls steering_prompts steering_tokens steering_temperature steering_kl steering_reference '
+STEERED_BY = ('target sae sae_hook sae_bos source layer features n_controls steering_prompts steering_tokens steering_temperature steering_kl steering_reference '
               'dtype seed').split() # fields on which steered texts depend
 
 @dataclass
@@ -49,15 +50,23 @@ class Run:
         self._held = _lock(self.folder)
         self.store = RunStore(self.folder/'store.sqlite')
         _claim_preset(self.folder, self.preset, begun=self.store.begun())
-        if self.like: self._take_over()
 
-    def _take_over(self): # replies now, adapters when their stage comes
+    def take_over(self): # adapters come when their stage does
+        "Replies and steering of the run that this one is like, where they are answers to the same questions"
         from saeexplainer.store import RunStore
         if not (Path(self.like)/'store.sqlite').exists(): raise ValueError(f'there is no run {self.like} to take anything over from')
         theirs = load_preset(Path(self.like)/'preset.yaml')
-        steering = all(getattr(theirs, f) == getattr(self.preset, f) for f in STEERED_BY)
-        with RunStore(Path(self.like)/'store.sqlite') as other: n = self.store.take_over(other, steering)
-        if n: self.store.note('like', f'{Path(self.like).name}: {n} replies of its writers')
+        same = lambda fields: all(getattr(theirs, f) == getattr(self.preset, f) for f in fields)
+        with RunStore(Path(self.like)/'store.sqlite') as other:
+            steering = same(STEERED_BY) and other.meta('pool') == self.pool
+            n = self.store.take_over(other, local=same(('target', 'writer', 'evaluation_writer', 'dtype')), steering=steering)
+        if n: self.store.note('like', f'{Path(self.like).name}: {n} replies of its writers' + (', its steered texts' if steering else ''))
+
+    @property
+    def pool(self) -> str: # what steering takes its controls from, and by which directions
+        import hashlib
+        alive = [f.index for f in self.features.values() if f.max_act and f.max_act > 0]
+        return hashlib.sha256(f'{self.reader.sha256} {alive}'.encode()).hexdigest()
 
 
     def close(self):
@@ -106,11 +115,9 @@ class Run:
         parts, left = {'test': order[:p.n_test]}, order[p.n_test:][::-1]
         rounds = p.dpo_rounds if p.new_features_in_round_2 else 1
         sizes = {'sft': p.n_sft, 'validation': validation_size(p)} | {f'preference{r+1}': p.n_pref for r in range(rounds)}
-        for name, n in sizes.items():
-            labelled = name in ('sft', 'validation')
-            parts[name] = [i for i in left if not labelled or self.features[i].status=='ok'][:n]
-            taken = set(parts[name])
-            left = [i for i in left if i not in taken]
+        for name, n in sizes.items(): # where labels are wanted, features without one are passed over, and used for nothing
+            usable = [k for k, i in enumerate(left) if name not in ('sft', 'validation') or self.features[i].status=='ok'][:n]
+            parts[name], left = [left[k] for k in usable], left[usable[-1]+1:] if usable else left
         if any(len(parts[name]) < n for name, n in (sizes | {'test': p.n_test}).items()):
             raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in ({'test': p.n_test} | sizes).items())} features are wanted, there are {len(alive)}, "
                              f"{sum(self.features[i].status=='ok' for i in order)} of them with a label")
@@ -128,6 +135,9 @@ class Run:
 
     def adapter(self, stage:str) -> Path: return self.folder/'explainer'/stage
     def adapter_like(self, stage:str) -> Path|None: return self.like and Path(self.like)/'explainer'/stage
+    def taken(self, stage:str) -> str: # to say behind what a stage has done; a training log holds its seconds, so no two are equal
+        log = lambda folder: (folder/'training.json').read_bytes() if (folder/'training.json').exists() else None
+        return f', taken over from {Path(self.like).name}' if self.like and log(self.adapter(stage)) == log(self.adapter_like(stage)) else ''
 
     def explainer(self, stage:str):
         from saeexplainer.injection import load_explainer
@@ -154,7 +164,7 @@ def sft_stage(run:Run) -> str:
     result = train_sft(run.preset, labelled('sft'), run.reader, run.adapter('sft'), eval_features=labelled('validation'), held_out=held_out,
                        like=run.adapter_like('sft'), progress=run.progress)
     losses = result.losses
-    return f'{len(s["sft"])} features, loss {losses[0]:.2f} -> {losses[-1]:.2f}'
+    return f'{len(s["sft"])} features, loss {losses[0]:.2f} -> {losses[-1]:.2f}{run.taken("sft")}'
 
 def rewarded_candidates(run:Run, round:int, features) -> None:
     "Candidates of the explainer before this round, texts, scores"
@@ -182,7 +192,7 @@ def dpo_stage(run:Run, round:int) -> str:
     run.make_room()
     previous = run.adapter('sft' if round==1 else f'dpo{round-1}')
     result = train_dpo(run.preset, run.store.pairs(round), run.reader, previous, run.adapter(f'dpo{round}'), round, run.progress, run.adapter_like(f'dpo{round}'))
-    return f'{result.pairs} pairs, step-0 loss {result.step0_loss:.4f}, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}'
+    return f'{result.pairs} pairs, step-0 loss {result.step0_loss:.4f}, loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}{run.taken(f"dpo{round}")}'
 
 # %% ../nbs/parts/run.ipynb #6ba39812
 def explainer_stages(preset) -> list[str]: # sft, dpo1, ...
@@ -214,17 +224,20 @@ def best_candidates(run:Run, test) -> dict: # {feature: text}; a feature none of
 
 def _baseline(run:Run, name:str, test) -> dict: # {feature: text}
     from saeexplainer.autointerp import autointerp
+    from saeexplainer.features import NO_PATTERN
     if name == 'untrained': return _explained_by(run, name, test)
     if name == 'best': return best_candidates(run, test)
-    return autointerp(run.writer('evaluation_writer'), [run.features[i] for i in test], small=run.preset.one_text('evaluation_writer'),
+    said = autointerp(run.writer('evaluation_writer'), [run.features[i] for i in test], small=run.preset.one_text('evaluation_writer'),
                       max_tokens=run.preset.explanation_tokens, progress=run.progress)
+    return {i: '' if text == NO_PATTERN else text for i, text in said.items()}
 
 def explain_test(run:Run) -> dict: # stage -> {feature: text}, in the order of `evaluated_stages`
     "Explanations of the test features: labels, other models' labels, other methods, an Activation Oracle's answers, and every explainer's greedy ones"
     from saeexplainer.features import labels_of
     from saeexplainer.injection import oracle_note
     test, notes = run.splits['test'], []
-    stages = {'label': {i: run.features[i].explanation for i in test}}
+    stages = {'label': {i: text for i in test if (text := run.features[i].explanation)}}
+    if (n := len(stages['label'])) < len(test): notes.append(f'{n} of {len(test)} test features have a label')
     for model in run.preset.baseline_labels:
         stages[model] = labels_of([run.features[i] for i in test], model)
         if (n := len(stages[model])) < len(test): notes.append(f'{n} of {len(test)} test features have a label by {model}')
@@ -269,6 +282,8 @@ def execute(run:Run, say=print) -> Path: # the report's folder
         + ', '.join(f'{len(part)} {name}' for name, part in run.splits.items()))
     commit = git_commit()
     run.store.put_meta(template=run.preset.template, placeholder=run.preset.placeholder)
+    run.store.note('pool', run.pool)
+    if run.like: run.take_over()
     for name, stage in stage_functions(run.preset).items():
         if run.store.finished(name):
             say(f'{name}: done before'); continue

@@ -7,9 +7,9 @@ __all__ = ['text_windows', 'layer_residuals', 'cache_residuals', 'CompactAuxLoss
            'export_sae', 'reconstruction', 'next_token_loss', 'splice_losses']
 
 # %% ../nbs/parts/sae_training.ipynb #e4a8204b
-import json, os, shutil
+import hashlib, json, os, shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAET
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.mixing_buffer import mixing_buffer
-from .models import decoder_layers
+from .sft import same_settings
 from .target import residual_hook, residual_stream
 
 # %% ../nbs/parts/sae_training.ipynb #f8955d12
@@ -51,8 +51,9 @@ def cache_residuals(model, rows, layers, bos, folder, batch:int=16, progress:boo
     folder, size, d = Path(folder), rows.shape[1], model.config.hidden_size
     folder.mkdir(parents=True, exist_ok=True)
     files = {layer: folder/f'layer{layer}.npy' for layer in layers}
-    done = json.loads((folder/'done.json').read_text()) if (folder/'done.json').exists() else dict(windows=0, of=len(rows), layers=list(layers))
-    if (done['of'], done['layers']) != (len(rows), list(layers)): raise ValueError(f'{folder} holds other activations: delete it, or use another folder')
+    about = dict(rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest(), layers=list(layers), bos=bos, model=Path(model.config.name_or_path).name, dtype=str(model.dtype))
+    done = json.loads((folder/'done.json').read_text()) if (folder/'done.json').exists() else dict(about, windows=0)
+    if done | about != done: raise ValueError(f'{folder} holds other activations: delete it, or use another folder')
     arrays = {layer: np.lib.format.open_memmap(f, 'r+' if done['windows'] else 'w+', np.float16, (len(rows), size, d)) for layer, f in files.items()}
     with tqdm(total=len(rows), initial=done['windows'], desc='activations', unit='window', disable=not progress) as bar:
         for i in range(done['windows'], len(rows), batch):
@@ -113,8 +114,11 @@ def train_sae(settings:SAESettings, model_name:str, d_in:int,
               work, bos:bool=True) -> Path: # folder of the trained SAE, in `work`
     "Train an SAE; killed, the same call goes on from its last checkpoint"
     s, work = settings, Path(work)
-    if (work/'sae').exists(): return work/'sae'
     work.mkdir(parents=True, exist_ok=True)
+    about = dict(asdict(s), model=model_name, d_in=d_in)
+    if not (work/'settings.json').exists(): _write(work/'settings.json', about)
+    same_settings(json.loads((work/'settings.json').read_text()), about, f'{work} holds another training')
+    if (work/'sae').exists(): return work/'sae'
     torch.manual_seed(s.seed)
     metadata = SAEMetadata(model_name=model_name, hook_name=f'blocks.{s.layer}.hook_resid_post', hf_hook_name=f'model.layers.{s.layer}', context_size=s.context, prepend_bos=bos)
     sae = CompactAuxLoss(BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=s.features, k=s.k, normalize_activations='expected_average_only_in', metadata=metadata))
@@ -166,7 +170,7 @@ def next_token_loss(model, rows, layer:int, bos:int|None, change=None, # residua
         if change is not None: return torch.cat([resid[:, :first], change(resid[:, first:].float()).to(resid.dtype)], 1)
     losses = []
     for part in rows.split(batch):
-        ids = torch.cat([torch.full((len(part), 1), bos), part], 1) if first else part
+        ids = (torch.cat([torch.full((len(part), 1), bos), part], 1) if first else part).to(model.device)
         with residual_hook(model, layer, 'resid_post', replace): logits = model(ids, use_cache=False).logits
         losses.append(torch.nn.functional.cross_entropy(logits[:, first:-1].flatten(0, 1).float(), ids[:, 1+first:].flatten(), reduction='none'))
     return torch.cat(losses).mean().item()

@@ -273,11 +273,12 @@ class _Replies(_Pairs):
                            "stage=excluded.stage WHERE json_extract(reply, '$.outcome')='failed'", values)
 
     def take_over(self, other, # RunStore
+                  local:bool=False, # also replies of writers in the process, which are known by the name of their folder alone
                   steering:bool=False # also what steering has found and written
                  ) -> int: # how many replies
-        "Another run's replies to the same requests need not be asked for again; what they cost stays in its books"
+        "Another run's replies to the same requests need not be asked for again; they stay in its books, and are in none here"
         for table in ('steering', 'steered_texts') if steering else (): self.put(table, other._rows(f'SELECT * FROM {table}'))
-        return self.put('replies', other._rows("SELECT key, request, reply, writer, stage FROM replies WHERE json_extract(reply, '$.outcome')='ok'"))
+        return self.put('replies', other._rows("SELECT key, request, reply, writer, NULL FROM replies WHERE json_extract(reply, '$.outcome')='ok' AND (? OR writer NOT LIKE 'local:%')", [local]))
 
     def replies(self, keys) -> dict: # key -> Reply, for those that came to an end other than 'failed'
         "Stored replies"
@@ -326,9 +327,9 @@ class _Replies(_Pairs):
         "What every stage asked of every writer, and how it ended"
         books = {}
         at = lambda writer, stage: books.setdefault(writer or '', {}).setdefault(stage or '', dict(outcomes={}, attempts={}, prompt_tokens=0, completion_tokens=0, cost=0.))
-        for writer, stage, outcome, n in self._rows("SELECT writer, stage, json_extract(reply, '$.outcome'), count(*) FROM replies GROUP BY 1, 2, 3"):
+        for writer, stage, outcome, n in self._rows("SELECT writer, stage, json_extract(reply, '$.outcome'), count(*) FROM replies WHERE stage NOT NULL OR writer IS NULL GROUP BY 1, 2, 3"): # not those that were taken over
             at(writer, stage)['outcomes'][outcome] = n
-        for writer, stage, name, n in self._rows('SELECT writer, stage, c.key, sum(c.value) FROM replies, json_each(reply, \'$.counts\') c GROUP BY 1, 2, 3'):
+        for writer, stage, name, n in self._rows('SELECT writer, stage, c.key, sum(c.value) FROM replies, json_each(reply, \'$.counts\') c WHERE stage NOT NULL OR writer IS NULL GROUP BY 1, 2, 3'):
             at(writer, stage).setdefault('texts', {})[name] = n
         for writer, stage, outcome, n, p, c, cost, most in self._rows("SELECT writer, stage, coalesce(outcome, 'under way'), count(*), sum(coalesce(prompt_tokens, 0)), "
                 'sum(coalesce(completion_tokens, 0)), sum(coalesce(cost, 0)), sum(CASE WHEN prompt_tokens IS NULL THEN most_cost ELSE 0 END) FROM attempts GROUP BY 1, 2, 3'):

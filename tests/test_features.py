@@ -113,7 +113,7 @@ def test_label_model_chooses_the_label(tmp_path):
     assert labels_of(load_features(preset_with(file)), 'gpt-5') == {0: 'first', 1: 'second', 3: 'first', 4: 'first', 5: 'first'}
 
 
-def test_words_belong_to_the_label_that_names_them(tmp_path):
+def test_words_at_the_peaks_stay_whatever_the_label(tmp_path):
     file = save_features([{**row(0, "the word 'x'", said=[Explanation("the word 'x'", 'words'), Explanation('y', 'gpt-5')]), 'words': ['x']}], tmp_path/'f.parquet')
     assert [load_features(preset_with(file, label_model=m))[0].words for m in (None, 'words', 'gpt-5')] == [('x',)]*3
 

@@ -14,6 +14,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp('leaks')
     file = make_preset(folder)
     table = pq.read_table(folder/'data'/'tiny'/'features.parquet').to_pandas()
+    table.loc[table['index'] % 3 == 0, 'status'] = 'unlabelled'
     table['explanation'] = [f'label number {i}' if s == 'ok' else None for i, s in zip(table['index'], table['status'])]
     table.to_parquet(folder/'data'/'tiny'/'features.parquet')
     seen, patch = [], pytest.MonkeyPatch()
@@ -37,6 +38,15 @@ def test_test_features_reach_no_trainer(trained):
     learned = ' / '.join(turn['content'] for row in seen for part in ('completion', 'chosen', 'rejected') for turn in row.get(part, ()))
     assert all(f'label number {i}' in learned for i in run.splits['sft']) # the look at what is learned is no empty look
     assert not any(f'label number {i} ' in f'{learned} ' for i in test)
+
+
+def test_features_without_a_label(trained):
+    "Tested, and used for preferences, as often as others; passed over where labels are learned; said in the report"
+    run, _ = trained
+    status = lambda split: {run.features[i].status for i in run.splits[split]}
+    assert status('test') == status('preference1') == {'ok', 'unlabelled'} and status('sft') == status('validation') == {'ok'}
+    n = sum(run.features[i].status == 'ok' for i in run.splits['test'])
+    assert run.store.meta('notes') == [f'{n} of 4 test features have a label'] and len(run.store.explanations('label')) == n and len(run.store.explanations('sft')) == 4
 
 
 def test_a_leaking_split_is_refused(trained, monkeypatch):

@@ -24,7 +24,7 @@ def make_preset(folder, **kw):
                  explanation=f"the word '{WORDS[i % 20]}'" if i < 36 else None, contexts=[context]) for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), data/'tiny'/'features.parquet')
     fields = dict(base='smollm2-135m', target=str(model), explainer=str(model), sae='tiny/sae', features='tiny/features.parquet', source='tiny/1-res', layer=1,
-                  placeholder=PLACEHOLDER, device='cpu', dtype='float32', n_sft=8, n_pref=4, n_test=4, n_output=2, sft_batch=2, dpo_batch=1, sft_epochs=2., dpo_epochs=2., threshold=0., spread=0., margin=0.,
+                  baselines=['autointerp', 'untrained', 'best'], placeholder=PLACEHOLDER, device='cpu', dtype='float32', n_sft=8, n_pref=4, n_test=4, n_output=2, sft_batch=2, dpo_batch=1, sft_epochs=2., dpo_epochs=2., threshold=0., spread=0., margin=0.,
                   n_candidates=4, n_texts=2, n_generative=2, n_activating=2, n_neutral=2, explanation_tokens=6, text_tokens=8, steering_kl=[.01], steering_tokens=4, batch_size=4)
     file = folder/'tiny.yaml'
     file.write_text(''.join(f'{k}: {json.dumps(v)}\n' for k, v in (fields | kw).items()))
@@ -230,19 +230,38 @@ def test_the_report_is_computed_from_its_tables(finished, tmp_path):
     assert (tmp_path/'summary.csv').read_bytes() != (finished[1]/'summary.csv').read_bytes()
 
 
-def test_a_run_like_another_takes_over_what_is_the_same(world, finished):
-    "Adapters and replies where the settings are equal; what differs is made anew, and the outcome is that of a run on its own"
+def test_a_run_like_another_takes_over_what_is_the_same(world, finished, monkeypatch):
+    "Adapters, replies and steering where the settings are equal: nothing of it is made again; what differs is"
+    from saeexplainer import dpo, sft
     from saeexplainer.models import weights_sha256
-    like = dict(preset=load_preset(world[1]), like=finished[0], progress=False)
-    with Run(world[0]/'runs'/'twin', **like) as run:
-        execute(run, say=lambda line: None)
-        assert run.store.meta('like').startswith('whole: ') and run.store.progress().set_index('stage').loc['sft', 'seconds'] < 5
+    from saeexplainer.target import Target
+    from saeexplainer.writer import LocalWriter
+    def never(*_, **__): raise AssertionError('made again')
+    like = dict(like=finished[0], progress=False)
+    with monkeypatch.context() as m:
+        for owner, name in ((sft, '_sft_trainer'), (dpo, 'dpo_trainer'), (Target, 'steering_values'), (Target, 'generate')): m.setattr(owner, name, never)
+        m.setattr(LocalWriter, '_generate', lambda self, prompts, *_: never() if prompts else iter(()))
+        said = []
+        with Run(world[0]/'runs'/'twin', load_preset(world[1]), **like) as run: execute(run, say=said.append)
+        assert run.preset and sum('taken over from whole' in line for line in said) == 3
+    with Run(world[0]/'runs'/'twin', load_preset(world[1]), progress=False) as run:
+        assert run.store.meta('like').startswith('whole: ') and run.store.meta('like').endswith('its steered texts') and run.store.accounts() == {}
     twin, whole = (rows_of(folder/'store.sqlite') for folder in (world[0]/'runs'/'twin', finished[0]))
-    assert all(twin[t] == whole[t] for t in ('explanations', 'pairs', 'texts', 'metrics'))
+    assert all(twin[t] == whole[t] for t in ('explanations', 'pairs', 'texts', 'metrics', 'steering', 'steered_texts'))
     same = lambda folder, stage: weights_sha256(folder/'explainer'/stage, 'adapter_model.safetensors')
-    with Run(world[0]/'runs'/'cousin', **like | dict(preset=load_preset(world[1], dpo_lr=(1e-2, 1e-2)))) as run: execute(run, say=lambda line: None)
+    with Run(world[0]/'runs'/'cousin', load_preset(world[1], dpo_lr=(1e-2, 1e-2), steering_tokens=3), **like) as run: execute(run, say=lambda line: None)
     assert same(world[0]/'runs'/'cousin', 'sft') == same(finished[0], 'sft') and same(world[0]/'runs'/'cousin', 'dpo1') != same(finished[0], 'dpo1')
-    with pytest.raises(ValueError, match='there is no run .* to take anything over from'): Run(world[0]/'runs'/'lost', load_preset(world[1]), progress=False, like=world[0]/'runs'/'nobody')
+    with Run(world[0]/'runs'/'cousin', load_preset(world[1], dpo_lr=(1e-2, 1e-2), steering_tokens=3), progress=False) as run: assert 'steered' not in run.store.meta('like')
+    with Run(world[0]/'runs'/'lost', load_preset(world[1]), progress=False, like=world[0]/'runs'/'nobody') as run:
+        with pytest.raises(ValueError, match='there is no run .* to take anything over from'): execute(run, say=lambda line: None)
+    with Run(world[0]/'runs'/'lost', load_preset(world[1], n_pref=3), progress=False): pass # the name is still free
+
+
+def test_a_run_of_another_version_says_so(world):
+    folder = world[0]/'runs'/'old'
+    with Run(folder, load_preset(world[1]), progress=False) as run: run.store.start('sft')
+    (folder/'preset.yaml').write_text((folder/'preset.yaml').read_text() + 'dpo_length_normalised: true\n')
+    with pytest.raises(ValueError, match='was begun by another version of saeexplainer .*no field .dpo_length_normalised.*choose another --name'): Run(folder, load_preset(world[1]), progress=False)
 
 
 def test_screening_keeps_held_out_features_out(world, finished):
@@ -252,7 +271,8 @@ def test_screening_keeps_held_out_features_out(world, finished):
         rows = {name: screen(run, name, load_preset(world[1], **kw), held_out, samples=2, n=2)
                 for name, kw in dict(sft={}, paper=dict(reward='max'), worst=dict(negative='worst', dpo_loss='sigmoid_norm'), imitate=dict(dpo_loss='sft')).items()}
         trained = json.loads((run.folder/'screening'/'paper'/'explainer'/'training.json').read_text())
-        assert screen(run, 'paper', None, held_out).equals(rows['paper']) # kept
+        assert screen(run, 'paper', load_preset(world[1], reward='max'), held_out, samples=2, n=2).equals(rows['paper']) # kept
+        with pytest.raises(ValueError, match='holds another screening'): screen(run, 'paper', load_preset(world[1], reward='mean'), held_out, samples=2, n=2)
     assert trained['pairs'] <= 2 and set(rows['paper'].feature) == set(held_out) and rows['paper'].groupby('feature').k.nunique().tolist() == [3, 3]
     table = screen_table(rows)
     assert list(table.index) == ['sft', 'paper', 'worst', 'imitate'] and table.loc['sft', 'greedy - sft'] == 0
@@ -267,6 +287,7 @@ def test_arms_are_smaller_runs_that_differ_in_one_thing(tmp_path):
     one, two = arm_preset('split-1'), arm_preset('split-2')
     assert one.n_sft + one.n_pref == two.n_sft + 2*two.n_pref and two.new_features_in_round_2 and not one.new_features_in_round_2
     assert set(ARMS) >= {f'layer-{i}' for i in (3, 9, 15, 21, 27)}
+    assert diff(arm_preset('pool-6'), arm_preset('peak-words')) == "label_model: 'claude' -> 'peak words'"
     for arm in ('a', 'b'):
         (tmp_path/arm/'report').mkdir(parents=True)
         (tmp_path/arm/'report'/'provenance.json').write_text(json.dumps(dict(command=arm)))
