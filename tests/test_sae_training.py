@@ -1,0 +1,61 @@
+"Training an SAE of our own: activations of several layers at once, resuming, export"
+import json
+import numpy as np, pytest, torch
+from helpers import tiny_model, tiny_tokenizer
+from saeexplainer.sae_training import *
+from saeexplainer.sae_training import _write
+from saeexplainer.saes import FeatureReader
+from saeexplainer.target import residual_stream
+
+SETTINGS = SAESettings(layer=1, features=64, k=4, steps=130, batch=32, context=8)
+
+
+def tokens(n, d=16): # n activations that are sums of few directions
+    g = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(torch.randn(40, d, generator=g), dim=-1)
+    picks = torch.randint(40, (n, 3), generator=g)
+    return W[picks].sum(1) + .01*torch.randn(n, d, generator=g)
+
+
+def endless(acts, stop=None): # first token -> iterator; raises after `stop` tokens in all
+    seen = [0]
+    def start(at):
+        while True:
+            for i in range(at % len(acts), len(acts), 64):
+                seen[0] += 64
+                if stop and seen[0] > stop: raise KeyboardInterrupt
+                yield acts[i:i+64]
+            at = 0
+    return start
+
+
+def test_several_layers_in_one_pass_are_those_of_single_ones(tmp_path):
+    model, tokenizer = tiny_model(n_layers=4), tiny_tokenizer()
+    rows = text_windows(tokenizer, ['the cat sat on the mat '*9, 'a dog in the park '*9], size=7)
+    assert rows.shape[1] == 7 and text_windows(tokenizer, [], 7).shape == (0, 7)
+    for bos in (None, tokenizer.bos_token_id):
+        found = layer_residuals(model, rows, [2, 0], bos)
+        ids = rows if bos is None else torch.cat([torch.full((len(rows), 1), bos), rows], 1)
+        for layer in (0, 2): assert torch.equal(found[layer], residual_stream(model, ids, torch.ones_like(ids), layer)[:, bos is not None:])
+    cached = cache_residuals(model, rows, [0, 2], bos, tmp_path, batch=4, progress=False)
+    assert np.allclose(cached[2], found[2].numpy(), atol=2e-3)
+    before = json.loads((tmp_path/'done.json').read_text())
+    _write(tmp_path/'done.json', before | dict(windows=4)) # as after a kill: the rest is read again, to the same
+    assert np.array_equal(cache_residuals(model, rows, [0, 2], bos, tmp_path, batch=4, progress=False)[0], cached[0])
+    with pytest.raises(ValueError, match='holds other activations'): cache_residuals(model, rows.flip(0), [0, 2], bos, tmp_path, progress=False)
+
+
+def test_training_goes_on_where_it_was_killed(tmp_path):
+    acts = tokens(32*300)
+    with pytest.raises(KeyboardInterrupt): train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), tmp_path)
+    assert (tmp_path/'last').exists() and not (tmp_path/'sae').exists()
+    begun = [json.loads(line)['step'] for line in open(tmp_path/'curve.jsonl')]
+    trained = train_sae(SETTINGS, 'tiny', 16, endless(acts), tmp_path)
+    steps = [json.loads(line)['step'] for line in open(tmp_path/'curve.jsonl')]
+    assert 100 <= max(begun) < 130 and steps[len(begun)] == 100 and steps[-1] == 120
+    assert train_sae(SETTINGS, 'tiny', 16, None, tmp_path) == trained # finished: nothing is read
+    with pytest.raises(ValueError, match=r'holds another training \(k: 4 there, 8 here\)'): train_sae(SAESettings(layer=1, features=64, k=8, steps=130, batch=32, context=8), 'tiny', 16, endless(acts), tmp_path)
+    found = export_sae(trained, 4, acts[:2000], tmp_path/'out')
+    reader = FeatureReader.load(tmp_path/'out')
+    measured = reconstruction(reader, acts[2000:4000])
+    assert abs(found['l0_set'] - 4) < .05 and abs(measured['l0'] - 4) < .4 and measured['fvu'] < .8 and (reader.n_features, reader.layer) == (64, 1)
