@@ -240,7 +240,7 @@ _PRESETS['smollm2-135m'] = dict(
     corpus='embedded',
     label_model='claude', baseline_labels=('peak words',), baselines=('autointerp', 'untrained', 'best'), n_sft=2350, n_pref=1200, template=SHORT_TEMPLATE, placeholder='<repo_name>', lora_r=8, lora_alpha=16,
     sft_lr=6e-4, sft_epochs=2., sft_batch=16, sft_accumulation=1, explanation_tokens=32, writer='local', evaluation_writer='local',
-    text_tokens=28, reward='mean', dpo_lr=(5e-5, 3e-5), dpo_batch=8, dpo_accumulation=1, dpo_loss='sigmoid_norm', dpo_sft_weight=.2,
+    text_tokens=28, reward='mean', negative='worst', dpo_lr=(2e-4, 1e-4), dpo_batch=8, dpo_accumulation=1, dpo_loss='sigmoid_norm', dpo_sft_weight=.2,
     batch_size=96)
 
 _SIZES = {'smollm2-135m': {'full': {}, 'demo': dict(
