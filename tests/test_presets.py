@@ -110,8 +110,8 @@ def test_yaml_files(tmp_path):
         file.write_text(text)
         return load_preset(file, **overrides)
     p = read('base: smollm2-135m\nsize: full\nsft_lr: 5e-5\ndpo_lr: [1e-5, 2e-5]\n', seed=3)
-    assert (p.name, p.size, p.n_sft, p.sft_lr, p.dpo_lr, p.seed) == ('mine', 'full', 2900, 5e-5, (1e-5, 2e-5), 3)
-    assert read('base: smollm2-135m\nsft_lr: 5e-5', size='full').n_sft == 2900
+    assert (p.name, p.size, p.n_sft, p.sft_lr, p.dpo_lr, p.seed) == ('mine', 'full', 2350, 5e-5, (1e-5, 2e-5), 3)
+    assert read('base: smollm2-135m\nsft_lr: 5e-5', size='full').n_sft == 2350
     assert 'lacks target, explainer' in message(read, 'sft_lr: 1')
     assert f'{file} has no field \'lerning_rate\'' in message(read, 'base: smollm2-135m\nlerning_rate: 1')
     assert 'unknown preset' in message(read, 'base: nothing')
@@ -129,4 +129,4 @@ def test_diff_names_each_changed_field():
 def test_every_field_has_help_and_stands_in_the_table():
     assert all(field_help().values()) and set(field_help()) == {f.name for f in dataclasses.fields(Preset)}
     table = preset_table()
-    assert set(table.index) | {'name', 'size'} == set(field_help()) and table.loc['n_sft', 'smollm2-135m (full)'] == 2900
+    assert set(table.index) | {'name', 'size'} == set(field_help()) and table.loc['n_sft', 'smollm2-135m (full)'] == 2350
