@@ -105,14 +105,15 @@ def lit_words(reading, share:float=.5): # [(text, lit)] that join to the text
 
 # %% ../nbs/parts/report.ipynb #2218641d
 def chosen_cases(metrics, before:str, after:str, gains:int=3, losses:int=2) -> list[int]: # metrics: rows stage, feature, metric, value
-    "Features whose generative accuracy rises most from one stage to another, then those where it falls most; equal ones in the order of their indices"
+    "Features whose generative accuracy rises most from one stage to another, then those where it falls most, and where there are too few, some where it stays; equal ones in the order of their indices"
     rows = metrics[metrics['metric'] == 'generative'].pivot(index='feature', columns='stage', values='value')
     change = (rows[after] - rows[before]).dropna().sort_index()
     first = lambda part, n: part.sort_values(kind='stable').index[:n].tolist()
-    return first(-change[change > 0], gains) + first(change[change < 0], losses)
+    found = first(-change[change > 0], gains) + first(change[change < 0], losses)
+    return found + first(change[change == 0], gains + losses - len(found))
 
 def case_studies(run, gains:int=3, losses:int=2) -> list[dict]: # feature, one explanation per stage, accuracy per stage, texts, max_act
-    "Test features on which the last explainer gains most on the label, and loses most, each with the text that label and explainer elicited most with, and the words that lit up"
+    "Test features on which the last explainer gains most on the label, loses most, or if need be stays, each with the text that label and explainer elicited most with, and the words that lit up"
     last = f'dpo{run.preset.dpo_rounds}'
     shown, metrics = ['label', 'sft', last], run.store.metrics()
     said = run.store.explanations(shown).query('k == 0').pivot(index='feature', columns='stage', values='text')
