@@ -20,13 +20,12 @@ def stage_figure(metrics, # rows stage, feature, metric, value
     "The metrics at each stage, with intervals, as a matplotlib figure"
     from matplotlib.figure import Figure
     from saeexplainer.metrics import summary
-    from saeexplainer.plots import WIDTH, interval_plot, named, style
+    from saeexplainer.plots import WIDTH, interval_plot, style
     table = summary(metrics, stages)
     with style():
         fig = Figure(figsize=(WIDTH, .75 + .27*len(stages)))
         for i, (ax, (name, title)) in enumerate(zip(fig.subplots(1, len(PANELS), sharey=True), PANELS.items())):
-            rows = table.xs(name, level='metric').reindex(stages) if name in table.index.get_level_values('metric') else table.iloc[:0].droplevel('metric').reindex(stages)
-            interval_plot(ax, rows, 1 if name == 'gap' else 100)
+            interval_plot(ax, table[table.index.get_level_values('metric') == name].droplevel('metric').reindex(stages), 1 if name == 'gap' else 100)
             if name == 'output': ax.axvline(100*chance, color='k', ls=':', lw=1)
             ax.set_xlabel(title)
             if name != 'gap': ax.set_xlim(left=0)

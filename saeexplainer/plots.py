@@ -45,12 +45,12 @@ def save_figure(fig, name:str, folder='../figures') -> None:
 MARKS = {'label': 's', 'peak words': 'D', 'autointerp': 'v', 'untrained': 'x', 'ao': 'P', 'control': '*', 'sft': 'o', 'dpo1': 'o', 'dpo2': 'o', 'best': '^'}
 
 def interval_plot(ax, rows, # DataFrame: index stages, columns mean, low, high
-                  scale:float=1., values:bool=True) -> None:
+                  scale:float=1.) -> None:
     "Draw means and intervals on an axis, from top to bottom in the order of the rows"
     for y, (stage, r) in enumerate(rows.iterrows()):
         if r['mean'] != r['mean']: continue
         ax.plot([scale*r['low'], scale*r['high']], [y, y], color=color(stage), lw=2, solid_capstyle='butt')
         ax.plot(scale*r['mean'], y, MARKS.get(stage, 'o'), color=color(stage), ms=6)
-        if values: ax.annotate(f"{scale*r['mean']:.1f}", (scale*r['mean'], y), xytext=(0, 5), textcoords='offset points', ha='center', fontsize=7)
+        ax.annotate(f"{scale*r['mean']:.1f}", (scale*r['mean'], y), xytext=(0, 5), textcoords='offset points', ha='center', fontsize=7)
     ax.set(yticks=range(len(rows)), yticklabels=[named(s) for s in rows.index], ylim=(len(rows)-.5, -.7))
     ax.grid(axis='x', color='.9', lw=.8); ax.set_axisbelow(True)

@@ -62,7 +62,7 @@ class Run:
             n = self.store.take_over(other, local=same(('target', 'writer', 'evaluation_writer', 'dtype')), steering=steering)
         if n: self.store.note('like', f'{Path(self.like).name}: {n} replies of its writers' + (', its steered texts' if steering else ''))
 
-    @property
+    @cached_property
     def pool(self) -> str: # what steering takes its controls from, and by which directions
         import hashlib
         alive = [f.index for f in self.features.values() if f.max_act and f.max_act > 0]

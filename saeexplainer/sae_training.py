@@ -140,7 +140,6 @@ def export_sae(folder, # of `train_sae`
                out) -> dict: # threshold and mean active features, before and after
     "Write an SAE as it is shipped"
     sae = SAE.load_from_disk(folder)
-
     pre = torch.relu(sae.process_sae_in(sample) @ sae.W_enc + sae.b_enc)
     threshold = pre.flatten().kthvalue(pre.numel() - k*len(pre)).values
     found = dict(threshold=sae.threshold[0].item(), l0=(pre > sae.threshold).sum(-1).float().mean().item(), threshold_set=threshold.item(), l0_set=(pre > threshold).sum(-1).float().mean().item())
