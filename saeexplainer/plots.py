@@ -23,7 +23,8 @@ def named(stage:str) -> str: return NAMES.get(stage, stage)
 
 # %% ../nbs/parts/plots.ipynb #d266bae8
 STYLE = {'figure.dpi': 100, 'savefig.dpi': 150, 'savefig.bbox': 'tight', 'svg.hashsalt': 'saeexplainer', 'svg.fonttype': 'none', 'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9,
-         'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'legend.fontsize': 8, 'lines.linewidth': 1.5, 'figure.constrained_layout.use': True}
+         'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'legend.fontsize': 8, 'lines.linewidth': 1.5,
+         'axes.prop_cycle': f"cycler('color', {[OKABE_ITO[c] for c in ('blue', 'vermilion', 'green', 'orange', 'purple', 'sky')]})", 'figure.constrained_layout.use': True}
 WIDTH = 9. # inches of a page
 
 @contextmanager
@@ -51,6 +52,6 @@ def interval_plot(ax, rows, # DataFrame: index stages, columns mean, low, high
         if r['mean'] != r['mean']: continue
         ax.plot([scale*r['low'], scale*r['high']], [y, y], color=color(stage), lw=2, solid_capstyle='butt')
         ax.plot(scale*r['mean'], y, MARKS.get(stage, 'o'), color=color(stage), ms=6)
-        ax.annotate(f"{scale*r['mean']:.1f}", (scale*r['mean'], y), xytext=(0, 5), textcoords='offset points', ha='center', fontsize=7)
+        ax.annotate(f"{scale*r['mean']:.1f}", (scale*r['mean'], y), xytext=(0, 5), textcoords='offset points', ha='center', fontsize=7, bbox=dict(boxstyle='square,pad=.05', fc='w', ec='none', alpha=.8))
     ax.set(yticks=range(len(rows)), yticklabels=[named(s) for s in rows.index], ylim=(len(rows)-.5, -.7))
     ax.grid(axis='x', color='.9', lw=.8); ax.set_axisbelow(True)
