@@ -2,6 +2,7 @@
 #   make notebooks [NB=nbs/parts/saes.ipynb] [FLAGS=slow]   re-run notebooks in place and keep their outputs
 #   make bench                                              measure all ratios of bench/ anew, into bench/results.json (a quarter of an hour)
 #   make clean-nbs                                          strip the metadata that Jupyter leaves behind
+#   make docs                                               build the site into _docs/, for any static host
 #   make export                                             notebooks -> saeexplainer/*.py and README.md
 SHELL := bash
 PYTHON ?= python3
@@ -16,7 +17,7 @@ step = @printf '\n== %s\n' '$(1)'; time $(2)
 
 BENCHES := scoring training sampling writing steering kl_search corpus requests_queue
 
-.PHONY: demo test install export notebooks clean-nbs bench
+.PHONY: demo test install export notebooks clean-nbs docs bench
 
 demo: install
 	$(BIN)/saeexplainer run smollm2-135m --size demo --name demo $(ARGS)
@@ -51,6 +52,9 @@ notebooks: install
 
 clean-nbs: install
 	$(BIN)/nbdev_clean
+
+docs: install
+	$(BIN)/python tools/site_pages.py
 
 bench: install
 	@rm -f bench/results.part

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CARD', 'ORACLE_TEMPLATE', 'placeholder_id', 'prompt_messages', 'explanation_prompt', 'add_direction', 'Injector',
            'FeatureCollator', 'ExplainerCard', 'save_adapter', 'Explainer', 'adapter_sha256', 'oracle_layers',
-           'oracle_note', 'adapter_of', 'load_explainer']
+           'oracle_note', 'adapter_of', 'load_explainer', 'shipped_explainer', 'explainer_of']
 
 # %% ../nbs/00_injection.ipynb #be2bf850
-import json, os, shutil, warnings
+import json, os, shutil, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -360,3 +360,16 @@ def load_explainer(explainer, # folder or hub id, 'ao' or 'untrained'
     adapter = adapter_of(explainer, preset)
     if explainer == 'ao': return Explainer.from_oracle(adapter, preset, reader)
     return Explainer.from_pretrained(adapter, reader=reader, device=preset.device)
+
+# %% ../nbs/00_injection.ipynb #632810af
+def shipped_explainer(preset): # folder, or None
+    "The last explainer that is shipped for a preset"
+    from saeexplainer.presets import data_dir
+    return next((p for s in ('dpo2', 'dpo1', 'sft') if ((p := data_dir()/preset.name/'explainer'/s)/'explainer.json').exists()), None)
+
+def explainer_of(preset, given=None): # folder or hub id
+    "The explainer that is named, or the shipped one; raises `ValueError` where there is none"
+    if given == 'ao' and preset.ao_adapter and (note := oracle_note(preset, preset.layer)): print(note, file=sys.stderr)
+    folder = given or shipped_explainer(preset)
+    if folder is None: raise ValueError(f'no explainer is shipped for {preset.name}: give one with --explainer, or train one with saeexplainer run {preset.name}')
+    return folder

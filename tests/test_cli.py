@@ -135,3 +135,56 @@ def test_features_from_a_corpus(capsys, tmp_path, monkeypatch):
     assert sum(json.loads(printed.out).values()) == 40 and '40 features read on' in printed.err
     card = json.loads((tmp_path/'data'/'tiny'/'features.json').read_text())
     assert card['corpus'].endswith('text.txt') and card['sae_sha256'] and card['status'] == json.loads(printed.out)
+
+
+def test_version_and_help(capsys):
+    import saeexplainer
+    main(['--version'])
+    assert capsys.readouterr().out.strip() == f'saeexplainer {saeexplainer.__version__}'
+    for command in ('run', 'explain', 'evaluate', 'features', 'presets', 'report', 'doctor'):
+        main([command, '--help'])
+        assert f'saeexplainer {command}' in capsys.readouterr().out.split('Examples')[1]
+
+
+def test_dry_run_needs_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(['run', 'gemma-2-9b-l20', '--dry-run', '--json'])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan['features'] == {'sft': 10000, 'preferences': 5000, 'test': 300} and plan['machine'] == 'one A100' and plan['requests'] > 50_000 and not list(tmp_path.iterdir())
+    main(['run', 'gemma-2-9b-l20', '--dry-run', '-s', 'target=org/unknown'])
+    assert 'not known' in capsys.readouterr().out
+    main(['run', 'gemma-2-9b-l20', '--dry-run', '--writer', 'openai', '--model', 'mine'])
+    assert 'no price is known' in capsys.readouterr().out
+
+
+def test_doctor(capsys, monkeypatch):
+    monkeypatch.delenv('OPENAI_BASE_URL', raising=False); monkeypatch.setenv('OPENAI_API_KEY', 'sk-secret')
+    main(['doctor', '--json'])
+    said = capsys.readouterr().out
+    assert all(row['well'] is not False for row in json.loads(said)) and 'sk-secret' not in said
+    with pytest.raises(SystemExit) as e: main(['doctor', '--base-url', 'http://me:secret@127.0.0.1:9/v1?key=secret'])
+    said = ' '.join(capsys.readouterr().out.split())
+    assert e.value.code == 1 and 'does not answer' in said and 'secret' not in said
+
+
+def test_interrupted_runs_keep_what_was_made(tmp_path):
+    "Ctrl-C in a real process, while it trains; then the same command goes on with the same run"
+    import os, re, signal, subprocess, sys, time
+    args = ['run', 'smollm2-135m', '--size', 'demo', '--root', str(tmp_path), '--name', 'a b']
+    env = {k: v for k, v in os.environ.items() if k != 'TQDM_DISABLE'} # the bar says when it trains
+    command, log = [sys.executable, '-c', 'from saeexplainer.cli import main; main()', *args], tmp_path/'log'
+    for begun in (False, True):
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open('w'), env=env)
+        try:
+            deadline = time.time() + 240
+            while not re.search(r'sft:.* [1-9]\d*/', log.read_text()) and p.poll() is None and time.time() < deadline: time.sleep(.5)
+            p.send_signal(signal.SIGINT)
+            assert p.wait(60) == 130
+        finally: p.kill()
+        assert f"saeexplainer: interrupted; what was finished is kept, and the same command goes on from there: saeexplainer run smollm2-135m --size demo --root {tmp_path} --name 'a b'" in log.read_text()
+        assert (tmp_path/'a b/preset.yaml').exists() and (tmp_path/'a b/store.sqlite').exists()
+
+
+def test_interrupted_looks_keep_nothing():
+    from saeexplainer.cli import kept
+    assert kept(['explain', '5']) == '; nothing was kept' and 'goes on' in kept(['explain', 'smollm2-135m', '--all', '--out', 'a.parquet'])

@@ -1,0 +1,130 @@
+"What the explorer shows, and that nothing in it runs"
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+import pytest
+from saeexplainer.explorer import FeatureExplorer, escape, labels_said, search, searchable, tokens_html, visible
+from saeexplainer.features import Context, Explanation
+from saeexplainer.presets import load_preset
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'><style>*{display:none}</style>\u202e\u200b\x00'
+
+@pytest.fixture(scope='module')
+def explorer(): return FeatureExplorer(feature=13)
+
+def hostile(explorer):
+    "Another explorer, one of whose features says bad things wherever it can"
+    x = FeatureExplorer(feature=13, target=explorer.target)
+    bad = replace(x.feature, explanation=HOSTILE, words=(HOSTILE,), explanations=(Explanation(HOSTILE, HOSTILE),), contexts=(Context(HOSTILE, (HOSTILE, ' x'), (3., 0.), 0),))
+    x.features[x.features.index(x.feature)] = x.feature = x.known[13] = bad
+    x.texts[13], x.drawn[13] = searchable(bad), {0: [HOSTILE]}
+    return x
+
+def elements(page):
+    "Names of all elements of a page and of their attributes"
+    seen = set()
+    class Read(HTMLParser):
+        def handle_starttag(self, tag, attrs): seen.update([tag, *(f'{tag}.{name}' for name, _ in attrs)])
+    Read().feed(page)
+    return seen
+
+def widgets(view):
+    "A widget and all below it"
+    return [view, *(w for child in getattr(view, 'children', ()) for w in widgets(child))]
+
+def of(view, kind, description=None): return next(w for w in widgets(view) if type(w).__name__ == kind and description in (None, w.description))
+
+def shown(view): return ' '.join(w.value for w in widgets(view) if type(w).__name__ == 'HTML')
+
+def test_nothing_that_is_shown_runs(explorer):
+    safe, x = elements(explorer.to_html()), hostile(explorer)
+    page = x.to_html(more=x.read(HOSTILE) + x.steer(HOSTILE, .25, n_tokens=4) + x.verify(HOSTILE, 1))
+    assert elements(page) <= safe | {'b', 'i', 'p', 'p.class', 'span.title'} and not set('\u202e\u200b\x00') & set(page)
+
+def test_no_widget_runs_it_either(explorer):
+    x = hostile(explorer)
+    view, usual = x.view, elements(shown(FeatureExplorer(feature=13, target=explorer.target).view))
+    of(view, 'Textarea').value = HOSTILE
+    of(view, 'Text', 'Search').value = HOSTILE[:8]
+    for button in ('Continue', 'Draw four', 'Verify'): of(view, 'Button', button).click()
+    page = shown(view)
+    assert elements(page) <= usual | {'b', 'i', 'p', 'p.class', 'p.role', 'span.title'} and 'Of 6 texts' in page and not set('\u202e\u200b\x00') & set(page)
+    assert not set('\u202e\u200b\x00') & set(''.join([*(label for label, _ in of(view, 'Select').options), *of(view, 'Combobox').options]))
+
+def test_the_view_and_its_list_agree(explorer):
+    x = FeatureExplorer(feature=3000, target=explorer.target) # not among the first two hundred
+    view = x.view
+    found, query, heading = of(view, 'Select'), of(view, 'Text', 'Search'), lambda: next(w.value for w in widgets(view) if '<h2>' in str(getattr(w, 'value', '')))
+    assert x.feature.index == 3000 and '/3000<' in heading() and found.value is None and 'of' in found.description
+    query.value = 'future' # moves to the first one that is found
+    assert x.feature.index == found.value != 3000 and x.feature.index in search(x.texts, 'future')
+    last = found.options[-1][1]
+    found.value = last
+    assert x.feature.index == last and f'/{last}<' in heading()
+    query.value = f'future {last}'[:6] + ' ' # the same hits: the view stays
+    assert x.feature.index == last == found.value
+    of(view, 'Button', 'Next').click(); after = x.feature.index
+    of(view, 'Button', 'Previous').click()
+    assert after != last == x.feature.index == found.value
+    of(view, 'Button', 'Random').click()
+    assert f'/{x.feature.index}<' in heading()
+
+def test_what_goes_wrong_is_a_line_and_leaves_no_old_colours(explorer):
+    x = FeatureExplorer(feature=13, target=explorer.target)
+    view = x.view
+    text, coloured = of(view, 'Textarea'), next(w for w in widgets(view) if 'saex-read' in getattr(w, '_dom_classes', ()))
+    text.value = 'the future'
+    assert 'class="lit' in coloured.value and 'role="alert"' not in shown(view)
+    text.value = 'word ' * 9000 # longer than the model's context
+    assert 'role="alert"' in shown(view)
+    of(view, 'Button', 'Next').click()
+    assert 'lit' not in coloured.value and '/13<' not in shown(view)
+    of(view, 'Text', 'Search').value = 'qqqqqq'
+    assert 'nothing that was said of a feature holds all of' in shown(view)
+
+def test_depth_of_colour():
+    page = tokens_html(['a', 'b', 'c', 'd'], [0., 5., 20., float('nan')], 10.)
+    assert page.count('class="lit"') == 1 and page.count('class="lit strong"') == 1 and '--a:1.00' in page and '--a:0.50' in page
+    assert 'lit' not in tokens_html(['a'], [1.], float('nan'))
+
+def test_unseen_characters_leave_a_sign(tmp_path):
+    (tmp_path/'a.html').write_text(escape('a\ud800b'), encoding='utf-8')
+    assert visible('a\u202eb\x07c\ufeffd\U000e0041') == 'a\ufffdb\ufffdc\ufffdd\ufffd' and visible('क्\u200dष\n\t') == 'क्\u200dष\n\t'
+
+def test_search(explorer):
+    assert search(explorer.texts, '13')[0] == 13 and len(search(explorer.texts, '2014')) > 1 # by number, and by what is said
+    assert 13 in search(explorer.texts, 'FUTURE the') and not search(explorer.texts, 'qqqq') and len(search(explorer.texts, '')) == len(explorer.features)
+
+def test_all_labels_are_told_and_the_trained_one_first(explorer):
+    f = replace(explorer.feature, explanation='b', explanations=tuple(Explanation(t, m) for t, m in (('a', 'mini'), ('b', 'mini'), ('c', 'other'))))
+    assert labels_said(f) == {'label (mini)': 'b', 'label (mini, 2)': 'a', 'label (other)': 'c'}
+    assert labels_said(replace(f, explanation='d'))['label'] == 'd'
+
+def test_a_typed_text_is_coloured_in_half_a_second(explorer):
+    text, seconds = 'The future of the town, as we see it from here, is better than its past. '*4, []
+    for _ in range(3):
+        start = time.perf_counter(); page = explorer.read(text)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < .5 and 'class="lit' in page
+
+def test_one_line_for_what_cannot_be_shown(explorer, tmp_path):
+    with pytest.raises(ValueError, match='there is no feature 99999 that fires: smollm2-135m/9-res-4k has'): FeatureExplorer(feature=99999)
+    with pytest.raises(ValueError, match='write model/source/index'): FeatureExplorer(feature='a/b')
+    with pytest.raises(ValueError, match='holds no results'): FeatureExplorer(results=tmp_path)
+    with pytest.raises(ValueError, match='nothing to verify'): explorer.verify(' ')
+
+def test_results_of_another_sae_are_not_shown(explorer):
+    preset = load_preset('smollm2-135m', sae='/elsewhere/sae')
+    x = FeatureExplorer(preset, feature=13, target=explorer.target)
+    assert x.told is None and not [who for who in x.said() if not who.startswith('label')]
+    from saeexplainer.presets import data_dir
+    with pytest.raises(ValueError, match='explains features of'): FeatureExplorer(preset, results=data_dir()/'smollm2-135m'/'results')
+
+def test_draw_is_seeded_and_kept(explorer):
+    first = explorer.draw(2, seed=3)
+    assert first == explorer.draw(2, seed=3) and len(first) == 2
+    assert explorer.said()['drawn, seed 3, 1'] == first[0]
+
+def test_page_of_a_feature(explorer, tmp_path):
+    page = explorer.to_html(tmp_path/'13.html')
+    assert (tmp_path/'13.html').read_text() == page and 'src=' not in page and 'http' not in page

@@ -1,0 +1,71 @@
+"The documentation site: builds strictly, every page opens without an error or a network, and no page is wider than a phone"
+import functools, html, http.server, importlib, pkgutil, re, shutil, subprocess, sys, threading
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp('site')/'docs'
+    done = subprocess.run([sys.executable, ROOT/'tools/site_pages.py', out], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+@pytest.fixture(scope='module')
+def url(site):
+    quiet = type('Quiet', (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *a: None))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(quiet, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+def pages(site): return sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html') if p.name != '404.html')
+
+def test_every_notebook_and_public_name_has_its_place(site):
+    text = {p: (site/p).read_text() for p in pages(site)}
+    home = text['index.html']
+    assert all(f'href="{p}"' in home for p in text if p != 'index.html') # the sidebar
+    anchors = set(re.findall(r' id="([^"]+)"', ''.join(text.values())))
+    import saeexplainer
+    for m in pkgutil.iter_modules(saeexplainer.__path__):
+        if m.name.startswith('_'): continue
+        module = importlib.import_module(f'saeexplainer.{m.name}')
+        lost = [n for n in module.__all__ if callable(getattr(module, n)) and getattr(getattr(module, n), '__module__', '') == module.__name__ and n.lower() not in anchors]
+        assert not lost, f'{m.name}: {lost}'
+
+def test_formulas_need_no_script(site):
+    page = (site/'prefs.html').read_text()
+    assert page.count('<math') > 10 and 'arithmatex' not in page
+
+@pytest.mark.skipif(CHROMIUM is None, reason='no Chromium is installed: the pages are not opened in a browser')
+def test_pages_in_a_browser(site, url):
+    from playwright.sync_api import sync_playwright
+    wrong = []
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync'])
+        page = browser.new_page(viewport=dict(width=390, height=800))
+        page.on('console', lambda m: wrong.append((page.url, m.text)) if m.type == 'error' else None)
+        page.on('pageerror', lambda e: wrong.append((page.url, str(e))))
+        page.on('request', lambda r: wrong.append((page.url, r.url)) if not r.url.startswith((url, 'data:', 'blob:')) else None)
+        for name in pages(site):
+            page.goto(f'{url}/{name}')
+            if (width := page.evaluate('document.documentElement.scrollWidth')) > 390: wrong.append((name, f'{width} px wide'))
+        page.goto(f'{url}/index.html')
+        page.locator('label[for=__search]').first.click()
+        page.get_by_placeholder('Search').fill('hard negative')
+        page.locator('.md-search-result__item').first.wait_for()
+        browser.close()
+    assert not wrong, wrong[:10]
+
+def test_output_cannot_leave_its_block():
+    "Text with fences of its own, and comments with braces, as the site's Markdown shows them"
+    from markdown import markdown
+    sys.path.insert(0, str(ROOT/'tools'))
+    try: import site_pages
+    finally: sys.path.pop(0)
+    said = 'a\n```\n<img src=x onerror=alert(1)>\n```\n````'
+    page = markdown(site_pages.literal(said), extensions=['pymdownx.superfences', 'attr_list'])
+    assert '<img' not in page and html.escape('<img src=x onerror=alert(1)>', quote=False) in page.replace('<span class="p">', '').replace('</span>', '')
+    assert site_pages.escaped("{folder: ''} of a|b, `x|y` <b>") == "\\{folder: ''} of a\\|b, `x|y` &lt;b>"
