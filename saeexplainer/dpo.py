@@ -129,7 +129,7 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
     train_to_the_end(trainer, last_checkpoint(out/'checkpoints'))
     scale = trainer.beta / preset.dpo_beta[round-1]
     log = [dict(step=row['step'], loss=row['loss'], accuracy=row['rewards/accuracies'], margin=row['rewards/margins']/scale)
-           for row in trainer.state.log_history if 'rewards/margins' in row]
+           for row in trainer.state.log_history if {'loss', 'rewards/margins'} <= row.keys()] # the last row is a summary: where steps were left over, it has their margins, but no loss
     finish(trainer, dataclasses.replace(card, stage=f'dpo{round}'), out,
            dict(settings=settings, round=round, pairs=len(rows), step0_loss=step0, seconds=time.monotonic()-start, log=log))
     return DPOResult.load(out)
