@@ -121,6 +121,13 @@ def test_two_rounds_learn_and_the_reference_stays(run, tmp_path):
     assert Explainer.from_pretrained(tmp_path/'dpo2', device='cpu').card.stage == 'dpo2'
 
 
+def test_steps_left_over_from_the_last_log(run, tmp_path):
+    "Beyond a hundred steps not every one is logged; trl adds the margins of what is left over to the summary, which has no loss"
+    preset, reader, sft = tiny_run(run, dpo_epochs=101/8, dpo_batch=1)
+    log = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out').log
+    assert log.step.tolist() == list(range(2, 101, 2)) and log.notna().all(axis=None)
+
+
 def test_a_finished_round_is_not_trained_again(run, tmp_path):
     preset, reader, sft = tiny_run(run, dpo_epochs=1.)
     result = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
