@@ -1,5 +1,5 @@
 "Tiny real models, SAEs and a tokenizer, all made here: nothing is fetched"
-import json
+import json, shutil
 from pathlib import Path
 import torch
 
@@ -141,3 +141,10 @@ def res_jb(hub, repo, hook, d=64, n=512, seed=0, centred=True): # arrays; centre
     hub_file(hub, repo, f'{hook}/cfg.json').write_text(json.dumps(cfg))
     save_file({k: v.contiguous() for k, v in a.items()}, hub_file(hub, repo, f'{hook}/sae_weights.safetensors'))
     return a
+
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome') # None: not installed
+
+def open_browser(playwright):
+    "The Chromium that is installed, without a screen and without connections of its own"
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-quic', '--disable-background-networking', '--disable-component-update', '--disable-sync'])

@@ -1,11 +1,8 @@
 "The explorer in a real JupyterLab, in a real browser"
-import json, os, shutil, socket, subprocess, sys, time
-from pathlib import Path
+import json, os, socket, subprocess, sys, time
 from urllib.request import urlopen
 import pytest
-
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+from helpers import CHROMIUM, open_browser
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
@@ -35,7 +32,7 @@ def test_explorer_in_jupyterlab(lab, tmp_path):
     other, label, word = 8, 'community settlement radio', 'community'
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = open_browser(p)
         page = browser.new_page(viewport=dict(width=1200, height=1000))
         page.goto(lab)
         page.locator('.jp-CodeCell').first.click(timeout=60_000)

@@ -1,10 +1,10 @@
 "The documentation site: builds strictly, every page opens without an error or a network, and no page is wider than a phone"
-import functools, html, http.server, importlib, pkgutil, re, shutil, subprocess, sys, threading
+import functools, html, http.server, importlib, pkgutil, re, subprocess, sys, threading
 from pathlib import Path
 import pytest
+from helpers import CHROMIUM, open_browser
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
@@ -44,7 +44,7 @@ def test_pages_in_a_browser(site, url):
     from playwright.sync_api import sync_playwright
     wrong = []
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync'])
+        browser = open_browser(p)
         page = browser.new_page(viewport=dict(width=390, height=800))
         page.on('console', lambda m: wrong.append((page.url, m.text)) if m.type == 'error' else None)
         page.on('pageerror', lambda e: wrong.append((page.url, str(e))))

@@ -4,7 +4,6 @@ nbdev's own processors clean the notebooks and link names; the API is read from 
 import ast, base64, dataclasses, importlib, inspect, logging, posixpath, re, shutil, sys
 from pathlib import Path
 
-import yaml
 from fastcore.docments import docments
 from nbdev import processors
 from nbdev.config import get_config
@@ -16,7 +15,7 @@ ORDER = dict(parts='models presets plan features corpus saes reading target stor
              recipes='your_own_sae writers paper_presets train_sae layer_saes build_features benchmarks'.split())
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 LINK = re.compile(r'(\]\(|(?:src|href)=")(?!#)([^)"\s]+)')
-cfg, shown = get_config(), {}
+cfg = get_config()
 base, code = cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/', f'{cfg.git_url}/blob/{cfg.branch}/'
 
 # --- the API of a module
