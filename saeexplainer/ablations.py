@@ -47,6 +47,7 @@ def screen(run, # `Run` with a finished first round of preferences
     from saeexplainer.metrics import verify
     from saeexplainer.prefs import choose_pairs, threshold_of
     from saeexplainer.presets import diff
+    from saeexplainer.report import write_table
     from saeexplainer.run import git_commit
     from saeexplainer.sft import same_settings
     folder, adapter, held_out = run.folder/'screening'/name, run.adapter('sft'), list(held_out)
@@ -68,7 +69,7 @@ def screen(run, # `Run` with a finished first round of preferences
     rows = pd.DataFrame([(f, k, text, float(np.nanmean(v.scores))/known[f] if text.strip() and v.best is not None else np.nan, v.reached(known[f], preset.success))
                          for (f, k, text), v in zip(said, checked)], columns=['feature', 'k', 'text', 'score', 'reached'])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/'screen.json').write_text(json.dumps(settings)); rows.to_parquet(file, index=False)
+    (folder/'screen.json').write_text(json.dumps(settings)); write_table(rows, file)
     return rows
 
 def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
@@ -102,13 +103,14 @@ VARIANTS = { # of the embedded preset, and what each changes
 # %% ../nbs/05_ablations.ipynb #76ded7bd
 def collect_screening(run, names, out) -> None: # out: folder; screening.parquet, screening_scores.parquet and screening.json are written there
     "What a screening found, the scores that its pairs were made of, and what made it"
+    from saeexplainer.report import write_table
     folder, out = run.folder/'screening', Path(out)
     made = lambda name: json.loads((folder/name/'explainer'/'training.json').read_text()) if name != 'sft' else {}
     about = {name: json.loads((folder/name/'screen.json').read_text()) | {k: made(name).get(k) for k in ('pairs', 'seconds')} for name in names}
     rows = pd.concat([pd.read_parquet(folder/name/'screen.parquet').assign(variant=name) for name in names], ignore_index=True)
-    rows.to_parquet(out/'screening.parquet', index=False, compression='zstd', compression_level=19)
+    write_table(rows, out/'screening.parquet')
     scores = run.store.texts('round1', 'preference')[['feature', 'k', 'j', 'score']].astype({'score': 'float32'})
-    scores.to_parquet(out/'screening_scores.parquet', index=False, compression='zstd', compression_level=19)
+    write_table(scores, out/'screening_scores.parquet')
     (out/'screening.json').write_text(json.dumps(dict(preset=run.preset.name, n_pref=run.preset.n_pref, seed=run.preset.seed, commit=run.store.meta('commit_screening'), variants=about), indent=1) + '\n')
 
 # %% ../nbs/05_ablations.ipynb #86b1446e
@@ -136,10 +138,10 @@ def run_arms(names=ARMS, root='runs', like:str|None=None, # a run under `root`
 
 def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms.json are written there
     "Metrics of finished arms in one table, and what made each"
-    from saeexplainer.report import Results
+    from saeexplainer.report import Results, write_table
     results = {name: Results(Path(root)/name/'report') for name in names}
     table = pd.concat([r['metrics'].assign(arm=name) for name, r in results.items()], ignore_index=True)
-    table[['arm', 'stage', 'feature', 'metric', 'value']].to_parquet(Path(out)/'arms.parquet', index=False, compression='zstd', compression_level=19)
+    write_table(table[['arm', 'stage', 'feature', 'metric', 'value']], Path(out)/'arms.parquet')
     (Path(out)/'arms.json').write_text(json.dumps({name: r.made for name, r in results.items()}, indent=1) + '\n')
 
 # %% ../nbs/05_ablations.ipynb #1f83540b

@@ -18,7 +18,7 @@ def read_explanations(file): # DataFrame, columns feature (str), explanation (st
     import gzip
     import pandas as pd
     file = Path(file)
-    lines = lambda text: pd.DataFrame([json.loads(line) for line in text.decode('utf-8').splitlines() if line.strip()])
+    lines = lambda data: pd.DataFrame([json.loads(line) for line in data.splitlines() if line.strip()]) # of bytes: text has more line ends than JSON lines do
     readers = {'.csv': lambda f: pd.read_csv(f, dtype=str, keep_default_na=False), '.parquet': pd.read_parquet,
                '.jsonl': lambda f: lines(f.read_bytes()), '.jsonl.gz': lambda f: lines(gzip.decompress(f.read_bytes()))}
     kind = ''.join(file.suffixes[-2:]) if file.suffix == '.gz' else file.suffix

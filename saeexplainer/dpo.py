@@ -16,7 +16,7 @@ import torch
 from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages
 from .models import weights_sha256
 from .sampling import seed_for
-from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, quiet, take_over, train_to_the_end, trainer_settings
+from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, quiet, same_settings, take_over, train_to_the_end, trainer_settings
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
@@ -121,7 +121,9 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
     rows = preference_dataset(pairs, card)
     settings = _settings(preset, card, rows, previous, round)
     take_over(like, out, settings)
-    if (out/CARD).exists() and json.loads((out/'training.json').read_text())['settings'] == settings: return DPOResult.load(out)
+    if (out/CARD).exists():
+        same_settings(json.loads((out/'training.json').read_text())['settings'], settings, f'{out} holds a finished round')
+        return DPOResult.load(out)
     claim(out/'checkpoints', settings)
     explainer = Explainer.from_pretrained(previous, reader=reader, trainable=True, device=preset.device)
     trainer = dpo_trainer(preset, rows, reader, explainer, out/'checkpoints', round, progress)

@@ -478,7 +478,7 @@ def _whole(x): return None if pd.isna(x) else int(x) # pandas keeps whole number
 def control_cases(store, explanations:dict, features, preset
                  ) -> list[tuple]: # [(['control'], feature, explanation, sets)], the right set first
     "Cases with a known answer: texts written from the explanation, beside texts written from those of two other features"
-    stage = 'label' if 'label' in explanations else next(iter(explanations))
+    stage = 'label' if explanations.get('label') else next(iter(explanations))
     said = {int(f): text for f, text in explanations[stage].items() if text and text.strip()}
     rows = store.texts(stage, 'generative')
     texts = {int(f): g.sort_values('j').text.tolist() for f, g in rows[rows.error.isna()].groupby('feature') if int(f) in said}
@@ -522,12 +522,12 @@ def output_features(features, preset) -> list[int]: # at most `preset.n_output`
     return sorted(set(map(int, features)), key=lambda f: seed_for(preset.seed, 'output', f))[:preset.n_output]
 
 def _keep_explanations(store, explanations): # stored; raises `ValueError` where the store has another one
-    store.put_explanations([(stage, f, 0, text) for stage, texts in explanations.items() for f, text in texts.items()])
     for row in store.explanations(list(explanations)).itertuples():
         new = explanations[row.stage].get(row.feature)
         if row.k == 0 and new is not None and new != row.text:
             raise ValueError(f'the store has another explanation of feature {row.feature} at stage {row.stage}: {row.text!r}, not {new!r}; '
                              'give the stage another name')
+    store.put_explanations([(stage, f, 0, text) for stage, texts in explanations.items() for f, text in texts.items()])
 
 # %% ../nbs/04_metrics.ipynb #a7039fc3
 def _naming_values(stage, texts, words) -> list[tuple]: # rows of `names_word` and `names_other`, where words at the peaks are known
@@ -550,7 +550,7 @@ def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple
     values = {'generative': generative_accuracy(acts['generative'], [known[f] for f in features], preset.success),
               'input': input_score(acts['activating'], acts['neutral']), 'high': mean_activation(acts['activating']),
               'low': mean_activation(acts['neutral']), 'gap': discriminative_gap(acts['activating'], acts['neutral'])}
-    said = np.array([bool(texts[f].strip()) for f in features])
+    said = np.array([bool(texts[f].strip()) for f in features], bool)
     counts = {'unparsed_generative': np.isnan(acts['generative']).sum(1)*said, 'empty': ~said,
               'unparsed_contrast': (np.isnan(acts['activating']).sum(1) + np.isnan(acts['neutral']).sum(1))*said}
     rows = [(stage, f, name, float(v)) for name, column in (values | counts).items() for f, v in zip(features, column)]
@@ -639,5 +639,6 @@ def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values i
         controls = run.store.judgements('control')
         rows += [('control', f, 'output', value) for f, value in zip(controls.feature, output_score(controls.choice, controls.true))]
     run.store.put_metrics(rows)
-    stored = run.store.metrics([*explanations, 'control'])
-    return summary(stored[stored.metric.isin((*metrics, *COUNTS))], [*explanations, 'control'])
+    asked, stored = explanations | {'control': with_output}, run.store.metrics([*explanations, 'control'])
+    stored = stored[[f in asked[s] for s, f in zip(stored.stage, stored.feature)]] # a store may hold more features than this call's
+    return summary(stored[stored.metric.isin((*metrics, *COUNTS))], list(asked))

@@ -172,6 +172,9 @@ _RULES = ( # what must hold, and the line that says so
     (lambda p: p.dtype in ('bfloat16', 'float32', 'float16'), "dtype must be 'bfloat16', 'float16' or 'float32', not {p.dtype!r}"),
     (lambda p: p.n_candidates >= 2, 'n_candidates must be 2 or more: a pair needs two explanations'),
     (lambda p: p.n_output <= p.n_test, 'n_output ({p.n_output}) cannot be more than n_test ({p.n_test})'),
+    (lambda p: p.dpo_rounds >= 1, 'dpo_rounds must be 1 or more: without a round there is nothing to compare SFT with'),
+    (lambda p: all(0 < top_p <= 1 for top_p in (p.candidate_top_p, p.text_top_p)), 'candidate_top_p and text_top_p must be more than 0 and at most 1'),
+    (lambda p: 1 <= p.n_controls <= 9, 'n_controls must be 1 to 9, not {p.n_controls}: the judge chooses among ten sets at most'),
     (lambda p: min(len(p.dpo_beta), len(p.dpo_lr)) >= p.dpo_rounds,
      'dpo_beta and dpo_lr need one value for each of the {p.dpo_rounds} rounds'),
     (lambda p: p.text_form in (None, 'one', 'list'), "text_form must be 'list', 'one' or null, not {p.text_form!r}"),
@@ -182,7 +185,7 @@ _RULES = ( # what must hold, and the line that says so
     (lambda p: 0 not in p.steering_kl, 'steering_kl has a target of 0: a search for no change at all'),
     (lambda p: p.source.count('/') == 1, "source must be 'model/source', not {p.source!r}"))
 
-_POSITIVE = ('n_sft n_test n_candidates n_texts n_generative n_activating n_neutral lora_r lora_alpha sft_lr sft_epochs sft_batch '
+_POSITIVE = ('n_sft n_pref n_test n_candidates n_texts n_generative n_activating n_neutral lora_r lora_alpha sft_lr sft_epochs sft_batch '
              'sft_accumulation max_length candidate_temperature explanation_tokens text_tokens dpo_epochs dpo_batch dpo_accumulation '
              'steering_tokens batch_size batch_tokens corpus_tokens writer_concurrency').split()
 
@@ -303,6 +306,8 @@ def load_preset(name, # one of `presets()`, or the path of a YAML file
         return Preset(**{**_named(name, overrides.get('size')), **overrides})
     fields = _read_yaml(name)
     base = fields.pop('base', None)
+    if base is None and 'size' in fields and overrides.get('size', fields['size']) != fields['size']:
+        raise ValueError(f"{name} is of size {fields['size']!r} and names no preset to take another from, as in \"base: smollm2-135m\"")
     fields = {'name': Path(name).stem, **_known(fields, name), **overrides}
     if base is not None: return Preset(**{**_named(base, fields.get('size')), **fields})
     missing = [f.name for f in dataclasses.fields(Preset) if f.default is f.default_factory is REQUIRED and f.name not in fields]

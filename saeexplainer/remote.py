@@ -260,7 +260,7 @@ class _Asking:
         if form is not None and found.get('outcome') in ('unparsed', 'empty'): # asked once more
             note = f'That is {found["error"]}. Answer again, with {"one of " + ", ".join(self.choices) if self.choices is not None else "the JSON that was asked for"} and nothing else.'
             said = await self.ask(key, _again(turns, said.text, note), request, request.max_tokens*(2 if said.cut else 1), request.seed + 1, form, tally)
-            if said.outcome in (None, 'refused'): found = self.read(said, schema)
+            if said.outcome in (None, 'refused', 'failed'): found = self.read(said, schema)
         if (found.get('counts') or {}).get('short') and 'text' in found: # topped up
             missing, note = _more(found, sizes)
             try: said = await self.ask(key, _again(turns, found['text'], note), request, request.max_tokens, request.seed + 2, missing, tally)

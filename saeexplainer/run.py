@@ -48,8 +48,11 @@ class Run:
         self.folder = Path(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held = _lock(self.folder)
-        self.store = RunStore(self.folder/'store.sqlite')
-        _claim_preset(self.folder, self.preset, begun=self.store.begun())
+        try:
+            self.store = RunStore(self.folder/'store.sqlite')
+            _claim_preset(self.folder, self.preset, begun=self.store.begun())
+        except BaseException: # a notebook keeps the traceback, and with it the lock
+            self.close(); raise
 
     def take_over(self): # adapters come when their stage does
         "Replies and steering of the run that this one is like, where they are answers to the same questions"
@@ -70,7 +73,8 @@ class Run:
 
 
     def close(self):
-        self.store.close(); self._held.close()
+        if 'store' in vars(self): self.store.close()
+        self._held.close()
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
@@ -257,7 +261,7 @@ def evaluate_stage(run:Run) -> str:
     p, said = run.preset, explain_test(run)
     writer, last = run.writer('evaluation_writer'), explainer_stages(p)[-1]
     table = evaluate(Evaluation(run.store, run.target, writer, writer, p, list(run.features.values())), said, progress=run.progress)
-    return f'{p.n_test} test features, generative accuracy ' + ', '.join(f'{s} {table.loc[(s, "generative"), "mean"]:.2f}' for s in ('label', 'sft', last))
+    return f'{p.n_test} test features, generative accuracy ' + ', '.join(f'{s} {table.loc[(s, "generative"), "mean"]:.2f}' for s in ('label', 'sft', last) if (s, 'generative') in table.index)
 
 # %% ../nbs/parts/run.ipynb #772a443c
 def git_commit() -> str|None: # of the checkout that the package lies in; None outside one

@@ -106,7 +106,10 @@ class Trainer(SAETrainer):
             with open(self.work/'curve.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
         if n and n % 100 == 0:
             self.save_checkpoint('next', self.work)
-            shutil.rmtree(self.work/'last', ignore_errors=True); (self.work/'next').rename(self.work/'last')
+            new, last, old = (self.work/name for name in ('next', 'last', 'old'))
+            shutil.rmtree(old, ignore_errors=True)
+            if last.exists(): last.rename(old)
+            new.rename(last)
         return out
 
 def train_sae(settings:SAESettings, model_name:str, d_in:int,
@@ -126,6 +129,7 @@ def train_sae(settings:SAESettings, model_name:str, d_in:int,
                               dead_feature_window=250, feature_sampling_window=500, n_batches_for_norm_estimate=20, autocast=True)
     trainer = Trainer(config, sae, mixing_buffer(16*s.batch, s.batch, activations(0)))
     trainer.work = work
+    if (work/'old').exists() and not (work/'last').exists(): (work/'next').rename(work/'last') # killed between two renames
     if (work/'last').exists():
         trainer.load_trainer_state(work/'last'); sae.load_state_dict(load_file(work/'last'/'sae_weights.safetensors'))
         trainer.data_provider = mixing_buffer(16*s.batch, s.batch, activations(trainer.n_training_samples))

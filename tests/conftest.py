@@ -6,6 +6,7 @@ from pathlib import Path
 for name, value in dict(TQDM_DISABLE='1', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false',
                         WANDB_MODE='disabled', MPLBACKEND='agg', NEURONPEDIA_API='http://127.0.0.1:9', NEURONPEDIA_STORE='http://127.0.0.1:9').items():
     os.environ.setdefault(name, value)
+for name in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'): os.environ.pop(name, None) # no test asks a server that is not its own
 
 
 # ---- what the grids of comparisons measured, printed at the end of a session

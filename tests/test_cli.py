@@ -1,8 +1,10 @@
 "The command line: what it prints for scripts, and one line for each mistake"
 import json
 import pytest
-from saeexplainer.cli import chosen_features, main, preset_and_names, resolve
+from saeexplainer.cli import chosen_features, main, marked, preset_and_names, resolve, said
 from saeexplainer.features import Feature, FeatureId
+from saeexplainer.presets import data_dir
+from saeexplainer.store import RunStore
 
 
 def ends(capsys, *args):
@@ -155,6 +157,24 @@ def test_dry_run_needs_nothing(capsys, tmp_path, monkeypatch):
     assert 'not known' in capsys.readouterr().out
     main(['run', 'gemma-2-9b-l20', '--dry-run', '--writer', 'openai', '--model', 'mine'])
     assert 'no price is known' in capsys.readouterr().out
+    monkeypatch.setenv('OPENAI_BASE_URL', 'http://me:secret@127.0.0.1:9/v1?key=secret')
+    main(['run', 'gemma-2-9b-l20', '--dry-run'])
+    said = capsys.readouterr().out
+    assert 'http://127.0.0.1:9/v1' in said.replace('\n', '') and 'secret' not in said
+
+
+def test_settings_that_are_no_yaml_are_text():
+    assert resolve('smollm2-135m', settings=['template={placeholder} means?', 'seed=3', 'dpo_lr=[1e-5, 2e-5]']).template == '{placeholder} means?'
+    assert resolve('smollm2-135m', corpus='*.txt').corpus == '*.txt'
+
+
+def test_nothing_drives_the_terminal():
+    assert str(said(('a\x1b[31mb', 'bold'), '\u202ec')) == 'a\ufffd[31mb\ufffdc' and str(marked([('a\x1b]0;x\x07', False)])) == 'a\ufffd]0;x\ufffd'
+
+
+def test_the_shipped_results_are_reported(tmp_path, capsys):
+    main(['report', str(data_dir()/'smollm2-135m'/'results'), '--out', str(tmp_path/'report')])
+    assert 'generative' in capsys.readouterr().out and (tmp_path/'report'/'report.md').read_bytes() == (data_dir()/'smollm2-135m'/'results'/'report.md').read_bytes()
 
 
 def test_doctor(capsys, monkeypatch):
@@ -165,6 +185,8 @@ def test_doctor(capsys, monkeypatch):
     with pytest.raises(SystemExit) as e: main(['doctor', '--base-url', 'http://me:secret@127.0.0.1:9/v1?key=secret'])
     said = ' '.join(capsys.readouterr().out.split())
     assert e.value.code == 1 and 'does not answer' in said and 'secret' not in said
+    with pytest.raises(SystemExit): main(['doctor', '--base-url', 'localhost:8000/v1'])
+    assert 'localhost:8000/v1 is no address of a server: it begins with http:// or https://' in ' '.join(capsys.readouterr().out.split())
 
 
 def test_interrupted_runs_keep_what_was_made(tmp_path):
@@ -183,6 +205,7 @@ def test_interrupted_runs_keep_what_was_made(tmp_path):
         finally: p.kill()
         assert f"saeexplainer: interrupted; what was finished is kept, and the same command goes on from there: saeexplainer run smollm2-135m --size demo --root {tmp_path} --name 'a b'" in log.read_text()
         assert (tmp_path/'a b/preset.yaml').exists() and (tmp_path/'a b/store.sqlite').exists()
+    with RunStore(tmp_path/'a b/store.sqlite') as store: assert json.loads(store.progress().set_index('stage').detail['sft'])['attempts'] == 2
 
 
 def test_interrupted_looks_keep_nothing():

@@ -111,6 +111,8 @@ def test_what_evaluate_reads(world, tmp_path):
     assert read_explanations(tmp_path/'batch-0.jsonl.gz').to_dict('list') == {'feature': ['gemma-2-9b/20-gemmascope-res-16k/5', 'gemma-2-9b/20-gemmascope-res-16k/6'], 'explanation': [' x ', None]}
     (tmp_path/'bare.jsonl').write_text('{"index": 5, "description": "x"}\n')
     assert read_explanations(tmp_path/'bare.jsonl').to_dict('list') == {'feature': ['5'], 'explanation': ['x']}
+    (tmp_path/'ends.jsonl').write_text('{"feature": "5", "explanation": "a\u2028b\x85c"}\n', encoding='utf-8') # as `explain --all` writes them
+    assert read_explanations(tmp_path/'ends.jsonl').to_dict('list') == {'feature': ['5'], 'explanation': ['a\u2028b\x85c']}
     (tmp_path/'c.jsonl').write_text('{"feature": 1\n'); (tmp_path/'d.jsonl').write_text('{"id": 1}\n'); (tmp_path/'e.txt').write_text('')
     for name, says in (('c.jsonl', 'is not a readable jsonl file'), ('d.jsonl', 'has the columns id: it needs feature and explanation'), ('e.txt', 'must be .csv, .parquet, .jsonl or .jsonl.gz')):
         with pytest.raises(ValueError, match=says): read_explanations(tmp_path/name)

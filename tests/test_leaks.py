@@ -49,6 +49,22 @@ def test_features_without_a_label(trained):
     assert run.store.meta('notes') == [f'{n} of 4 test features have a label'] and len(run.store.explanations('label')) == n and len(run.store.explanations('sft')) == 4
 
 
+def test_no_test_feature_has_a_label(tmp_path, monkeypatch):
+    "The explainers are measured all the same, and the report says what it lacks"
+    import pyarrow.parquet as pq
+    from saeexplainer.report import Results
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    preset, features = load_preset(make_preset(tmp_path), label_model=None, baseline_labels=(), baselines=()), tmp_path/'data'/'tiny'/'features.parquet'
+    with Run(tmp_path/'run', preset, progress=False) as run: test = run.splits['test']
+    table = pq.read_table(features).to_pandas()
+    table.loc[table['index'].isin(test), ['status', 'explanation']] = ['unlabelled', None]
+    table.to_parquet(features)
+    with Run(tmp_path/'run', preset, progress=False) as run:
+        assert run.splits['test'] == test
+        report = execute(run, say=lambda line: None)
+    assert Results(report).stages == ['sft', 'dpo1', 'dpo2'] and '0 of 4 test features have a label' in (report/'report.md').read_text()
+
+
 def test_a_leaking_split_is_refused(trained, monkeypatch):
     run, _ = trained
     leaking = dict(run.splits, sft=[*run.splits['sft'][1:], run.splits['test'][0]])

@@ -264,6 +264,10 @@ def test_the_local_judge_takes_the_set_that_makes_the_explanation_likeliest(mach
     said = "the word 'rain'"
     (choice, scores), = judge_locally(machine.writer, [(said, [['a b'], ['c d', 'e']])])
     assert len(scores) == 2 and choice == int(np.argmax(scores))
+    class Knows: # in whose eyes an explanation is likely behind a text that holds it, and for itself as likely as it is long
+        def log_probs(self, contexts, said): return [10.*(s.strip() in c) - len(s) for c, s in zip(contexts, said)]
+    cases = [('rain', [['sun'], ['wind', 'some rain'], ['fog']]), ('a longer one', [['a longer one'], ['b']])]
+    assert judge_locally(Knows(), cases) == [(1, [0., 10., 0.]), (0, [10., 0.])]
 
 
 # a capable writer and judge
@@ -316,7 +320,20 @@ def test_evaluate_refuses(machine, store):
     with pytest.raises(ValueError, match="a stage cannot be called 'control'"): evaluate(run, {'control': {3: 'x'}})
     with pytest.raises(ValueError, match="feature 99 is explained, but it is not among"): evaluate(run, {'sft': {99: 'x'}})
     store.put_explanations([('sft', 3, 0, 'cats')])
-    with pytest.raises(ValueError, match="another explanation of feature 3 at stage sft: 'cats', not 'x'"): evaluate(run, {'sft': {3: 'x'}})
+    with pytest.raises(ValueError, match="another explanation of feature 3 at stage sft: 'cats', not 'x'"): evaluate(run, {'sft': {3: 'x', 4: 'y'}})
+    assert len(store.explanations()) == 1 # of what is refused, nothing is kept
+
+
+def test_no_feature_has_a_label(machine, store):
+    table = evaluate(evaluation(machine, store), {'mine': EXPLANATIONS['sft'], 'label': {}}, progress=False)
+    assert ('control', 'output') in table.index and 'label' not in table.index.get_level_values(0) and set(store.explanations().stage) == {'mine'}
+
+
+def test_a_call_tells_of_its_own_features_alone(machine, store):
+    run, said = evaluation(machine, store), EXPLANATIONS['sft']
+    first, *others = said
+    evaluate(run, {'a': said}, metrics=('generative',), progress=False)
+    assert evaluate(run, {'a': {first: said[first]}}, metrics=('generative',), progress=False).loc[('a', 'generative'), 'n'] == 1 < len(said)
 
 
 def test_a_part_of_the_metrics(machine, store):

@@ -1,5 +1,5 @@
 "The embedded model's conversion, hashes and loading"
-import os, subprocess, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from helpers import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -15,7 +15,8 @@ def test_a_conversion_that_is_cut_off_leaves_nothing(tmp_path):
     code = 'from saeexplainer.models import embedded_model_dir; embedded_model_dir()'
     process = subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.glob(f'{EMBEDDED}-*')): pass
-    process.kill(); process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL # and no failure of its own
     assert not (tmp_path/EMBEDDED/'model.safetensors').exists()
 
 

@@ -88,6 +88,11 @@ def test_overrides_and_their_types():
     (dict(n_output=301), 'n_output (301) cannot be more than n_test (300)'),
     (dict(dtype='int8'), "dtype must be 'bfloat16'"),
     (dict(steering_kl=[0]), 'steering_kl has a target of 0'),
+    (dict(dpo_rounds=0), 'dpo_rounds must be 1 or more'),
+    (dict(candidate_top_p=0.), 'top_p must be more than 0 and at most 1'),
+    (dict(text_top_p=1.5), 'top_p must be more than 0 and at most 1'),
+    (dict(n_controls=10), 'n_controls must be 1 to 9, not 10'),
+    (dict(n_pref=0), 'preset field n_pref must be more than 0, not 0'),
     (dict(source='gemma'), "source must be 'model/source', not 'gemma'"),
     (dict(sft_rl=1e-4), "a preset has no field 'sft_rl': did you mean sft_lr"),
     (dict(zzzzzz=1), "a preset has no field 'zzzzzz': see `saeexplainer presets`"),
@@ -112,6 +117,8 @@ def test_yaml_files(tmp_path):
     p = read('base: smollm2-135m\nsize: full\nsft_lr: 5e-5\ndpo_lr: [1e-5, 2e-5]\n', seed=3)
     assert (p.name, p.size, p.n_sft, p.sft_lr, p.dpo_lr, p.seed) == ('mine', 'full', 2350, 5e-5, (1e-5, 2e-5), 3)
     assert read('base: smollm2-135m\nsft_lr: 5e-5', size='full').n_sft == 2350
+    whole = load_preset('smollm2-135m', size='demo').to_yaml()
+    assert read(whole, size='demo').size == 'demo' and "is of size 'demo' and names no preset" in message(read, whole, size='full')
     assert 'lacks target, explainer' in message(read, 'sft_lr: 1')
     assert f'{file} has no field \'lerning_rate\'' in message(read, 'base: smollm2-135m\nlerning_rate: 1')
     assert 'unknown preset' in message(read, 'base: nothing')

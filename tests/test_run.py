@@ -93,6 +93,7 @@ def test_killed_in_every_stage(world, finished):
     assert {t: set(r) for t, r in killed.items()} == {t: set(r) for t, r in whole.items()} # no row lost, none twice
     assert killed['explanations'] == whole['explanations'] and killed['pairs'] == whole['pairs'] # and the same questions got the same answers
     with RunStore(store) as s: assert not len(s.unscored()) and all(s.finished(stage) for stage in STAGES)
+    assert Results(store.parent/'report').made['sittings'] == dict.fromkeys(STAGES, 2) and "Seconds are those of a stage's last sitting: sft had 2, " in (store.parent/'report'/'report.md').read_text()
 
 
 def test_splits_never_overlap(world):
@@ -137,7 +138,9 @@ def test_a_refused_first_attempt_does_not_take_the_name(world):
         with pytest.raises(PermissionError, match='OPENAI_API_KEY'): execute(run, say=lambda line: None)
         assert not run.store.begun()
     with Run(folder, load_preset(world[1]), progress=False) as run: run.store.start('sft')
-    with pytest.raises(ValueError, match='begun with another preset'): Run(folder, load_preset(world[1], layer=0))
+    with pytest.raises(ValueError, match='begun with another preset') as refused: Run(folder, load_preset(world[1], layer=0))
+    with Run(folder, load_preset(world[1]), progress=False): pass # `refused` holds the traceback, as a notebook does, but not the run
+    assert refused.value
 
 
 def test_a_paid_writer_with_a_budget(world, monkeypatch):
@@ -203,7 +206,7 @@ def test_report(finished):
     assert {'report.md', 'summary.csv', 'provenance.json', 'examples.json', 'stages.png'} | {f'{t}.parquet' for t in TABLES} == names
     results = Results(report)
     made = results.made
-    assert made['seed'] == 0 and made['versions']['torch'] and set(made['seconds']) == set(STAGES) and made['like'] is None
+    assert made['seed'] == 0 and made['versions']['torch'] and set(made['seconds']) == set(STAGES) and made['sittings'] == dict.fromkeys(STAGES, 1) and made['like'] is None
     assert results.stages == ['label', 'autointerp', 'untrained', 'sft', 'dpo1', 'dpo2', 'best'] == list(results.said.columns)
     summary = pd.read_csv(report/'summary.csv')
     assert set(summary.stage) == {*results.stages, 'control'} and (summary.low <= summary['mean'] + 1e-9).all()

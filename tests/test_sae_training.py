@@ -50,6 +50,7 @@ def test_training_goes_on_where_it_was_killed(tmp_path):
     with pytest.raises(KeyboardInterrupt): train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), tmp_path)
     assert (tmp_path/'last').exists() and not (tmp_path/'sae').exists()
     begun = [json.loads(line)['step'] for line in open(tmp_path/'curve.jsonl')]
+    (tmp_path/'last').rename(tmp_path/'next'); (tmp_path/'old').mkdir() # as a kill between the two renames of a checkpoint leaves it
     trained = train_sae(SETTINGS, 'tiny', 16, endless(acts), tmp_path)
     steps = [json.loads(line)['step'] for line in open(tmp_path/'curve.jsonl')]
     assert 100 <= max(begun) < 130 and steps[len(begun)] == 100 and steps[-1] == 120

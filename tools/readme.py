@@ -1,29 +1,17 @@
 """Write README.md from nbs/index.ipynb, with nbdev's own processors; `nbdev_readme` does the same through Quarto, which pip cannot install."""
-import base64, posixpath, re, shutil
-from pathlib import Path
+import posixpath, re, shutil
 
 from nbdev import processors
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
+from nbmarkdown import LINK, output_markdown
+
 # links to the docs of symbols (`add_links`) come with the docs site
 PROCESSORS = 'insert_warning strip_ansi hide_line filter_stream_ rm_header_dash rm_export clean_magics hide_'.split()
 DIRECTIVE = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*))?\n?', re.M)
-LINK = re.compile(r'(\]\(|(?:src|href)=")(?![a-z]+:|/|#)([^)"\s]+)')
 
-def output_markdown(output, image):
-    "One output of a cell as Markdown; a figure is written to `image`"
-    if output['output_type'] == 'stream': return indented(output['text'])
-    data = {k: ''.join(v) for k, v in output['data'].items()}
-    if 'image/png' in data:
-        image.parent.mkdir(exist_ok=True)
-        image.write_bytes(base64.b64decode(data['image/png']))
-        return f'![]({image.parent.name}/{image.name})'
-    if 'text/markdown' in data: return data['text/markdown']
-    if 'text/html' in data: return re.sub(r'<style.*?</style>\s*', '', data['text/html'], flags=re.S)
-    return indented(data['text/plain'])
-
-def indented(text): return '\n'.join(f'    {o}'.rstrip() for o in ''.join(text).rstrip().splitlines())
+def indented(text): return '\n'.join(f'    {o}'.rstrip() for o in text.rstrip().splitlines())
 
 def cell_markdown(cell, links, images):
     "The pieces of Markdown that a cell turns into; `links` rewrites the links of prose"
@@ -33,14 +21,14 @@ def cell_markdown(cell, links, images):
     if said.get('include') == 'false': return []
     code = [f'```python\n{source}\n```'] if source and said.get('echo') != 'false' else []
     if said.get('output') == 'false': return code
-    return code + [output_markdown(o, images/f'{cell.id}-{i}.png') for i, o in enumerate(cell.outputs)]
+    return code + [output_markdown(o, images/f'{cell.id}-{i}.png', indented) for i, o in enumerate(cell.outputs)]
 
 def main():
     cfg = get_config()
     images, folder = cfg.config_path/'index_files', cfg.nbs_path.name
     shutil.rmtree(images, ignore_errors=True)
     # a link in nbs/index.ipynb starts from nbs/, one in README.md from the root
-    links = lambda text: LINK.sub(lambda m: m[1] + posixpath.normpath(posixpath.join(folder, m[2])), text)
+    links = lambda text: LINK.sub(lambda m: m[0] if re.match('[a-z]+:|/', m[2]) else m[1] + posixpath.normpath(posixpath.join(folder, m[2])), text)
     nb = NBProcessor(cfg.nbs_path/cfg.readme_nb, [getattr(processors, o) for o in PROCESSORS], process=True).nb
     parts = [o for cell in nb.cells for o in cell_markdown(cell, links, images)]
     (cfg.config_path/'README.md').write_text('\n\n'.join(o.strip('\n') for o in parts) + '\n', encoding='utf-8')

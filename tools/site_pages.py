@@ -1,7 +1,7 @@
 """Build the documentation site from the notebooks: `python tools/site_pages.py [OUT]`; `nbdev_docs` does the same through Quarto, for those who have it.
 
 nbdev's own processors clean the notebooks and link names; the API is read from the package; mkdocs makes the pages, strictly: a link or an anchor that leads nowhere is an error."""
-import ast, base64, dataclasses, importlib, inspect, logging, posixpath, re, shutil, sys
+import ast, dataclasses, importlib, inspect, logging, posixpath, re, shutil, sys
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -10,11 +10,12 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import NBProcessor
 
+from nbmarkdown import LINK, output_markdown
+
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
 ORDER = dict(parts='models presets plan features corpus saes reading target store sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
              recipes='your_own_sae writers paper_presets train_sae layer_saes build_features benchmarks'.split())
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
-LINK = re.compile(r'(\]\(|(?:src|href)=")(?!#)([^)"\s]+)')
 cfg = get_config()
 base, code = cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/', f'{cfg.git_url}/blob/{cfg.branch}/'
 
@@ -69,19 +70,6 @@ def api(name, thing, path, level=3):
 
 # --- pages
 
-def output(o, image, alt):
-    "One output of a cell; a figure is written to `image`"
-    if o['output_type'] == 'stream': return literal(''.join(o['text']))
-    if o['output_type'] == 'error': return literal(f"{o['ename']}: {o['evalue']}")
-    data = {k: ''.join(v) if isinstance(v, list) else v for k, v in o['data'].items()}
-    if 'image/png' in data:
-        image.parent.mkdir(parents=True, exist_ok=True)
-        image.write_bytes(base64.b64decode(data['image/png']))
-        return f"![{re.sub(r'[^ -Z^-~]', '', alt)}]({image.parent.name}/{image.name})"
-    if 'text/markdown' in data: return data['text/markdown']
-    if 'text/html' in data: return '<div>' + re.sub(r'<style scoped>.*?</style>\s*', '', data['text/html'], flags=re.S) + '</div>' # without pandas' style
-    return literal(data['text/plain'])
-
 def fenced(text, kind): # whatever is in the text, the fence is longer
     fence = '`'*max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
     return f'{fence}{kind}\n{text.rstrip()}\n{fence}'
@@ -118,7 +106,7 @@ def page(file, to, links):
             parts.append('??? quote "Code"\n\n' + '\n'.join('    ' + line for line in fenced(source, 'python').split('\n')))
         else:
             if said.get('echo') != 'false': parts.append(fenced(source, 'python'))
-            if said.get('output') != 'false': parts += [output(o, to.with_name(f'{to.stem}_files')/f'{cell.id}-{i}.png', said.get('fig-cap', heading)) for i, o in enumerate(cell.get('outputs', []))]
+            if said.get('output') != 'false': parts += [output_markdown(o, to.with_name(f'{to.stem}_files')/f'{cell.id}-{i}.png', literal, said.get('fig-cap', heading)) for i, o in enumerate(cell.get('outputs', []))]
     return '\n\n'.join(p for p in parts if p)
 
 def main(out='_docs'):
