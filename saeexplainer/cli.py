@@ -66,7 +66,7 @@ def resolve(name:str, size:str|None=None, settings=(), writer=None, base_url=Non
         if not eq: raise ValueError(f'{setting!r} is not a setting: write field=value')
         try: fields[field] = tuple(v) if isinstance(v := yaml.safe_load(value), list) else v
         except yaml.YAMLError: fields[field] = value # plain text
-    preset = load_preset(name, **({'size': size} if size else {}), **fields, **more)
+    preset = load_preset(name, **({'size': size} if size else {}) | fields | more)
     if base_url and is_local(preset.writer) and is_local(preset.evaluation_writer): raise ValueError(f'--base-url needs a model at that server, as in --writer openai --model NAME: the writers of {preset.name} are local')
     return preset
 
@@ -340,6 +340,7 @@ def measurable(names, run) -> list[bool]: # one per name
 
 @app.command('evaluate', epilog=_examples('saeexplainer evaluate mine.csv', 'saeexplainer evaluate batch-0.jsonl.gz --preset gemma-2-9b-l20 --json'))
 def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .parquet or .jsonl with feature and explanation, or an export of Neuronpedia (.jsonl.gz)')], preset: Optional[str] = None,
+                     size: Annotated[Optional[str], typer.Option(help="demo or full, which is the default: the paper's counts of texts")] = None,
                      name: Annotated[str, typer.Option(help='store and table go to runs/NAME')] = 'evaluation', root: Path = Path('runs'), writer: WriterKind = None, base_url: BaseURL = None, model: Model = None,
                      settings: Setting = None, as_json: JSON = False):
     "Measure explanations from whatever method with the four metrics"
@@ -350,7 +351,8 @@ def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .parquet o
     if n := int(rows['explanation'].isna().sum()): print(f'{n} of {len(rows)} rows have no explanation and are left out', file=sys.stderr)
     rows = rows.dropna()
     if (stage := file.name.removesuffix('.gz').rpartition('.')[0]) in ('label', 'control'): raise ValueError(f'{file.name}: the stage {stage!r} is taken, give the file another name')
-    with Run(root/name, resolve(preset_and_names(rows['feature'].tolist()[:1], preset)[0], None, settings, writer, base_url, model)) as run:
+    which = preset_and_names(rows['feature'].tolist()[:1], preset)[0]
+    with Run(root/name, resolve(which, size or (None if which.endswith(('.yaml', '.yml')) else 'full'), settings, writer, base_url, model)) as run:
         rows = rows[measurable(rows['feature'], run)]
         if not len(rows): raise ValueError(f'{file} explains no feature that can be measured: {run.preset.source} has features 0 to {max(run.features)}')
         found = chosen_features(run.preset, rows['feature'].tolist(), 0, 0, list(run.features.values()))

@@ -95,7 +95,7 @@ def plan(preset) -> dict: # features, memory_gb, disk_gb, machine, hours (low, h
     size, takes, asked = model_size(preset.target), needs(preset) or {}, writer_work(preset)
     todo = work(preset) if size else None
     small = size and size[0] < .5
-    stages = None if todo is None else cpu_hours(todo) if small else hours(todo, size[0])
+    stages = None if todo is None else cpu_hours(todo) if small else hours(todo, size[0], batch=preset.batch_size)
     rounds = preset.dpo_rounds if preset.new_features_in_round_2 else 1
     waiting = asked.requests.sum()*SECONDS/preset.writer_concurrency/3600
     return dict(features=dict(sft=preset.n_sft, preferences=preset.n_pref*rounds, test=preset.n_test), memory_gb=takes.get('memory_gb'), disk_gb=takes.get('disk_gb'),

@@ -296,7 +296,7 @@ def _named(name, size) -> dict: # fields of a built-in preset at a size; None: i
     return {**_PRESETS[name], 'name': name, 'size': size, **sizes[size]}
 
 # %% ../nbs/parts/presets.ipynb #a473b196
-def load_preset(name, # one of `presets()`, or the path of a YAML file
+def load_preset(name, /, # one of `presets()`, or the path of a YAML file
                 **overrides # fields that differ; `size='demo'|'full'`
                ) -> Preset:
     "A preset, checked; raises `ValueError` with the nearest name where a preset or a field does not exist"

@@ -258,7 +258,9 @@ def explain_test(run:Run) -> dict: # stage -> {feature: text}, in the order of `
 def evaluate_stage(run:Run) -> str:
     "All metrics of labels and explainers on the test features (Eq. 12-18)"
     from saeexplainer.metrics import Evaluation, evaluate
+    from saeexplainer.report import machine
     p, said = run.preset, explain_test(run)
+    run.store.note('machine', machine(run))
     writer, last = run.writer('evaluation_writer'), explainer_stages(p)[-1]
     table = evaluate(Evaluation(run.store, run.target, writer, writer, p, list(run.features.values())), said, progress=run.progress)
     return f'{p.n_test} test features, generative accuracy ' + ', '.join(f'{s} {table.loc[(s, "generative"), "mean"]:.2f}' for s in ('label', 'sft', last) if (s, 'generative') in table.index)

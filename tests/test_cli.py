@@ -3,7 +3,7 @@ import json
 import pytest
 from saeexplainer.cli import chosen_features, main, marked, preset_and_names, resolve, said
 from saeexplainer.features import Feature, FeatureId
-from saeexplainer.presets import data_dir
+from saeexplainer.presets import data_dir, load_preset
 from saeexplainer.store import RunStore
 
 
@@ -168,13 +168,31 @@ def test_settings_that_are_no_yaml_are_text():
     assert resolve('smollm2-135m', corpus='*.txt').corpus == '*.txt'
 
 
+def test_explanations_are_measured_at_the_papers_counts(capsys, tmp_path):
+    (tmp_path/'mine.csv').write_text('feature,explanation\n99999,x\n')
+    with pytest.raises(SystemExit): main(['evaluate', str(tmp_path/'mine.csv'), '--preset', 'smollm2-135m', '--root', str(tmp_path)])
+    assert 'explains no feature that can be measured' in capsys.readouterr().err
+    assert load_preset(tmp_path/'evaluation/preset.yaml').n_generative == 10
+
+
+def test_settings_may_be_anything(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(['run', 'smollm2-135m', '--dry-run', '--json', '--size', 'demo', '-s', 'size=full'])
+    assert json.loads(capsys.readouterr().out)['size'] == 'full'
+    assert resolve('smollm2-135m', settings=['name=other']).name == 'other'
+
+
 def test_nothing_drives_the_terminal():
     assert str(said(('a\x1b[31mb', 'bold'), '\u202ec')) == 'a\ufffd[31mb\ufffdc' and str(marked([('a\x1b]0;x\x07', False)])) == 'a\ufffd]0;x\ufffd'
 
 
-def test_the_shipped_results_are_reported(tmp_path, capsys):
-    main(['report', str(data_dir()/'smollm2-135m'/'results'), '--out', str(tmp_path/'report')])
-    assert 'generative' in capsys.readouterr().out and (tmp_path/'report'/'report.md').read_bytes() == (data_dir()/'smollm2-135m'/'results'/'report.md').read_bytes()
+def test_the_shipped_results_give_the_shipped_report(tmp_path, capsys):
+    import shutil
+    shipped = data_dir()/'smollm2-135m'/'results'
+    shutil.copytree(shipped, tmp_path/'results')
+    for name in ('report.md', 'summary.csv'): (tmp_path/'results'/name).unlink()
+    main(['report', str(tmp_path/'results'), '--out', str(tmp_path/'report')])
+    assert 'generative' in capsys.readouterr().out and all((tmp_path/'report'/name).read_bytes() == (shipped/name).read_bytes() for name in ('report.md', 'summary.csv'))
 
 
 def test_doctor(capsys, monkeypatch):
@@ -196,7 +214,7 @@ def test_interrupted_runs_keep_what_was_made(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != 'TQDM_DISABLE'} # the bar says when it trains
     command, log = [sys.executable, '-c', 'from saeexplainer.cli import main; main()', *args], tmp_path/'log'
     for begun in (False, True):
-        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open('w'), env=env)
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open('w'), env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell's background jobs ignore it
         try:
             deadline = time.time() + 240
             while not re.search(r'sft:.* [1-9]\d*/', log.read_text()) and p.poll() is None and time.time() < deadline: time.sleep(.5)

@@ -325,7 +325,7 @@ def test_evaluate_refuses(machine, store):
 
 
 def test_no_feature_has_a_label(machine, store):
-    table = evaluate(evaluation(machine, store), {'mine': EXPLANATIONS['sft'], 'label': {}}, progress=False)
+    table = evaluate(evaluation(machine, store), {'mine': EXPLANATIONS['label'], 'label': {}}, progress=False)
     assert ('control', 'output') in table.index and 'label' not in table.index.get_level_values(0) and set(store.explanations().stage) == {'mine'}
 
 
