@@ -84,7 +84,7 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('notebooks', nargs='*', help='default: all')
     parser.add_argument('--update', action='store_true', help='run in place and store the outputs')
-    parser.add_argument('--flags', default='', help='also run cells with these flags, such as "slow gpu"')
+    parser.add_argument('--flags', default='', help='also run cells with these flags, such as "slow"')
     parser.add_argument('--timeout', type=float, default=600, help='seconds per notebook')
     parser.add_argument('--workers', type=int, default=min(4, os.cpu_count() or 1), help='notebooks at a time; they share the cores')
     return parser.parse_args(argv)

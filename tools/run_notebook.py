@@ -34,7 +34,6 @@ def run(source, target, flags=()):
         # warnings and progress bars name paths and times of this machine
         cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nb.metadata = {**nb.metadata, 'kernelspec': KERNEL}
-    nb.metadata.pop('jupytext', None)
     clean_nb(nb, allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split(), clean_ids=cfg.clean_ids)
     write_nb(nb, target)
     return True
