@@ -80,7 +80,7 @@ def label_source(preset) -> str|None: # None: the file of features does not say
     return preset.label_model or made.get('default') or ('peak words' if made.get('corpus') else None)
 
 def machine(run) -> dict:
-    "What a run is made on: by which its evaluation notes it"
+    "Device and versions; a run notes them when it is evaluated, so that a later report on another machine leaves them as they were"
     from importlib.metadata import version
     import torch
     return dict(device=str(run.target.model.device), threads=torch.get_num_threads(), python=platform.python_version(),
