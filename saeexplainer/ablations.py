@@ -118,7 +118,7 @@ SMALLER = dict(n_pref=150, n_test=100, n_output=100, dpo_rounds=1, baselines=(),
 
 ARMS = { # what each changes
     'pool-2': dict(n_candidates=2), 'pool-6': dict(n_candidates=6), 'pool-10': dict(n_candidates=10),
-    'split-1': dict(n_sft=600, n_pref=300, dpo_rounds=2), 'split-2': dict(n_sft=300, n_pref=300, dpo_rounds=2, new_features_in_round_2=True),
+    'split-1': dict(n_sft=300, dpo_rounds=2), 'split-2': dict(n_sft=150, dpo_rounds=2, new_features_in_round_2=True),
     'peak-words': dict(label_model='peak words'),
     **{f'layer-{layer}': dict(label_model='peak words', n_sft=1000) for layer in (3, 9, 15, 21, 27)}}
 
