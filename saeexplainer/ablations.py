@@ -16,7 +16,8 @@ from .sampling import seed_for
 PANELS = dict(generative='generative accuracy (%)', input='input score (%)', output='output score (%)', gap='gap H - L (activation)')
 
 def stage_figure(metrics, # rows stage, feature, metric, value
-                 stages=('label', 'sft', 'dpo1', 'dpo2'), chance=1/3):
+                 stages=('label', 'sft', 'dpo1', 'dpo2'),
+                 chance:float=1/3): # of the output score
     "The metrics at each stage, with intervals, as a matplotlib figure"
     from matplotlib.figure import Figure
     from saeexplainer.metrics import summary

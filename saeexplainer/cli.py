@@ -270,7 +270,7 @@ def known_features(preset, names): # list of Feature: all of them, or without a 
     file = features_file(preset)
     if file.exists() or preset.corpus or not names: return load_features(preset)
     ids = dict.fromkeys(feature_of(preset, name) for name in names)
-    try: return [neuronpedia_feature(i) for i in ids]
+    try: return [neuronpedia_feature(i, label_model=preset.label_model) for i in ids]
     except OSError as e: raise RuntimeError(f'there is no {file} (`saeexplainer features {preset.name}` makes it), and Neuronpedia cannot be asked: {str(e).splitlines()[0]}') from None
 
 # %% ../nbs/parts/cli.ipynb #81e56e7d

@@ -10,6 +10,7 @@ import json, os
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
+from .files import whole
 
 # %% ../nbs/parts/dictionaries.ipynb #34fc6642
 def read_explanations(file): # DataFrame, columns feature (str), explanation (str or None)
@@ -151,10 +152,9 @@ def _finish(out, parts) -> dict: # the parts as one file, in the order of featur
     rows = {r['index']: r for r in parts[0]}
     for r in (parts[1] if len(parts) > 1 else ()): rows[r['index']] |= r
     table = pd.DataFrame([rows[i] for i in sorted(rows)])
-    part = out.with_name(out.name + '.part')
-    if out.suffix=='.parquet': table.to_parquet(part, index=False)
-    else: part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
-    part.rename(out)
+    with whole(out) as part:
+        if out.suffix=='.parquet': table.to_parquet(part, index=False)
+        else: part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
     for p in parts: p.close(); p.file.unlink()
     return dict(features=len(table), explained=int(table['explanation'].notna().sum()), verified=int(table['score'].notna().sum()) if 'score' in table else 0,
                 texts_unmade=int(table['unmade'].sum()) if 'unmade' in table else 0,

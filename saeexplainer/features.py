@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import requests
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
+from .files import whole
 
 # %% ../nbs/parts/features.ipynb #a5f47a3f
 @dataclass(frozen=True, order=True, slots=True)
@@ -138,11 +139,9 @@ def save_features(rows, # dicts with the columns of `FEATURES_SCHEMA`, in any it
     "Write features.parquet"
     rows, file = iter(rows.to_dict('records') if hasattr(rows, 'to_dict') else rows), Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + '.part')
     schema = FEATURES_SCHEMA.with_metadata({'source': source}) if source else FEATURES_SCHEMA
-    with pq.ParquetWriter(part, schema, compression='zstd', compression_level=19) as writer:
+    with whole(file) as part, pq.ParquetWriter(part, schema, compression='zstd', compression_level=19) as writer:
         while block := list(islice(rows, 4096)): writer.write_table(pa.Table.from_pylist([*map(_stored, block)], FEATURES_SCHEMA))
-    part.replace(file)
     return file
 
 # %% ../nbs/parts/features.ipynb #e77c80c3
@@ -341,9 +340,7 @@ def _fetch(session, url:str, kind:str, file:Path, about:dict, n_contexts:int, tr
             if not left: return f'{type(e).__name__}, {tries} times'
             time.sleep(PAUSE)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + '.part')
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **about}), part, compression='zstd')
-    part.replace(file)
+    with whole(file) as part: pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **about}), part, compression='zstd')
 
 def _fetched(file:Path, about:dict) -> bool: # a shard of this very file
     if not file.exists(): return False
@@ -487,9 +484,7 @@ def _write_card(export:Export, store:str, n_contexts:int): # features.json, besi
     card = {k: v for k, v in vars(export).items() if k != 'file'} | dict(
         store=f'{store}/v1/{export.source}/', labelled=export.labelled, coverage=export.labelled/max(1, export.n_features), made_by='neuronpedia_export',
         contexts=f'{n_contexts} per feature, one per text, 32 tokens, strongest first')
-    part = export.file.with_name('features.json.part')
-    part.write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8')
-    part.replace(export.file.with_name('features.json'))
+    with whole(export.file.with_name('features.json')) as part: part.write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8')
 
 # %% ../nbs/parts/features.ipynb #395d0da0
 _turn, _free_at = threading.Lock(), 0.
@@ -510,8 +505,10 @@ def _api_key() -> str|None:
 
 def neuronpedia_feature(id, # `FeatureId`, or 'model/source/index'
                         api:str|None=None, # None: `$NEURONPEDIA_API`, else `API_URL`
-                        n_contexts:int=16) -> Feature:
-    "A feature from Neuronpedia's API, with the first of its explanations as the label; raises `ValueError` where there is no such feature"
+                        n_contexts:int=16,
+                        label_model:str|None=None # whose explanation is the label; None: the first there is
+                       ) -> Feature:
+    "A feature from Neuronpedia's API; raises `ValueError` where there is no such feature"
     id = id if isinstance(id, FeatureId) else FeatureId.parse(id)
     api, key = (api or os.environ.get('NEURONPEDIA_API') or API_URL).rstrip('/'), _api_key()
     _wait_turn(.2 if key else 1.)
@@ -519,12 +516,13 @@ def neuronpedia_feature(id, # `FeatureId`, or 'model/source/index'
                     headers={'x-api-key': key} if key else {})
     if response.headers.get('x-limit-remaining') == '0': _hold(60.) # nothing is left for now
     if response.status_code == 404: raise ValueError(f'Neuronpedia has no feature {id}')
-    try: return api_feature(id, response.json(), n_contexts)
+    try: return api_feature(id, response.json(), n_contexts, label_model)
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f'{response.url} does not describe a feature: {type(e).__name__} {e}') from None
 
-def api_feature(id:FeatureId, answer:dict, n_contexts:int=16) -> Feature:
+def api_feature(id:FeatureId, answer:dict, n_contexts:int=16, label_model:str|None=None) -> Feature:
     "What the API says of a feature"
     about, said = stats_row(answer), tuple(e for row in answer.get('explanations') or () if (e := label_row(row)))
-    status = 'dead' if about['max_act'] == 0 else 'ok' if said else 'unlabelled'
+    label = first_text(said, label_model) if label_model else said[0].text if said else None
+    status = 'dead' if about['max_act'] == 0 else 'ok' if label else 'unlabelled'
     contexts = strongest_contexts(filter(None, map(context_row, answer.get('activations') or ())), n_contexts)
-    return Feature(id, said[0].text if status == 'ok' else None, **about, contexts=tuple(contexts), status=status, explanations=said)
+    return Feature(id, label if status == 'ok' else None, **about, contexts=tuple(contexts), status=status, explanations=said)

@@ -8,12 +8,13 @@ __all__ = ['CARD', 'ORACLE_TEMPLATE', 'placeholder_id', 'prompt_messages', 'expl
            'oracle_note', 'adapter_of', 'load_explainer', 'shipped_explainer', 'explainer_of']
 
 # %% ../nbs/00_injection.ipynb #be2bf850
-import json, os, shutil, sys, warnings
+import json, shutil, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from .files import whole
 from .models import EMBEDDED, EMBEDDED_SHA256, backbone, decoder_layers, embedded_model_dir, load_model, weights_sha256
 from .saes import check_directions
 from .sampling import sample, seed_for
@@ -158,10 +159,8 @@ class ExplainerCard:
 # %% ../nbs/00_injection.ipynb #963659f4
 CARD = 'explainer.json'
 
-def _save_card(self, folder): # written under another name first, then renamed: there is never half a card
-    part = Path(folder)/f'{CARD}.part'
-    part.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    os.replace(part, Path(folder)/CARD)
+def _save_card(self, folder):
+    with whole(Path(folder)/CARD) as part: part.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 @classmethod
 def _load_card(cls, folder) -> 'ExplainerCard':

@@ -10,6 +10,7 @@ import pandas as pd
 
 # %% ../nbs/parts/plan.ipynb #b18681ba
 from .presets import is_local, model_size, needs
+from .run import validation_size
 
 # %% ../nbs/parts/plan.ipynb #236294aa
 LENGTHS = {'small': dict(prompt=22, label=13, explanation=14, text=24, distinct=.9), 'large': dict(prompt=50, label=15, explanation=20, text=32, distinct=.95)}
@@ -98,6 +99,6 @@ def plan(preset) -> dict: # features, memory_gb, disk_gb, machine, hours (low, h
     stages = None if todo is None else cpu_hours(todo) if small else hours(todo, size[0], batch=preset.batch_size)
     rounds = preset.dpo_rounds if preset.new_features_in_round_2 else 1
     waiting = asked.requests.sum()*SECONDS/preset.writer_concurrency/3600
-    return dict(features=dict(sft=preset.n_sft, preferences=preset.n_pref*rounds, test=preset.n_test), memory_gb=takes.get('memory_gb'), disk_gb=takes.get('disk_gb'),
+    return dict(features=dict(sft=preset.n_sft, validation=validation_size(preset), preferences=preset.n_pref*rounds, test=preset.n_test), memory_gb=takes.get('memory_gb'), disk_gb=takes.get('disk_gb'),
                 machine=None if stages is None else 'two CPU cores' if small else 'one A100', hours=None if stages is None else (float(stages.sum()/2), float(stages.sum()*2)),
                 stages=None if stages is None else stages.round(2).to_dict(), requests=round(asked.requests.sum()), waiting=float(waiting), tokens_in=round(asked.tokens_in.sum()), tokens_out=round(asked.tokens_out.sum()), dollars=dollars(preset, asked))

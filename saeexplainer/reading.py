@@ -9,7 +9,7 @@ __all__ = ['TABLES', 'WORD', 'corpus_documents', 'document_windows', 'window_res
            'feature_table', 'features_card', 'build_features']
 
 # %% ../nbs/parts/reading.ipynb #dc88d021
-import hashlib, json, os, re, time
+import hashlib, json, re, time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from glob import glob
@@ -20,6 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from .corpus import SOURCES, balanced_cap, documents, part_of, split_text
 from .features import BEFORE, LENGTH, Context, features_file, save_features
+from .files import whole
 from .models import cache_dir
 from .sampling import batches, pad
 from .target import Target, residual_stream
@@ -173,8 +174,7 @@ def save_reading(reading:CorpusReading, file):
     arrays = {k: v for k, v in state.items() if isinstance(v, np.ndarray)}
     facts = json.dumps({k: v for k, v in state.items() if k not in arrays})
     file = Path(file); file.parent.mkdir(parents=True, exist_ok=True)
-    with open(part := file.with_name(file.name + '.part'), 'wb') as f: np.savez(f, facts=np.frombuffer(facts.encode(), np.uint8), **arrays)
-    os.replace(part, file)
+    with whole(file) as part, open(part, 'wb') as f: np.savez(f, facts=np.frombuffer(facts.encode(), np.uint8), **arrays)
 
 def load_reading(file, settings:dict) -> CorpusReading:
     "The state of an earlier pass; raises `ValueError` where it was made with other settings"

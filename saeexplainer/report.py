@@ -12,7 +12,7 @@ __all__ = ['training_log', 'write_table', 'result_tables', 'Results', 'best_text
 import json, platform
 from datetime import datetime, timezone
 from pathlib import Path
-import numpy as np
+from .files import whole
 
 # %% ../nbs/parts/report.ipynb #f7cea162
 def training_log(run, stage:str): # DataFrame
@@ -22,8 +22,7 @@ def training_log(run, stage:str): # DataFrame
 
 def write_table(frame, file) -> None: # file: Path
     "A DataFrame as a small Parquet file, whole or not at all"
-    part = file.with_suffix('.part')
-    frame.to_parquet(part, index=False, compression='zstd', compression_level=19); part.replace(file)
+    with whole(file) as part: frame.to_parquet(part, index=False, compression='zstd', compression_level=19)
 
 def result_tables(run) -> dict: # file name -> DataFrame
     "Every row of a run that a table or figure needs"
@@ -57,6 +56,11 @@ class Results:
 
     @property
     def stages(self) -> list[str]: return self.made['evaluated'] # whose explanations were measured, in the order of tables
+
+    @property
+    def chance(self) -> float: # of the output score
+        "A judge that guesses: one over the sets of texts that it is shown"
+        return 1/max(1, self['steering']['control'].nunique())
 
     @property
     def said(self): # DataFrame: index feature, one column for each stage
@@ -240,6 +244,6 @@ def write_report(folder) -> Path: # with the tables
     metrics = results['metrics']
     table = summary(metrics, [*results.stages, 'control'])
     table.to_csv(results.folder/'summary.csv')
-    stage_figure(metrics, results.stages).savefig(results.folder/'stages.png', dpi=150, bbox_inches='tight', metadata={'Software': None})
+    stage_figure(metrics, results.stages, results.chance).savefig(results.folder/'stages.png', dpi=150, bbox_inches='tight', metadata={'Software': None})
     (results.folder/'report.md').write_text(report_markdown(results, table))
     return results.folder

@@ -12,6 +12,7 @@ import fcntl, subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from .files import whole
 from .presets import Preset, diff, is_local, load_preset
 
 # %% ../nbs/parts/run.ipynb #0fab8673
@@ -22,7 +23,7 @@ def _claim_preset(folder:Path, preset:Preset, begun:bool):
         try: changes = diff(load_preset(file), preset, fixed=True)
         except ValueError as e: raise ValueError(f'{folder} was begun by another version of saeexplainer ({e}): choose another --name') from None
         if changes: raise ValueError(f'{folder} was begun with another preset ({"; ".join(changes.splitlines())}): choose another --name')
-    part = file.with_suffix('.part'); part.write_text(preset.to_yaml()); part.rename(file)
+    with whole(file) as part: part.write_text(preset.to_yaml())
 
 def _lock(folder:Path): # the open file: the lock lasts as long as it does
     "Hold the run's folder; raises `RuntimeError` where another process does"

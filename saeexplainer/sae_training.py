@@ -7,7 +7,7 @@ __all__ = ['text_windows', 'layer_residuals', 'cache_residuals', 'CompactAuxLoss
            'export_sae', 'reconstruction', 'next_token_loss', 'splice_losses']
 
 # %% ../nbs/parts/sae_training.ipynb #e4a8204b
-import hashlib, json, os, shutil
+import hashlib, json, shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAET
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.mixing_buffer import mixing_buffer
+from .files import whole
 from .sft import same_settings
 from .target import residual_hook, residual_stream
 
@@ -65,9 +66,8 @@ def cache_residuals(model, rows, layers, bos, folder, batch:int=16, progress:boo
     _write(folder/'done.json', done | dict(windows=len(rows)))
     return arrays
 
-def _write(file, value): # JSON, whole or not at all
-    part = file.with_name(file.name + '.part')
-    part.write_text(json.dumps(value)); os.replace(part, file)
+def _write(file, value): # JSON
+    with whole(file) as part: part.write_text(json.dumps(value))
 
 # %% ../nbs/parts/sae_training.ipynb #21929385
 class CompactAuxLoss(BatchTopKTrainingSAE):

@@ -7,11 +7,12 @@ __all__ = ['sft_dataset', 'check_disjoint', 'Checkpoints', 'last_checkpoint', 'T
            'claim', 'trainer_settings', 'labels_only', 'quiet', 'train_to_the_end', 'SFTResult', 'train_sft', 'finish']
 
 # %% ../nbs/01_sft.ipynb #619390c9
-import json, os, shutil
+import json, shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from transformers import TrainerCallback
+from .files import whole
 from .injection import CARD, ExplainerCard, FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages, save_adapter
 from .models import load_model
 
@@ -42,9 +43,7 @@ class Checkpoints(TrainerCallback):
     "Lists the files of each checkpoint once it is complete"
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
-        part = folder/f'{_LIST}.part'
-        part.write_text(json.dumps({f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.is_file() and f != part}))
-        os.replace(part, folder/_LIST)
+        with whole(folder/_LIST) as part: part.write_text(json.dumps({f.name: f.stat().st_size for f in sorted(folder.iterdir()) if f.is_file() and f != part}))
 
 def last_checkpoint(folder) -> str|None: # of a trainer's output folder
     "The newest complete checkpoint; incomplete ones are removed"
@@ -91,7 +90,7 @@ def claim(folder, # of a trainer's checkpoints
     except (OSError, ValueError): found = None
     if found is None:
         shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
-        (folder/'part').write_text(json.dumps(settings, indent=1)); os.replace(folder/'part', file)
+        with whole(file) as part: part.write_text(json.dumps(settings, indent=1))
     else: same_settings(found, settings, f'{folder} holds another training')
 
 # %% ../nbs/01_sft.ipynb #3349b54f

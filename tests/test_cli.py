@@ -152,7 +152,7 @@ def test_dry_run_needs_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(['run', 'gemma-2-9b-l20', '--dry-run', '--json'])
     plan = json.loads(capsys.readouterr().out)
-    assert plan['features'] == {'sft': 10000, 'preferences': 5000, 'test': 300} and plan['machine'] == 'one A100' and plan['requests'] > 50_000 and not list(tmp_path.iterdir())
+    assert plan['features'] == {'sft': 10000, 'validation': 500, 'preferences': 5000, 'test': 300} and plan['machine'] == 'one A100' and plan['requests'] > 50_000 and not list(tmp_path.iterdir())
     main(['run', 'gemma-2-9b-l20', '--dry-run', '-s', 'target=org/unknown'])
     assert 'not known' in capsys.readouterr().out
     main(['run', 'gemma-2-9b-l20', '--dry-run', '--writer', 'openai', '--model', 'mine'])

@@ -381,6 +381,9 @@ def test_one_feature(monkeypatch):
         f = neuronpedia_feature('m/s/7')
         assert (f.id, f.explanation, f.max_act, f.density, f.status) == (FeatureId('m', 's', 7), 'parks', 8.5, .002, 'ok')
         assert [e.model for e in f.explanations] == ['gpt-5', 'gpt-4o-mini'] and [c.values[c.peak] for c in f.contexts] == [8.5, 2.] and f.contexts[0].tokens[20] == ' b60'
+        assert neuronpedia_feature('m/s/7', label_model='gpt-4o-mini').explanation == 'nations'
+        other = neuronpedia_feature('m/s/7', label_model='claude')
+        assert (other.explanation, other.status, len(other.explanations)) == (None, 'unlabelled', 2)
         assert neuronpedia_feature(FeatureId('m', 's', 8)).status == 'unlabelled' and neuronpedia_feature('m/s/9').status == 'dead'
         assert len(neuronpedia_feature('m/s/7', n_contexts=1).contexts) == 1
         with pytest.raises(ValueError, match='Neuronpedia has no feature m/s/10'): neuronpedia_feature('m/s/10')

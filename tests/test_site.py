@@ -38,6 +38,20 @@ def test_every_notebook_and_public_name_has_its_place(site):
 def test_formulas_need_no_script(site):
     page = (site/'prefs.html').read_text()
     assert page.count('<math') > 10 and 'arithmatex' not in page
+    assert all(f'<span>({n})</span>' in (site/f'{chapter}.html').read_text() for chapter, numbers in dict(injection=(5, 6), prefs=(7, 10), dpo=(11,), metrics=range(12, 19)).items() for n in numbers)
+
+def test_no_page_shows_where_an_object_lay_in_memory(site):
+    assert not [p for p in pages(site) if ' object at 0x' in (site/p).read_text()]
+
+def test_a_formula_that_is_not_seen_as_one_stops_the_build():
+    import sys; sys.path.insert(0, str(ROOT/'tools'))
+    from types import SimpleNamespace
+    from site_math import interval, on_page_content
+    page = SimpleNamespace(file=SimpleNamespace(src_path='a.md'))
+    with pytest.raises(ValueError, match='a.md: a formula was not recognised'): on_page_content(r'<p>$$\frac{1}{2}</p>', page)
+    with pytest.raises(ValueError, match='an empty line between them'): on_page_content(r'<div class="arithmatex">\[a$$ $$b\]</div>', page)
+    assert on_page_content('<pre><code>echo $$</code></pre>', page) == '<pre><code>echo $$</code></pre>'
+    assert interval('+5.0 [1.7, -8.1], p 0.003') == '+5.0&nbsp;[1.7,&nbsp;-8.1], p 0.003' and interval('array [1, 2]') == 'array [1, 2]'
 
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium is installed: the pages are not opened in a browser')
 def test_pages_in_a_browser(site, url):

@@ -1,9 +1,10 @@
-"""A hook of mkdocs: formulas become MathML when the site is built, so that no page needs a script or a network to show them"""
+"""A hook of mkdocs: formulas become MathML when the site is built, so that no page needs a script or a network to show them; a mean and its interval stay on one line of a table"""
 import html, re
 from latex2mathml.converter import convert
 
 def mathml(latex, block):
     "One formula; the number that `\\tag` gives stands at the right"
+    if '$$' in latex: raise ValueError(f'two formulas need an empty line between them: {latex.strip()}')
     number = re.search(r'\\tag\{(.*?)\}', latex)
     latex = re.sub(r'\\tag\{.*?\}|\\[bB]igg?(?=\\?[{}()\[\]|])', '', latex)
     latex = re.sub(r'\\arg(?![a-zA-Z])', r'\\mathrm{arg}', latex) # which the converter does not know
@@ -11,5 +12,10 @@ def mathml(latex, block):
     if unknown := re.search(r'>(\\[a-zA-Z]+)', shown): raise ValueError(f'{unknown[1]} in a formula is not known to the converter: {latex.strip()}')
     return f'<div class="formula">{shown}<span>{f"({html.escape(number[1])})" if number else ""}</span></div>' if block else shown
 
-def on_page_content(text, **_):
-    return re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', lambda m: mathml(html.unescape(m[3]), m[2] == '['), text, flags=re.S)
+def interval(cell): # '49.3 [45.9, 52.6], p 0.003': it may break before the p
+    return re.sub(r'([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\](, p)?', lambda m: f'{m[1]}&nbsp;[{m[2]},&nbsp;{m[3]}]' + (', p' if m[4] else ''), cell)
+
+def on_page_content(text, page, **_):
+    text = re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', lambda m: mathml(html.unescape(m[3]), m[2] == '['), text, flags=re.S)
+    if '$$' in re.sub(r'<code.*?</code>', '', text, flags=re.S): raise ValueError(f'{page.file.src_path}: a formula was not recognised as one')
+    return re.sub(r'<td[^>]*>[^<]*\[[^<]*</td>', lambda m: interval(m[0]), text)

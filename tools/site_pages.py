@@ -1,7 +1,7 @@
 """Build the documentation site from the notebooks: `python tools/site_pages.py [OUT]`; `nbdev_docs` does the same through Quarto, for those who have it.
 
 nbdev's own processors clean the notebooks and link names; the API is read from the package; mkdocs makes the pages, strictly: a link or an anchor that leads nowhere is an error."""
-import ast, dataclasses, importlib, inspect, logging, posixpath, re, shutil, sys
+import ast, dataclasses, importlib, inspect, logging, posixpath, re, shutil, sys, typing
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -13,7 +13,7 @@ from nbdev.process import NBProcessor
 from nbmarkdown import LINK, output_markdown
 
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
-ORDER = dict(parts='models presets plan features corpus saes reading target store sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
+ORDER = dict(parts='files models presets plan features corpus saes reading target store sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
              recipes='your_own_sae writers paper_presets train_sae layer_saes build_features benchmarks'.split())
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
@@ -27,6 +27,7 @@ def escaped(text): # a comment or a docstring, as a cell of a table: its code st
 
 def shown_type(annotation):
     if annotation is inspect.Parameter.empty: return ''
+    if typing.get_origin(annotation) is typing.Annotated: annotation = typing.get_args(annotation)[0]
     return f"`{re.sub(r'(?:[a-z_]+[.])+(?=[A-Z])', '', inspect.formatannotation(annotation))}`"
 
 def params_of(thing): # [(name, inspect.Parameter)]; none for what Python itself constructs
@@ -39,7 +40,8 @@ def parameters(thing):
     params, rows = params_of(thing), []
     said = docments(thing, full=True) if params or not inspect.isclass(thing) else {}
     for name, p in params:
-        about = (fields[name].metadata.get('help') if name in fields else None) or said.get(name, {}).get('docment') or ''
+        option = next((m.help for m in getattr(p.annotation, '__metadata__', ()) if getattr(m, 'help', None)), None) # of the command line
+        about = (fields[name].metadata.get('help') if name in fields else None) or said.get(name, {}).get('docment') or option or ''
         default = '' if p.default is p.empty or 'factory' in repr(p.default) else f'`{p.default!r}`'
         star = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
         rows.append((f'`{star}{name}`', shown_type(p.annotation), default, escaped(about)))
