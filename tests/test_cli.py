@@ -229,3 +229,9 @@ def test_interrupted_runs_keep_what_was_made(tmp_path):
 def test_interrupted_looks_keep_nothing():
     from saeexplainer.cli import kept
     assert kept(['explain', '5']) == '; nothing was kept' and 'goes on' in kept(['explain', 'smollm2-135m', '--all', '--out', 'a.parquet'])
+
+def test_without_what_is_shipped(capsys, tmp_path, monkeypatch): # as after an installation from a wheel
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'none')); monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    for args in (['explain', '5'], ['run', 'smollm2-135m', '--root', str(tmp_path/'runs')]):
+        said = ends(capsys, *args)[1]
+        assert f'there is no {tmp_path}/none either: what is shipped lies in data/ of a checkout' in said, said
