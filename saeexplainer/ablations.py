@@ -138,12 +138,13 @@ def run_arms(names=ARMS, root='runs', like:str|None=None, # a run under `root`
         with Run(Path(root)/name, arm_preset(name, root), like=like and Path(root)/like) as run: execute(run, say)
 
 def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms.json are written there
-    "Metrics of finished arms in one table, and what made each"
+    "Metrics of finished arms in one table; what made each, and the pairs of its rounds with their mean scores"
     from saeexplainer.report import Results, write_table
     results = {name: Results(Path(root)/name/'report') for name in names}
     table = pd.concat([r['metrics'].assign(arm=name) for name, r in results.items()], ignore_index=True)
     write_table(table[['arm', 'stage', 'feature', 'metric', 'value']], Path(out)/'arms.parquet')
-    (Path(out)/'arms.json').write_text(json.dumps({name: r.made for name, r in results.items()}, indent=1) + '\n')
+    pairs = lambda r: [dict(round=int(i), pairs=len(p), chosen=p['chosen_score'].mean(), rejected=p['rejected_score'].mean()) for i, p in r['pairs'][r['pairs']['dropped'].isna()].groupby('round')]
+    (Path(out)/'arms.json').write_text(json.dumps({name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, indent=1) + '\n')
 
 # %% ../nbs/05_ablations.ipynb #1f83540b
 def arms_figure(arms, # rows arm, stage, feature, metric, value

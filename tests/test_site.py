@@ -69,7 +69,7 @@ def test_pages_in_a_browser(site, url):
         page.goto(f'{url}/index.html')
         page.locator('label[for=__search]').first.click()
         page.get_by_placeholder('Search').fill('hard negative')
-        page.locator('.md-search-result__item').first.wait_for()
+        page.locator('.md-search-result__item').first.wait_for(timeout=120_000) # the index is made in the page
         browser.close()
     assert not wrong, wrong[:10]
 
