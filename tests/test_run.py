@@ -295,8 +295,9 @@ def test_arms_are_smaller_runs_that_differ_in_one_thing(tmp_path):
         (tmp_path/arm/'report').mkdir(parents=True)
         (tmp_path/arm/'report'/'provenance.json').write_text(json.dumps(dict(command=arm)))
         pd.DataFrame([(s, f, m, float(f)) for s in ('sft', 'dpo1') for f in range(4) for m in ('generative', 'gap')], columns=['stage', 'feature', 'metric', 'value']).to_parquet(tmp_path/arm/'report'/'metrics.parquet')
+        pd.DataFrame([(1, 0, 6., 2., None), (1, 1, 4., 1., None), (1, 2, None, None, 'unscored')], columns=['round', 'feature', 'chosen_score', 'rejected_score', 'dropped']).to_parquet(tmp_path/arm/'report'/'pairs.parquet')
     collect_arms(['a', 'b'], tmp_path, tmp_path)
     arms = pd.read_parquet(tmp_path/'arms.parquet')
-    assert len(arms) == 2*16 and json.loads((tmp_path/'arms.json').read_text())['b'] == dict(command='b')
+    assert len(arms) == 2*16 and json.loads((tmp_path/'arms.json').read_text())['b'] == dict(command='b', pairs=[dict(round=1, pairs=2, chosen=5., rejected=1.5)])
     fig = arms_figure(arms, dict(a='2', b='6'), 'K', stages=('sft', 'dpo1'), panels=('generative', 'gap'))
     assert [ax.get_title() for ax in fig.axes] == ['generative accuracy (%)', 'gap H - L (activation)'] and fig.axes[0].get_lines()[0].get_ydata().tolist() == [150., 150.]
