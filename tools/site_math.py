@@ -13,7 +13,7 @@ def mathml(latex, block):
     return f'<div class="formula">{shown}<span>{f"({html.escape(number[1])})" if number else ""}</span></div>' if block else shown
 
 def interval(cell): # '49.3 [45.9, 52.6], p 0.003': it may break before the p
-    return re.sub(r'([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\](, p)?', lambda m: f'{m[1]}&nbsp;[{m[2]},&nbsp;{m[3]}]' + (', p' if m[4] else ''), cell)
+    return re.sub(r'([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\]', r'\1&nbsp;[\2,&nbsp;\3]', cell)
 
 def on_page_content(text, page, **_):
     text = re.sub(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', lambda m: mathml(html.unescape(m[3]), m[2] == '['), text, flags=re.S)
