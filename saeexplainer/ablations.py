@@ -10,6 +10,7 @@ __all__ = ['PANELS', 'VARIANTS', 'SMALLER', 'ARMS', 'stage_figure', 'screen', 's
 import json
 from pathlib import Path
 import numpy as np, pandas as pd
+from .files import whole
 from .sampling import seed_for
 
 # %% ../nbs/05_ablations.ipynb #17588fde
@@ -112,7 +113,7 @@ def collect_screening(run, names, out) -> None: # out: folder; screening.parquet
     write_table(rows, out/'screening.parquet')
     scores = run.store.texts('round1', 'preference')[['feature', 'k', 'j', 'score']].astype({'score': 'float32'})
     write_table(scores, out/'screening_scores.parquet')
-    (out/'screening.json').write_text(json.dumps(dict(preset=run.preset.name, n_pref=run.preset.n_pref, seed=run.preset.seed, commit=run.store.meta('commit_screening'), variants=about), indent=1) + '\n')
+    with whole(out/'screening.json') as part: part.write_text(json.dumps(dict(preset=run.preset.name, n_pref=run.preset.n_pref, seed=run.preset.seed, commit=run.store.meta('commit_screening'), variants=about), indent=1) + '\n')
 
 # %% ../nbs/05_ablations.ipynb #86b1446e
 SMALLER = dict(n_pref=150, n_test=100, n_output=100, dpo_rounds=1, baselines=(), baseline_labels=()) # than the recorded run
@@ -144,7 +145,7 @@ def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms
     table = pd.concat([r['metrics'].assign(arm=name) for name, r in results.items()], ignore_index=True)
     write_table(table[['arm', 'stage', 'feature', 'metric', 'value']], Path(out)/'arms.parquet')
     pairs = lambda r: [dict(round=int(i), pairs=len(p), chosen=p['chosen_score'].mean(), rejected=p['rejected_score'].mean()) for i, p in r['pairs'][r['pairs']['dropped'].isna()].groupby('round')]
-    (Path(out)/'arms.json').write_text(json.dumps({name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, indent=1) + '\n')
+    with whole(Path(out)/'arms.json') as part: part.write_text(json.dumps({name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, indent=1) + '\n')
 
 # %% ../nbs/05_ablations.ipynb #1f83540b
 def arms_figure(arms, # rows arm, stage, feature, metric, value

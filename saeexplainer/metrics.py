@@ -9,7 +9,7 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
            'neutral_subject', 'explanation_key', 'distinct_explanations', 'write_evaluation_texts', 'score_texts',
            'max_acts', 'Verified', 'verify', 'control_features', 'calibrate', 'usable_targets', 'steer', 'steered_sets',
            'judge_prompt', 'judge_locally', 'judge_by_letter', 'judge', 'control_cases', 'judge_controls', 'Evaluation',
-           'output_features', 'feature_values', 'summary', 'compare', 'stage_table', 'evaluate']
+           'output_features', 'feature_values', 'summary', 'compare', 'stage_table', 'agreement', 'evaluate']
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
 import functools, hashlib, itertools, re
@@ -603,6 +603,22 @@ def stage_table(summary) -> pd.DataFrame: # one row per stage, 'mean [low, high]
         mean, low, high = (f'{scale*r[column]:.{digits}f}' for column in ('mean', 'low', 'high'))
         table.setdefault(name, {})[stage] = '-' if np.isnan(r['mean']) else f'{mean} [{low}, {high}]'
     return pd.DataFrame(table).reindex(summary.index.get_level_values(0).unique()).fillna('-')
+
+# %% ../nbs/04_metrics.ipynb #3f9666e0
+def agreement(first, second, # of either writer, with columns stage, feature, metric, value
+              stages # to compare
+             ) -> pd.DataFrame: # index metric; values: how many both have; within: mean rank correlation over features, NaN for a constant; same order: pairs of stages; pairs: of how many
+    "How far two measurements of the same explanations agree"
+    rows, key = [], ['stage', 'feature', 'metric']
+    both = first.merge(second, on=key, suffixes=('_1', '_2')).dropna()
+    for name in METRICS:
+        values = both[(both.metric == name) & both.stage.isin(list(stages))]
+        means = values.groupby('stage')[['value_1', 'value_2']].mean()
+        if not len(means): continue
+        within = [v['value_1'].rank().corr(v['value_2'].rank()) for _, v in values.groupby('stage') if v['value_1'].nunique() > 1 < v['value_2'].nunique()]
+        pairs = [means.loc[a] - means.loc[b] for a, b in itertools.combinations(means.index, 2)]
+        rows.append(dict(metric=name, values=len(values), within=float(np.mean(within)) if within else np.nan, same_order=sum(bool(d['value_1']*d['value_2'] > 0) for d in pairs), pairs=len(pairs)))
+    return pd.DataFrame(rows, columns=['metric', 'values', 'within', 'same_order', 'pairs']).set_index('metric')
 
 # %% ../nbs/04_metrics.ipynb #ff8d6216
 def evaluate(run, # `Evaluation`, or anything with its attributes

@@ -207,6 +207,15 @@ def test_doctor(capsys, monkeypatch):
     assert 'localhost:8000/v1 is no address of a server: it begins with http:// or https://' in ' '.join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize('exists', [True, False])
+def test_doctor_says_where_the_data_is_to_come_from(tmp_path, capsys, monkeypatch, exists):
+    if exists: (tmp_path/'data').mkdir()
+    monkeypatch.delenv('OPENAI_BASE_URL', raising=False); monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    with pytest.raises(SystemExit): main(['doctor', '--json'])
+    data = next(row for row in json.loads(capsys.readouterr().out) if row['what'] == 'data')
+    assert data['well'] is False and 'the SAE is not there' in data['found'] and 'SAEEXPLAINER_DATA' in data['found'] and 'checkout' in data['found']
+
+
 def test_interrupted_runs_keep_what_was_made(tmp_path):
     "Ctrl-C in a real process, while it trains; then the same command goes on with the same run"
     import os, re, signal, subprocess, sys, time
