@@ -1,5 +1,5 @@
 "The documentation site: builds strictly, every page opens without an error or a network, and no page is wider than a phone"
-import functools, html, http.server, importlib, pkgutil, re, subprocess, sys, threading
+import ast, functools, html, http.server, importlib, json, pkgutil, re, subprocess, sys, threading
 from pathlib import Path
 import pytest
 from helpers import CHROMIUM, open_browser
@@ -83,3 +83,16 @@ def test_output_cannot_leave_its_block():
     page = markdown(site_pages.literal(said), extensions=['pymdownx.superfences', 'attr_list'])
     assert '<img' not in page and html.escape('<img src=x onerror=alert(1)>', quote=False) in page.replace('<span class="p">', '').replace('</span>', '')
     assert site_pages.escaped("{folder: ''} of a|b, `x|y` <b>") == "\\{folder: ''} of a\\|b, `x|y` &lt;b>"
+
+
+MODULES = [f for f in sorted(ROOT.glob('nbs/**/*.ipynb')) if '#| default_exp' in f.read_text(encoding='utf-8')]
+
+@pytest.mark.parametrize('notebook', MODULES, ids=lambda f: f.stem)
+def test_cells_with_imports_hold_nothing_else(notebook):
+    "`nbdev_docs` executes the cells of a module's notebook that import something, and of the others only what is exported: what stands beside an import would fail there"
+    imports = (ast.Import, ast.ImportFrom)
+    for cell in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or source.startswith('#| export'): continue
+        tree = ast.parse(source)
+        assert not any(isinstance(node, imports) for node in ast.walk(tree)) or all(isinstance(node, imports) for node in tree.body), source
