@@ -225,7 +225,7 @@ class FeatureExplorer:
 def explorer_view(x:FeatureExplorer, most:int=200): # of features in the list
     "The explorer's widgets, wired to its methods"
     import ipywidgets as w
-    wide, rng, following = w.Layout(width='auto'), np.random.default_rng(), False
+    wide, rng, following, hits = w.Layout(width='auto'), np.random.default_rng(), False, []
     shown = lambda: w.HTML(layout=wide)
     query = w.Text(description='Search', placeholder='words of an explanation, or the number of a feature', continuous_update=False, layout=w.Layout(flex='1'))
     found = w.Select(description='Found', options=[], rows=6, layout=wide)
@@ -270,16 +270,17 @@ def explorer_view(x:FeatureExplorer, most:int=200): # of features in the list
         if text.value.strip(): read()
 
     def look(): # a search moves the view only where the feature in view is not among what it finds
-        hits = search(x.texts, query.value)
-        if not hits: raise ValueError(f'nothing that was said of a feature holds all of {query.value!r}')
+        nonlocal hits
+        if not (new := search(x.texts, query.value)): raise ValueError(f'nothing that was said of a feature holds all of {query.value!r}')
+        hits = new
         follow([(visible(f'{i}   {x.known[i].explanation or "(no label)"}')[:110], i) for i in hits[:most]])
         found.description = 'Found' if len(hits) <= most else f'{most} of {len(hits):,}'
         if x.feature.index not in hits: go(x.known[hits[0]])
 
-    step = lambda by: go(x.features[(x.features.index(x.feature) + by) % len(x.features)])
+    step = lambda by: go(x.known[hits[(hits.index(x.feature.index) + by) % len(hits)]])
     query.observe(guarded(look), 'value')
     found.observe(guarded(lambda: found.value is not None and go(x.known[found.value])), 'value')
-    back.on_click(guarded(lambda: step(-1))); on.on_click(guarded(lambda: step(1))); any_one.on_click(guarded(lambda: go(x.features[rng.integers(len(x.features))])))
+    back.on_click(guarded(lambda: step(-1))); on.on_click(guarded(lambda: step(1))); any_one.on_click(guarded(lambda: go(x.known[hits[rng.integers(len(hits))]])))
     text.observe(guarded(read, needs=['target']), 'value')
     steer_button.on_click(guarded(lambda: setattr(steered, 'value', boxed(x.steer(prompt.value, kl.value, steer_seed.value))), 'steering', ['target']))
     draw_button.on_click(guarded(lambda: (x.draw(seed=seed.value), tell()), 'drawing', ['target', 'explainer']))

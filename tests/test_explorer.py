@@ -58,6 +58,12 @@ def test_the_view_and_its_list_agree(explorer):
     assert x.feature.index == 3000 and '/3000<' in heading() and found.value is None and 'of' in found.description
     query.value = 'future' # moves to the first one that is found
     assert x.feature.index == found.value != 3000 and x.feature.index in search(x.texts, 'future')
+    hits = search(x.texts, 'future') # which the buttons stay within
+    for button, at in (('Next', 1), ('Next', 2), ('Previous', 1)):
+        of(view, 'Button', button).click()
+        assert x.feature.index == found.value == hits[at]
+    of(view, 'Button', 'Random').click()
+    assert x.feature.index in hits
     last = found.options[-1][1]
     found.value = last
     assert x.feature.index == last and f'/{last}<' in heading()
