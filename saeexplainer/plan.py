@@ -53,9 +53,10 @@ def work(preset, lengths:dict|None=None) -> pd.DataFrame: # stage, kind (train, 
 
 # %% ../nbs/parts/plan.ipynb #fadae335
 def hours(work, billions:float, # of parameters
-          peak=312e12, used=.35, memory=2e12, streamed=.25, batch:int=64) -> pd.Series: # stage -> hours
+          peak=312e12, used=.35, trained=.08, memory=2e12, streamed=.25, batch:int=64) -> pd.Series: # stage -> hours
     "On one GPU, without what a writer at a server is waited for"
     seconds, writes = work.operations/(peak*used), work.kind == 'write'
+    seconds[work.kind == 'train'] *= used/trained
     seconds[writes] = work.tokens[writes]/batch * 2*billions*1e9/(memory*streamed)
     return (seconds/3600).groupby(work.stage, sort=False).sum()
 

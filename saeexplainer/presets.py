@@ -41,7 +41,7 @@ class Preset:
     features: str|None = _field(None, 'features.parquet: a path, absolute or relative to data/; None: the shipped one, or what `saeexplainer features` keeps in the user cache')
     label_model: str|None = _field(None, "which model's labels to train on; None: the source's default, recorded with the run")
     baseline_labels: tuple[str, ...] = _field((), "models whose labels of the test features are measured beside the explainer's, where there are any")
-    baselines: tuple[str, ...] = _field((), "what else explains the test features: 'autointerp', a writer that reads contexts; 'untrained', the explainer before SFT; "
+    baselines: tuple[str, ...] = _field((), "what else explains the test features: 'autointerp', a writer that reads contexts (a small one: the words at their peaks); 'untrained', the explainer before SFT; "
         "'best', that of n_candidates by the last explainer whose texts activate most")
     corpus: str|None = _field(None, "texts from which `saeexplainer features` reads an SAE that Neuronpedia does not know: 'embedded', text files, or a dataset")
     corpus_tokens: int = _field(2_200_000, 'tokens read of the corpus')

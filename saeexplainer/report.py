@@ -129,7 +129,7 @@ def chosen_cases(metrics, before:str, after:str, gains:int=3, losses:int=2) -> l
     return found + first(change[change == 0], gains + losses - len(found))
 
 def case_studies(run, gains:int=3, losses:int=2) -> list[dict]: # feature, one explanation per stage, accuracy per stage, texts, max_act
-    "Test features on which the last explainer gains most on the label, loses most, or if need be stays, each with the text that label and explainer elicited most with, and the words that lit up"
+    "Test features on which the last explainer gains most on the label, loses most, or if need be stays, each with the texts of label and explainer that activated the feature most, and the words that lit up"
     last = f'dpo{run.preset.dpo_rounds}'
     shown, metrics = ['label', 'sft', last], run.store.metrics()
     said = run.store.explanations(shown).query('k == 0').pivot(index='feature', columns='stage', values='text')
