@@ -242,7 +242,9 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
     from saeexplainer.features import features_file
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, settings=settings, **{k: v for k, v in dict(corpus=corpus, corpus_tokens=tokens).items() if v is not None})
-    if anew or (not names and not features_file(chosen).exists()): print(make_features(chosen), file=sys.stderr)
+    reads, there = corpus is not None or tokens is not None, features_file(chosen).exists()
+    if reads and there and not anew: raise ValueError(f'{features_file(chosen)} is there already: --corpus and --tokens read anew with --anew')
+    if anew or (not there and (reads or not names)): print(make_features(chosen), file=sys.stderr)
     features = known_features(chosen, names)
     shown = chosen_features(chosen, names, random, seed, features)
     if not shown:
@@ -301,6 +303,9 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
     from saeexplainer.saes import FeatureReader
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
+    if direction and (names or random or everything or verified): raise ValueError('--direction explains what its file holds: no features, --random, --all or --verify beside it')
+    if everything and (names or random): raise ValueError('--all explains every feature: none beside it, and no --random')
+    if to and not everything: raise ValueError('--out is the file of --all; --json prints what some features are')
     if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
     if everything:
         if to is None: raise ValueError('--all needs --out FILE.jsonl or FILE.parquet')
@@ -319,10 +324,12 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
 
 def verdicts_on(preset, reader, features, texts, n): # [{reached, texts, score, best, pieces}]
     "What the target's activation says of explanations: how many of n written texts reach half of the strongest known activation, and the best of them"
+    from saeexplainer.features import check_features_of, features_file
     from saeexplainer.metrics import verify
     from saeexplainer.report import lit_words
     from saeexplainer.target import Target
     from saeexplainer.writer import writer_for
+    if (file := features_file(preset)).exists(): check_features_of(file, reader)
     target = Target.load(preset, reader)
     checked = verify(target, writer_for(preset.evaluation_writer, target, preset), [(f.index, t) for f, t in zip(features, texts)], preset, n, progress=True)
     best = [v.texts[v.best] if v.best is not None else '' for v in checked]
@@ -332,10 +339,11 @@ def verdicts_on(preset, reader, features, texts, n): # [{reached, texts, score, 
 # %% ../nbs/parts/cli.ipynb #88ce8ff0
 def measurable(names, run) -> list[bool]: # one per name
     "Which features can be measured: those of the preset that fired on what they were read on; says how many others there are"
+    from saeexplainer.explorer import visible
     status = {n: f.status for f in run.features.values() for n in (str(f.index), str(f.id))}
     kept = [status.get(n) not in (None, 'dead', 'incomplete') for n in names]
     strange = next((n for n in names if n not in status), None)
-    if (lost := len(kept) - sum(kept)): print(f'{lost} of {len(kept)} features are dead or unknown and are left out' + (f', such as {strange}' if strange else ''), file=sys.stderr)
+    if (lost := len(kept) - sum(kept)): print(f'{lost} of {len(kept)} features are dead or unknown and are left out' + (f', such as {visible(strange)}' if strange else ''), file=sys.stderr)
     return kept
 
 @app.command('evaluate', epilog=_examples('saeexplainer evaluate mine.csv', 'saeexplainer evaluate batch-0.jsonl.gz --preset gemma-2-9b-l20 --json'))
@@ -345,14 +353,19 @@ def evaluate_command(file: Annotated[Path, typer.Argument(help='.csv, .parquet o
                      settings: Setting = None, as_json: JSON = False):
     "Measure explanations from whatever method with the four metrics"
     from saeexplainer.dictionaries import read_explanations
+    from saeexplainer.features import check_features_of, features_file
     from saeexplainer.metrics import Evaluation, evaluate, stage_table
     from saeexplainer.run import Run
     rows = read_explanations(file)
     if n := int(rows['explanation'].isna().sum()): print(f'{n} of {len(rows)} rows have no explanation and are left out', file=sys.stderr)
     rows = rows.dropna()
     if (stage := file.name.removesuffix('.gz').rpartition('.')[0]) in ('label', 'control'): raise ValueError(f'{file.name}: the stage {stage!r} is taken, give the file another name')
-    which = preset_and_names(rows['feature'].tolist()[:1], preset)[0]
+    first = next(iter(rows['feature']), '0')
+    if not preset and not first.isdecimal() and '/' not in first: raise ValueError(f'{file}: {first!r} is no feature, which is an index or model/source/index')
+    which = preset or preset_and_names([first])[0]
     with Run(root/name, resolve(which, size or (None if which.endswith(('.yaml', '.yml')) else 'full'), settings, writer, base_url, model)) as run:
+        if len(run.store.progress()): raise ValueError(f'{root/name} is a training run: choose another --name')
+        check_features_of(features_file(run.preset), run.reader)
         rows = rows[measurable(rows['feature'], run)]
         if not len(rows): raise ValueError(f'{file} explains no feature that can be measured: {run.preset.source} has features 0 to {max(run.features)}')
         found = chosen_features(run.preset, rows['feature'].tolist(), 0, 0, list(run.features.values()))
@@ -431,5 +444,6 @@ def kept(args) -> str: # what follows 'interrupted'
     return f'; what was finished is kept, and the same command goes on from there: saeexplainer {shlex.join(args)}' if lasting else '; nothing was kept'
 
 def _end(message:str, code:int):
-    if message: print(message, file=sys.stderr)
+    from saeexplainer.explorer import visible
+    if message: print(visible(message), file=sys.stderr)
     raise SystemExit(code)

@@ -6,8 +6,8 @@
 __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary']
 
 # %% ../nbs/parts/dictionaries.ipynb #f2cbb705
-import json, os
-from contextlib import nullcontext
+import fcntl, json, os
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 import numpy as np
 from .files import whole
@@ -57,15 +57,21 @@ def read_directions(file, # .safetensors with tensors (d,) or (n, d)
 # %% ../nbs/parts/dictionaries.ipynb #100a1a9b
 class Rows:
     "JSON lines that grow while the work goes on"
-    def __init__(self, file, settings:dict): # raises `ValueError` where the file was begun with other settings
+    def __init__(self, file, settings:dict): # raises `ValueError` where the file was begun with other settings, `RuntimeError` where another process is at it
         self.file, head = Path(file), {'settings': settings}
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        kept = self.file.read_bytes() if self.file.exists() else b''
+        self.out = open(self.file, 'ab')
+        try: fcntl.flock(self.out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise RuntimeError(f'another process is working on {file}: wait for it, or stop it') from None
+        kept = self.file.read_bytes()
         kept = kept[:kept.rfind(b'\n')+1]
         first = json.loads(kept.split(b'\n', 1)[0]) if kept else head
         for key, value in settings.items():
-            if (old := first['settings'].get(key)) != value: raise ValueError(f'{self.file} was begun with {key} {old!r}, not {value!r}: remove it, or choose another --out')
-        self.out = open(self.file, 'ab')
+            if (old := first['settings'].get(key)) != value:
+                self.close()
+                raise ValueError(f'{self.file} was begun with {key} {old!r}, not {value!r}: remove it, or choose another --out')
         self.out.truncate(len(kept))
         if not kept: self.add([head])
 
@@ -116,7 +122,7 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
                        n:int=0, # texts written from each explanation, and scored; 0: none
                        progress:bool=True) -> dict: # how many features, explained, dead, empty, verified
     "Explain every feature of a preset's SAE; interrupted, the same call goes on where it was"
-    from saeexplainer.features import features_file, load_features
+    from saeexplainer.features import check_features_of, features_file, load_features
     from saeexplainer.injection import adapter_of, adapter_sha256, load_explainer
     from saeexplainer.run import free_memory
     from saeexplainer.saes import FeatureReader
@@ -127,25 +133,24 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     out = Path(out)
     if out.suffix not in ('.jsonl', '.parquet'): raise ValueError(f'--out must end in .jsonl or .parquet, not {out.name!r}')
     if out.exists(): raise ValueError(f'{out} exists: remove it, or choose another --out')
-    reader = FeatureReader.load(preset)
+    reader, file = FeatureReader.load(preset), features_file(preset)
+    if n and file.exists(): check_features_of(file, reader)
     settings = dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer), explanation_tokens=preset.explanation_tokens,
                     adapter_sha256=adapter_sha256(adapter_of(explainer, preset)))
-    explained = Rows(out.with_name(out.name + '.explained.part'), settings)
-    parts = [explained]
-    if sum(1 for _ in explained) < reader.n_features:
-        _explained(explained, load_explainer(explainer, preset, reader), reader, preset, lambda i: f'{preset.source}/{i}', progress)
-        free_memory()
-    if n:
-        known = {f.index: f.max_act for f in load_features(preset) if f.max_act > 0} if features_file(preset).exists() else {}
-        verified = Rows(out.with_name(out.name + '.verified.part'), settings | dict(n=n, writer=preset.evaluation_writer, seed=preset.seed))
-        target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
-        with nullcontext() if is_local(preset.evaluation_writer) else RunStore(paid) as store: # a server's replies, until they are all in the file
-            _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
-        paid.unlink(missing_ok=True)
-        parts.append(verified)
-    return _finish(out, parts)
-
-
+    with ExitStack() as held: # a notebook keeps the traceback of an interrupted call, and with it what is not closed
+        parts = [explained := held.enter_context(closing(Rows(out.with_name(out.name + '.explained.part'), settings)))]
+        if sum(1 for _ in explained) < reader.n_features:
+            _explained(explained, load_explainer(explainer, preset, reader), reader, preset, lambda i: f'{preset.source}/{i}', progress)
+            free_memory()
+        if n:
+            known = {f.index: f.max_act for f in load_features(preset) if f.max_act > 0} if file.exists() else {}
+            verified = held.enter_context(closing(Rows(out.with_name(out.name + '.verified.part'), settings | dict(n=n, writer=preset.evaluation_writer, seed=preset.seed))))
+            target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
+            with nullcontext() if is_local(preset.evaluation_writer) else RunStore(paid) as store: # a server's replies, until they are all in the file
+                _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
+            paid.unlink(missing_ok=True)
+            parts.append(verified)
+        return _finish(out, parts)
 
 def _finish(out, parts) -> dict: # the parts as one file, in the order of features; the parts are removed
     import pandas as pd
@@ -155,7 +160,7 @@ def _finish(out, parts) -> dict: # the parts as one file, in the order of featur
     with whole(out) as part:
         if out.suffix=='.parquet': table.to_parquet(part, index=False)
         else: part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
-    for p in parts: p.close(); p.file.unlink()
+    for p in parts: p.file.unlink()
     return dict(features=len(table), explained=int(table['explanation'].notna().sum()), verified=int(table['score'].notna().sum()) if 'score' in table else 0,
                 texts_unmade=int(table['unmade'].sum()) if 'unmade' in table else 0,
                 dead=int((table['error'] == 'no direction: a dead feature').sum()), empty=int((table['error'] == 'empty').sum()), file=str(out))

@@ -16,7 +16,7 @@ import torch
 from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages
 from .models import weights_sha256
 from .sampling import seed_for
-from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, quiet, same_settings, take_over, train_to_the_end, trainer_settings
+from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, quiet, same_settings, take_over, train_to_the_end, one_gpu, trainer_settings
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
@@ -41,10 +41,10 @@ def dpo_config(preset, model, # the loaded explainer
     from trl import DPOConfig
     losses = {preset.dpo_loss: 1.}
     if preset.dpo_sft_weight: losses.setdefault('sft', preset.dpo_sft_weight)
-    return DPOConfig(**trainer_settings(preset, model, folder) | dict(seed=seed_for(preset.seed, 'dpo', round) % 2**31, data_seed=None),
+    return one_gpu(DPOConfig(**trainer_settings(preset, model, folder) | dict(seed=seed_for(preset.seed, 'dpo', round) % 2**31, data_seed=None),
         beta=preset.dpo_beta[round-1], learning_rate=preset.dpo_lr[round-1], loss_type=list(losses), loss_weights=list(losses.values()),
         num_train_epochs=preset.dpo_epochs, per_device_train_batch_size=preset.dpo_batch,
-        gradient_accumulation_steps=preset.dpo_accumulation, weight_decay=0., precompute_ref_log_probs=False, disable_dropout=True)
+        gradient_accumulation_steps=preset.dpo_accumulation, weight_decay=0., precompute_ref_log_probs=False, disable_dropout=True))
 
 # %% ../nbs/03_dpo.ipynb #5625ac8a
 def dpo_trainer(preset, rows, # of `preference_dataset`

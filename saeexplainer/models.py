@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED', 'EMBEDDED_SHA256', 'EMBEDDED_WHEEL', 'PLAIN_TURNS', 'cach
            'embedded_model_dir', 'model_device', 'load_tokenizer', 'load_model', 'backbone', 'decoder_layers']
 
 # %% ../nbs/parts/models.ipynb #7121b5f4
-import hashlib, os, shutil, tempfile
+import hashlib, os, shutil, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -54,7 +54,7 @@ def embedded_model_dir() -> Path: # folder with model.safetensors, config and to
     if (folder/'model.safetensors').exists(): return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     file = embedded_gguf()
-    print(f'converting {file.name} to safetensors, once: {folder}')
+    print(f'converting {file.name} to safetensors, once: {folder}', file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.chat_template = PLAIN_TURNS

@@ -51,7 +51,7 @@ class Results:
     def __getitem__(self, name:str): # DataFrame
         import pandas as pd
         if not (file := self.folder/f'{name}.parquet').exists():
-            raise KeyError(f"{self.folder} has no table {name!r}: it has {', '.join(sorted(p.stem for p in self.folder.glob('*.parquet')))}")
+            raise FileNotFoundError(f"{self.folder} has no table {name!r}: it has {', '.join(sorted(p.stem for p in self.folder.glob('*.parquet')))}")
         return pd.read_parquet(file)
 
     @property

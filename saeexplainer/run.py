@@ -101,10 +101,9 @@ class Run:
             if not is_local(getattr(self.preset, which)): self.writer(which)
 
     def make_room(self):
-        "Where the two models take turns (`swap_models`), let go of the target: it is loaded again when it is needed"
-        if not self.preset.swap_models: return
-        self.__dict__.pop('target', None)
-        free_memory() # of an explainer that was used before, too
+        "Give back the memory of an explainer that was used before; where the two models take turns (`swap_models`) the target's too: it is loaded again when it is needed"
+        if self.preset.swap_models: self.__dict__.pop('target', None)
+        free_memory()
 
     @cached_property
     def features(self) -> dict: # index -> Feature
@@ -238,6 +237,7 @@ def _baseline(run:Run, name:str, test) -> dict: # {feature: text}
 
 def explain_test(run:Run) -> dict: # stage -> {feature: text}, in the order of `evaluated_stages`
     "Explanations of the test features: labels, other models' labels, other methods, an Activation Oracle's answers, and every explainer's greedy ones"
+    import torch
     from saeexplainer.features import labels_of
     from saeexplainer.injection import oracle_note
     test, notes = run.splits['test'], []
@@ -250,6 +250,7 @@ def explain_test(run:Run) -> dict: # stage -> {feature: text}, in the order of `
     if run.preset.ao_adapter:
         notes += [note for note in [oracle_note(run.preset, run.reader.layer)] if note]
         try: stages['ao'] = _explained_by(run, 'ao', test)
+        except torch.OutOfMemoryError: raise
         except (OSError, ValueError, RuntimeError) as e: notes.append(f'ao: not measured, {str(e).splitlines()[0]}') # no reason to lose the rest
     for stage in explainer_stages(run.preset): stages[stage] = _explained_by(run, stage, test)
     for stage in run.preset.baselines: stages[stage] = _baseline(run, stage, test)

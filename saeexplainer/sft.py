@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sft_dataset', 'check_disjoint', 'Checkpoints', 'last_checkpoint', 'TrainingBar', 'same_settings', 'take_over',
-           'claim', 'trainer_settings', 'labels_only', 'quiet', 'train_to_the_end', 'SFTResult', 'train_sft', 'finish']
+           'claim', 'trainer_settings', 'one_gpu', 'labels_only', 'quiet', 'train_to_the_end', 'SFTResult', 'train_sft',
+           'finish']
 
 # %% ../nbs/01_sft.ipynb #619390c9
 import json, shutil
@@ -104,6 +105,11 @@ def trainer_settings(preset, model, # the loaded explainer, whose device and siz
                 max_length=preset.max_length, seed=preset.seed, data_seed=preset.seed, remove_unused_columns=False, dataloader_pin_memory=False,
                 logging_steps=.01, logging_nan_inf_filter=False, report_to='none', disable_tqdm=True, **tenth, **(best if evaluate else {}))
 
+def one_gpu(args): # `TrainingArguments`, returned
+    "Of several visible GPUs a trainer would use all, with a copy of the explainer on each, one `Injector` between them, and a larger batch: it keeps to one"
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
 @contextmanager
 def labels_only():
     """Within, trl's LM head scores only the positions that have a label, as it does on a GPU. On other devices it scores prompt and padding too and
@@ -171,9 +177,9 @@ def _sft_trainer(preset, rows, eval_rows, reader, card, folder, progress): # mod
     card.check_model(model); explanation_prompt(tokenizer, card.template, card.placeholder)
     token = placeholder_id(tokenizer, card.placeholder)
     Injector(model, token, card.layer, card.coefficient)
-    args = SFTConfig(**trainer_settings(preset, model, folder, eval_rows is not None), completion_only_loss=True, packing=False, padding_free=False,
+    args = one_gpu(SFTConfig(**trainer_settings(preset, model, folder, eval_rows is not None), completion_only_loss=True, packing=False, padding_free=False,
         learning_rate=preset.sft_lr, num_train_epochs=preset.sft_epochs, per_device_train_batch_size=preset.sft_batch,
-        gradient_accumulation_steps=preset.sft_accumulation, warmup_steps=preset.sft_warmup, weight_decay=preset.sft_weight_decay)
+        gradient_accumulation_steps=preset.sft_accumulation, warmup_steps=preset.sft_warmup, weight_decay=preset.sft_weight_decay))
     lora = LoraConfig(r=preset.lora_r, lora_alpha=preset.lora_alpha, lora_dropout=preset.lora_dropout, target_modules='all-linear', task_type='CAUSAL_LM')
     trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer, peft_config=lora,
         data_collator=FeatureCollator(DataCollatorForLanguageModeling(tokenizer.pad_token_id), reader, token),

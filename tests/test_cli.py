@@ -35,6 +35,9 @@ def test_presets_json(capsys):
     (['explain', 'smollm2-135m', 'gemma-2-9b/20-gemmascope-res-16k/1'], 'the preset explains smollm2-135m/9-res-4k: name its preset'),
     (['explain', 'gemma-2-9b-l21', '1'], 'did you mean gemma-2-9b-l20'),
     (['explain', 'smollm2-135m', '--all'], '--all needs --out'),
+    (['explain', 'smollm2-135m', '5', '--all', '--out', 'a.jsonl'], '--all explains every feature'), (['explain', '5', '--out', 'a.jsonl'], '--out is the file of --all'),
+    (['explain', '--direction', 'd.safetensors', '--verify', '5'], '--direction explains what its file holds'),
+    (['features', 'smollm2-135m', '--corpus', 'c.txt'], 'features.parquet is there already: --corpus and --tokens read anew with --anew'),
     (['explain', 'gemma-2-9b/20-gemmascope-res-16k/1'], '`saeexplainer features gemma-2-9b-l20` makes it'),
     (['explain', '5', '--preset', 'gemma-2-9b-l20'], 'features.parquet'),
     (['run', 'smollm2-135m', '--writer', 'gpt-5.4-mini'], "--writer must be 'openai' or 'local', not 'gpt-5.4-mini'; the model's name goes behind --model"),
@@ -55,6 +58,35 @@ def test_one_line_per_mistake(capsys, tmp_path, monkeypatch, args, says):
 def test_evaluate_needs_its_columns(capsys, tmp_path):
     (tmp_path/'mine.csv').write_text('id,text\n1,a\n')
     assert 'it needs feature and explanation' in ends(capsys, 'evaluate', str(tmp_path/'mine.csv'), '--root', str(tmp_path))[1]
+    (tmp_path/'mine.csv').write_text('feature,explanation\nabc\x1b[2J,a\n')
+    line = ends(capsys, 'evaluate', str(tmp_path/'mine.csv'), '--root', str(tmp_path))[1]
+    assert "is no feature, which is an index or model/source/index" in line and '\x1b' not in line
+
+
+def test_evaluate_leaves_training_runs_alone(capsys, tmp_path):
+    (tmp_path/'mine.csv').write_text('feature,explanation\n5,a\n')
+    with RunStore(tmp_path/'full'/'store.sqlite') as store: store.start('sft')
+    (tmp_path/'full'/'preset.yaml').write_text(load_preset('smollm2-135m', size='full').to_yaml())
+    assert 'full is a training run: choose another --name' in ends(capsys, 'evaluate', str(tmp_path/'mine.csv'), '--root', str(tmp_path), '--name', 'full')[1]
+
+
+def test_features_of_another_sae_measure_nothing(capsys, tmp_path):
+    import shutil
+    home = data_dir()/'smollm2-135m'
+    shutil.copy(home/'features.parquet', tmp_path)
+    (tmp_path/'features.json').write_text(json.dumps(json.loads((home/'features.json').read_text()) | dict(sae_sha256='0'*64)))
+    (tmp_path/'mine.csv').write_text('feature,explanation\n5,a\n')
+    (tmp_path/'mine.yaml').write_text(f'base: smollm2-135m\nfeatures: {tmp_path}/features.parquet\nlabel_model: peak words\nbaseline_labels: []\n')
+    for args in (['evaluate', 'mine.csv', '--preset', 'mine.yaml', '--root', 'runs'], ['explain', 'mine.yaml', '5', '--verify', '1'], ['explain', 'mine.yaml', '--all', '--out', 'all.jsonl', '--verify', '1']):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.chdir(tmp_path); main(args)
+        assert 'was read from an SAE with hash 000000000000' in capsys.readouterr().err
+
+
+def test_a_report_of_half_a_folder(capsys, tmp_path):
+    (tmp_path/'half').mkdir()
+    (tmp_path/'half'/'provenance.json').write_text((data_dir()/'smollm2-135m'/'results'/'provenance.json').read_text())
+    assert 'has no table' in ends(capsys, 'report', str(tmp_path/'half'))[1]
 
 
 def test_dead_features_are_not_explained():

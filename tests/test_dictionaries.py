@@ -84,6 +84,15 @@ def test_other_settings_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match=r"--out must end in .jsonl or .parquet, not 'all.txt'"): explain_dictionary(preset, folder/'sft', tmp_path/'all.txt')
 
 
+def test_two_processes_do_not_write_one_file(world, tmp_path):
+    folder, file, preset = world
+    settings = dict(a=1)
+    rows = Rows(tmp_path/'all.jsonl.explained.part', settings)
+    with pytest.raises(RuntimeError, match='another process is working on .*all.jsonl.explained.part: wait for it, or stop it'): explain_dictionary(preset, folder/'sft', tmp_path/'all.jsonl', progress=False)
+    rows.close()
+    Rows(tmp_path/'all.jsonl.explained.part', settings).close()
+
+
 def test_directions_of_no_sae(world, tmp_path, capsys):
     folder, file, preset = world
     W = FeatureReader.load(preset).sae.W_dec

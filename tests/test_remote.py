@@ -1,10 +1,10 @@
 "A writer behind a server: everything that a server can do wrong, on loopback"
-import json, os, signal, subprocess, sys, textwrap, threading, time, tracemalloc, traceback
+import asyncio, json, os, signal, subprocess, sys, textwrap, threading, time, tracemalloc, traceback
 from collections import Counter
 from pathlib import Path
 import pytest
 from fault_server import FaultServer, error as failure, faults, read_log
-from saeexplainer.remote import FORMS, Budget, Ledger, bad_request, retry_after
+from saeexplainer.remote import FORMS, Budget, Ledger, Traffic, bad_request, retry_after, say
 from saeexplainer.replies import OUTCOMES, answers, reply_key, text_schema
 from saeexplainer.store import RunStore
 from saeexplainer.writer import BudgetSpent, OpenAIWriter, Request
@@ -312,6 +312,21 @@ def test_retry_after_is_honoured(serve):
     assert retry_after({'retry-after': 'soon'}) is None
 
 
+def test_all_who_are_asked_to_wait_wait_together():
+    said = []
+    async def asked():
+        traffic = Traffic(16, tries=8, pause=1., patience=600., say=said.append)
+        assert all(traffic.wait(90., 'slow down') for _ in range(16)) and traffic.waited < 91 and not traffic.stopped
+        assert traffic.wait(120., 'slower') and 119 < traffic.waited < 121 # a longer pause counts by what it adds
+    asyncio.run(asked())
+    assert said == ['slow down: next try in 90 s', 'slower: next try in 120 s']
+
+
+def test_what_a_server_says_does_not_drive_the_terminal(capfd):
+    say('error 400: \x1b]0;owned\x07\x1b[2J')
+    assert 'owned' in (said := capfd.readouterr().err) and not set('\x1b\x07') & set(said)
+
+
 @pytest.mark.parametrize('concurrency', [1, 4])
 def test_a_poisoned_request_fails_alone_and_blocks_nothing(concurrency, capsys):
     with FaultServer(lambda asked, n: '500' if '#7.' in asked['messages'][0]['content'] else 'ok') as server:
@@ -323,6 +338,17 @@ def test_a_poisoned_request_fails_alone_and_blocks_nothing(concurrency, capsys):
         assert alone.outcome == 'given up' and len(server.log) == asked + 3
         assert writer_at(server, store=writer.store, tries=3).write(requests(8)[7:])[0].cached and len(server.log) == asked + 3
         assert book(writer)['outcomes'] == {'ok': 19, 'given up': 1} and 'in a row failed' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('concurrency', [1, 16])
+def test_the_last_request_of_a_stage_outlives_an_outage(concurrency):
+    up = [False]
+    with FaultServer(lambda asked, n: 'ok' if up[0] else '503') as server:
+        first = writer_at(server, tries=2, concurrency=concurrency)
+        again = lambda: writer_at(server, store=first.store, tries=2, concurrency=concurrency).write(requests(1))[0]
+        assert first.write(requests(1))[0].outcome == 'failed' and again().outcome == 'failed' # the server answers nobody: that says nothing of the request
+        up[0] = True
+        assert again().outcome == 'ok'
 
 
 def test_a_stage_with_failures_keeps_the_rest_and_asks_for_them_once_more(tmp_path):

@@ -214,7 +214,7 @@ def test_report(finished):
     assert list(candidates.columns) == ['round', 'feature', 'k', 'text', 'reward'] and len(candidates) == 3*4*4
     best = candidates[candidates['round'] == 3].dropna(subset='reward')
     for f, rows in best.groupby('feature'): assert results.said.loc[f, 'best'] == rows.loc[rows.reward.idxmax(), 'text'] # the target's choice
-    with pytest.raises(KeyError, match="has no table 'x': it has candidates"): results['x']
+    with pytest.raises(FileNotFoundError, match="has no table 'x': it has candidates"): results['x']
     with pytest.raises(ValueError, match='holds no results'): Results(folder)
 
 
