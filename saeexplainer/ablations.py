@@ -122,7 +122,7 @@ ARMS = { # what each changes
     'pool-2': dict(n_candidates=2), 'pool-6': dict(n_candidates=6), 'pool-10': dict(n_candidates=10),
     'split-1': dict(n_sft=300, dpo_rounds=2), 'split-2': dict(n_sft=150, dpo_rounds=2, new_features_in_round_2=True),
     'peak-words': dict(label_model='peak words'),
-    **{f'layer-{layer}': dict(label_model='peak words', n_sft=500) for layer in (3, 9, 15, 21, 27)}}
+    **{f'layer-{layer}': dict(label_model='peak words', n_sft=300, n_pref=100, n_output=60) for layer in (3, 9, 15, 21, 27)}}
 
 def arm_preset(name:str, root='runs'): # `root`: where the recipe of the layers' SAEs has put them, in layer_saes/
     "The preset of an arm"
