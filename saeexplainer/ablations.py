@@ -138,14 +138,16 @@ def run_arms(names=ARMS, root='runs', like:str|None=None, # a run under `root`
         say(f'{name}:')
         with Run(Path(root)/name, arm_preset(name, root), like=like and Path(root)/like) as run: execute(run, say)
 
-def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms.json are written there
+def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms.json are written there, and other arms that they hold already stay
     "Metrics of finished arms in one table; what made each, and the pairs of its rounds with their mean scores"
     from saeexplainer.report import Results, write_table
-    results = {name: Results(Path(root)/name/'report') for name in names}
-    table = pd.concat([r['metrics'].assign(arm=name) for name, r in results.items()], ignore_index=True)
-    write_table(table[['arm', 'stage', 'feature', 'metric', 'value']], Path(out)/'arms.parquet')
+    results, table, about = {name: Results(Path(root)/name/'report') for name in names}, Path(out)/'arms.parquet', Path(out)/'arms.json'
+    rows = [r['metrics'].assign(arm=name)[['arm', 'stage', 'feature', 'metric', 'value']] for name, r in results.items()]
+    made = json.loads(about.read_text()) if about.exists() else {}
+    if table.exists(): rows.insert(0, pd.read_parquet(table).query('arm not in @results'))
     pairs = lambda r: [dict(round=int(i), pairs=len(p), chosen=p['chosen_score'].mean(), rejected=p['rejected_score'].mean()) for i, p in r['pairs'][r['pairs']['dropped'].isna()].groupby('round')]
-    with whole(Path(out)/'arms.json') as part: part.write_text(json.dumps({name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, indent=1) + '\n')
+    write_table(pd.concat(rows, ignore_index=True), table)
+    with whole(about) as part: part.write_text(json.dumps(made | {name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, indent=1) + '\n')
 
 # %% ../nbs/05_ablations.ipynb #1f83540b
 def arms_figure(arms, # rows arm, stage, feature, metric, value

@@ -77,7 +77,8 @@ def test_features_of_another_sae_measure_nothing(capsys, tmp_path):
     (tmp_path/'features.json').write_text(json.dumps(json.loads((home/'features.json').read_text()) | dict(sae_sha256='0'*64)))
     (tmp_path/'mine.csv').write_text('feature,explanation\n5,a\n')
     (tmp_path/'mine.yaml').write_text(f'base: smollm2-135m\nfeatures: {tmp_path}/features.parquet\nlabel_model: peak words\nbaseline_labels: []\n')
-    for args in (['evaluate', 'mine.csv', '--preset', 'mine.yaml', '--root', 'runs'], ['explain', 'mine.yaml', '5', '--verify', '1'], ['explain', 'mine.yaml', '--all', '--out', 'all.jsonl', '--verify', '1']):
+    explain = ['explain', 'mine.yaml', '--explainer', str(home/'explainer'/'sft'), '--verify', '1']
+    for args in (['evaluate', 'mine.csv', '--preset', 'mine.yaml', '--root', 'runs'], [*explain, '5'], [*explain, '--all', '--out', 'all.jsonl']):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             patch.chdir(tmp_path); main(args)
         assert 'was read from an SAE with hash 000000000000' in capsys.readouterr().err

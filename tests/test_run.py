@@ -299,5 +299,8 @@ def test_arms_are_smaller_runs_that_differ_in_one_thing(tmp_path):
     collect_arms(['a', 'b'], tmp_path, tmp_path)
     arms = pd.read_parquet(tmp_path/'arms.parquet')
     assert len(arms) == 2*16 and json.loads((tmp_path/'arms.json').read_text())['b'] == dict(command='b', pairs=[dict(round=1, pairs=2, chosen=5., rejected=1.5)])
+    (tmp_path/'a'/'report'/'provenance.json').write_text(json.dumps(dict(command='again')))
+    collect_arms(['a'], tmp_path, tmp_path) # one is collected again, the other stays
+    assert len(pd.read_parquet(tmp_path/'arms.parquet')) == 2*16 and {name: made['command'] for name, made in json.loads((tmp_path/'arms.json').read_text()).items()} == dict(a='again', b='b')
     fig = arms_figure(arms, dict(a='2', b='6'), 'K', stages=('sft', 'dpo1'), panels=('generative', 'gap'))
     assert [ax.get_title() for ax in fig.axes] == ['generative accuracy (%)', 'gap H - L (activation)'] and fig.axes[0].get_lines()[0].get_ydata().tolist() == [150., 150.]
