@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 
 # %% ../nbs/03_dpo.ipynb #d85ed534
-from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages
+from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages, without_placeholder
 from .models import weights_sha256
 from .sampling import seed_for
-from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, quiet, same_settings, take_over, train_to_the_end, one_gpu, trainer_settings
+from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, one_gpu, quiet, same_settings, take_over, train_to_the_end, trainer_settings
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
@@ -28,7 +28,7 @@ def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dic
     if 'dropped' in rows: rows = rows[rows['dropped'].isna()]
     if not len(rows):
         raise ValueError('no pairs to train on: every feature of this round was dropped; lower the threshold or take more features')
-    turn = lambda role, text: [{'role': role, 'content': text}]
+    turn = lambda role, text: [{'role': role, 'content': without_placeholder(text, card.placeholder)}]
     question = prompt_messages(card.template, card.placeholder)
     return Dataset.from_list([dict(prompt=question, chosen=turn('assistant', r.chosen), rejected=turn('assistant', r.rejected),
                                    feature=int(r.feature)) for r in rows.itertuples()])

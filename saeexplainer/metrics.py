@@ -238,22 +238,24 @@ def _bar(total, desc, progress): # tqdm with rate and time left
 
 def write_evaluation_texts(store, writer, # RunStore; Writer: the preset says whether it is asked for one text or for lists
                            explanations:dict, # {stage: {feature: text}}
-                           preset, progress:bool=False
+                           preset, progress:bool=False,
+                           kinds=KINDS # of texts; activating and neutral come together
                           ) -> int: # texts asked for now; those in the store are not asked again
     "Texts of the kinds generative (E.3), activating and neutral (E.4) for each distinct explanation"
     groups, n, one, asked = distinct_explanations(explanations), _wanted(preset), preset.one_text('evaluation_writer'), 0
     stored = _stored_texts(store, groups)
-    for sizes in ({'sentences': n['generative']}, {kind: n[kind] for kind in ('activating', 'neutral')}): # the lists of E.3 and of E.4
-        kinds = ['generative'] if 'sentences' in sizes else list(sizes)
+    for of in (['generative'], ['activating', 'neutral']): # the lists of E.3 and of E.4
+        if not set(of) & set(kinds): continue
+        sizes = {'sentences': n['generative']} if of == ['generative'] else {kind: n[kind] for kind in of}
         requests, copies = [], []
         for (feature, text), stages in groups.items():
-            keys, have = [(kind, j) for kind in kinds for j in range(n[kind])], stored.get((feature, text), {})
+            keys, have = [(kind, j) for kind in of for j in range(n[kind])], stored.get((feature, text), {})
             copies += [(stage, feature, 0, *key, *next(iter(have[key].values())), None) # another stage says the same: its texts
                        for key in keys if key in have for stage in stages if stage not in have[key]]
             if todo := [key for key in keys if key not in have]:
                 requests += [((feature, stages, keys), request) for keys, request in (_single_requests if one else _list_request)(feature, text, todo, preset)]
         store.put_texts(copies)
-        for (feature, stages, keys), reply in answers(writer, requests, None if one else sizes, stage=f'evaluate: {", ".join(kinds)}', total=len(requests), progress=progress):
+        for (feature, stages, keys), reply in answers(writer, requests, None if one else sizes, stage=f'evaluate: {", ".join(of)}', total=len(requests), progress=progress):
             store.put_texts([(stage, feature, 0, *key, *entry, None) for key, entry in zip(keys, _entries(reply, keys, None if one else sizes)) for stage in stages])
         asked += sum(len(keys) for (*_, keys), _ in requests)
     return asked
@@ -307,10 +309,10 @@ def verify(target, writer, # Target; Writer: the preset says whether it is asked
            explanations, # [(feature, text)]
            preset, n:int, # texts per explanation
            progress:bool=False) -> list[Verified]:
-    "Texts written from each explanation (E.3), and what the target makes of them"
+    "Texts written from each explanation (E.3), and what the target makes of them; of an empty explanation there are none"
     preset, one = replace(preset, n_generative=n, seed=seed_for(preset.seed, 'verify')), preset.one_text('evaluation_writer')
     todo, sizes = [('generative', j) for j in range(n)], None if one else {'sentences': n}
-    asked = [((i, keys), request) for i, (f, text) in enumerate(explanations) for keys, request in (_single_requests if one else _list_request)(f, text, todo, preset)]
+    asked = [((i, keys), request) for i, (f, text) in enumerate(explanations) if text.strip() for keys, request in (_single_requests if one else _list_request)(f, text, todo, preset)]
     texts, scores = [[None]*n for _ in explanations], np.full((len(explanations), n), np.nan)
     for (i, keys), reply in answers(writer, asked, sizes, stage='verify', total=len(asked), progress=progress):
         for (_, j), (text, error) in zip(keys, _entries(reply, keys, sizes)): texts[i][j] = text
@@ -637,7 +639,8 @@ def evaluate(run, # `Evaluation`, or anything with its attributes
         raise ValueError(f"feature {lost[0]} is explained, but it is not among the run's features")
     store, preset = run.store, run.preset
     _keep_explanations(store, explanations)
-    write_evaluation_texts(store, run.writer, explanations, preset, progress)
+    kinds = [*(['generative'] if {'generative', 'output'} & set(metrics) else []), *(['activating', 'neutral'] if {'input', 'high', 'low', 'gap'} & set(metrics) else [])] # the judge's controls are generative texts
+    write_evaluation_texts(store, run.writer, explanations, preset, progress, kinds)
     score_texts(store, run.target, preset, explanations, progress)
     with_output = output_features(features, preset) if 'output' in metrics else []
     if with_output:
@@ -650,7 +653,8 @@ def evaluate(run, # `Evaluation`, or anything with its attributes
 
 # %% ../nbs/04_metrics.ipynb #c0536732
 def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values into the store, and their summary
-    rows = [row for stage in explanations for row in feature_values(run, stage, explanations, with_output) if row[2] in (*metrics, *COUNTS)]
+    wanted = {*metrics, 'empty', *(_FAILURES[name] for name in metrics if name in _FAILURES)}
+    rows = [row for stage in explanations for row in feature_values(run, stage, explanations, with_output) if row[2] in wanted]
     if with_output:
         controls = run.store.judgements('control')
         rows += [('control', f, 'output', value) for f, value in zip(controls.feature, output_score(controls.choice, controls.true))]

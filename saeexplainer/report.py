@@ -100,7 +100,7 @@ def provenance(run) -> dict:
     evaluated = [s for s in evaluated_stages(p) if len(run.store.metrics(s))]
 
     return dict(preset=p.name, size=p.size, evaluated=evaluated, changes=changes, sae=p.sae, source=p.source, target=p.target, explainer=p.explainer, writer=p.writer,
-                evaluation_writer=p.evaluation_writer, seed=p.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] if (c := run.store.meta(f'commit_{s}')))),
+                evaluation_writer=p.evaluation_writer, seed=p.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] for c in (run.store.meta(f'commit_{s}') or '').split(' + ') if c)),
                 begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'),
                 **(run.store.meta('machine') or machine(run)), sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())), # of the last sitting of each
                 sittings={s: json.loads(detail)['attempts'] for s, detail in zip(stages['stage'], stages['detail'])},

@@ -175,7 +175,7 @@ def rewarded_candidates(run:Run, round:int, features) -> None:
     from saeexplainer.prefs import sample_candidates, score_candidates, write_texts
     explainer = run.explainer('sft' if round==1 else f'dpo{round-1}')
     sample_candidates(run.store, explainer, run.reader, features, run.preset, round, run.progress)
-    del explainer
+    del explainer; free_memory()
     write_texts(run.store, run.writer('writer'), run.preset, round, run.progress)
     score_candidates(run.store, run.target, run.preset, round, run.progress)
 
@@ -296,7 +296,7 @@ def execute(run:Run, say=print) -> Path: # the report's folder
         if run.store.finished(name):
             say(f'{name}: done before'); continue
         run.store.start(name)
-        if run.store.meta(f'commit_{name}') is None: run.store.put_meta(**{f'commit_{name}': commit})
+        if commit not in (before := (run.store.meta(f'commit_{name}') or '').split(' + ')): run.store.note(f'commit_{name}', ' + '.join(filter(None, [*before, commit]))) # of each sitting
         line = stage(run)
         run.store.finish(name, line=line)
         seconds = run.store.progress().set_index('stage').loc[name, 'seconds']

@@ -131,7 +131,7 @@ def new_tokens(model, tokenizer,
     if temperature and (seeds is None or len(seeds) != rows): raise ValueError(f'{rows} rows need {rows} seeds, got {0 if seeds is None else len(seeds)}')
     if ends is None: ends = end_ids(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                              eos_token_id=ends or None, suppress_tokens=list(suppress) or None)
+                              eos_token_id=ends or None, suppress_tokens=list(suppress) or None, repetition_penalty=1., no_repeat_ngram_size=0) # else the model's own hold
     sampler = LogitsProcessorList([RowSampler(seeds, temperature, top_p)] if temperature else [])
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     cache = prefilled(model, input_ids, attention_mask, shared) if shared is not None else None

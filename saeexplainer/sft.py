@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from transformers import TrainerCallback
 from .files import whole
-from .injection import CARD, ExplainerCard, FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages, save_adapter
+from .injection import CARD, ExplainerCard, FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages, save_adapter, without_placeholder
 from .models import load_model
 
 # %% ../nbs/01_sft.ipynb #e90a9003
@@ -26,7 +26,7 @@ def sft_dataset(features, # `Feature`s with an explanation
     for f in features:
         if not (f.explanation or '').strip(): raise ValueError(f'feature {f.id} has no label to train on: leave it out')
     prompt = prompt_messages(card.template, card.placeholder)
-    return Dataset.from_list([dict(prompt=prompt, completion=[dict(role='assistant', content=f.explanation.strip())], feature=int(f.id.index)) for f in features])
+    return Dataset.from_list([dict(prompt=prompt, completion=[dict(role='assistant', content=without_placeholder(f.explanation.strip(), card.placeholder))], feature=int(f.id.index)) for f in features])
 
 # %% ../nbs/01_sft.ipynb #06002cc7
 def check_disjoint(features, # `Feature`s whose labels are trained on

@@ -336,11 +336,22 @@ def test_a_call_tells_of_its_own_features_alone(machine, store):
     assert evaluate(run, {'a': {first: said[first]}}, metrics=('generative',), progress=False).loc[('a', 'generative'), 'n'] == 1 < len(said)
 
 
-def test_a_part_of_the_metrics(machine, store):
+def test_a_part_of_the_metrics(machine, store, tmp_path):
+    with RunStore(tmp_path/'alone.sqlite') as other:
+        alone = evaluation(machine, other)
+        evaluate(alone, EXPLANATIONS, metrics=('generative', 'names_word'), progress=False)
+        assert set(other.texts().kind) == {'generative'} and set(other.metrics().metric) == {'generative', 'names_word', 'unparsed_generative', 'empty'} # nothing else is written, nothing that was not asked for fails
+        assert evaluate(alone, EXPLANATIONS, progress=False).loc[('sft', 'gap'), 'failures'] == 0
     table = evaluate(evaluation(machine, store), EXPLANATIONS, metrics=('generative', 'gap'), progress=False)
     assert set(table.index.get_level_values(1)) == {'generative', 'gap'} and not len(store.steering())
     full = evaluate(evaluation(machine, store), EXPLANATIONS, progress=False)
     assert full.loc[('sft', 'gap'), 'mean'] == pytest.approx(table.loc[('sft', 'gap'), 'mean']) and ('sft', 'output') in full.index
+
+
+def test_of_an_empty_explanation_nothing_is_written(machine):
+    preset = load_preset('smollm2-135m', **PRESET)
+    empty, full = verify(machine.target, machine.writer, [(3, ' '), (5, 'rain')], preset, 2)
+    assert empty.texts == [None, None] and np.isnan(empty.scores).all() and empty.best is None and empty.reached(-1.) == 0 and full.texts[0] is not None
 
 
 def test_comparisons_are_over_features_with_both_values():

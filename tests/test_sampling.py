@@ -49,6 +49,15 @@ def test_suppressed_tokens_are_never_drawn():
     assert banned and not kept & set(banned)
 
 
+def test_what_a_model_would_like_of_generation_does_not_count():
+    tokenizer, batch, told = tiny_tokenizer(), pad([[5, 6]]*4, 0, left=True), []
+    for likes in ({}, dict(repetition_penalty=5., no_repeat_ngram_size=1, temperature=.1, top_k=1)):
+        model = tiny_model(n_layers=2)
+        model.generation_config.update(**likes)
+        told.append(new_tokens(model, tokenizer, **batch, seeds=range(4), max_new_tokens=8))
+    assert told[0] == told[1]
+
+
 def test_a_seed_for_every_row():
     model, tokenizer = tiny_model(n_layers=2), tiny_tokenizer()
     with pytest.raises(ValueError, match='2 rows need 2 seeds, got 1'): sample(model, tokenizer, **pad([[5], [6]], 0), seeds=[1])

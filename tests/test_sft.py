@@ -9,7 +9,7 @@ from saeexplainer.injection import CARD, Explainer, ExplainerCard, explanation_p
 from saeexplainer.models import load_model
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sft import SFTResult, _sft_trainer, check_disjoint, claim, last_checkpoint, quiet, sft_dataset, train_sft
+from saeexplainer.sft import SFTResult, _sft_trainer, check_disjoint, claim, last_checkpoint, one_gpu, quiet, sft_dataset, train_sft
 
 WORDS = 'cat dog mat fire sea shells rain nation park large area land'.split()
 
@@ -190,6 +190,21 @@ def test_another_training_in_the_same_folder(here, whole, tmp_path):
     with pytest.raises(ValueError, match=r'holds a finished training \(sft_lr: 0.01 there, 0.02 here\): use another folder'): train(here, whole.folder, sft_lr=2e-2)
     claim(tmp_path/'checkpoints', dict(sft_lr=1.))
     with pytest.raises(ValueError, match=r'holds another training \(sft_lr: 1.0 there, 0.01 here\): use another folder'): train(here, tmp_path)
+
+
+def test_labels_may_contain_the_placeholder(here, tmp_path):
+    preset, labelled = tiny_preset(here, sft_epochs=1.), features()
+    labelled[3].explanation = f"the token{preset.placeholder} and {preset.placeholder}, twice"
+    result = train_sft(preset, labelled, FeatureReader.load(preset.sae), tmp_path/'out', progress=False)
+    assert len(result.losses) and all(preset.placeholder not in row['completion'][0]['content'] for row in sft_dataset(labelled, ExplainerCard.from_preset(preset, FeatureReader.load(preset.sae))))
+
+
+def test_one_gpu_is_used(tmp_path):
+    from trl import SFTConfig
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert one_gpu(args).n_gpu <= 1
+    args._n_gpu = 4 # as on a machine with four
+    assert one_gpu(args) is args and args.n_gpu == 1
 
 
 # ---- what is refused
