@@ -152,7 +152,8 @@ def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms
 # %% ../nbs/05_ablations.ipynb #1f83540b
 def arms_figure(arms, # rows arm, stage, feature, metric, value
                 names:dict, # arm -> what stands below it
-                xlabel:str, stages=('label', 'sft', 'dpo1'), panels=('generative', 'input', 'output', 'gap')):
+                xlabel:str, stages=('label', 'sft', 'dpo1'), panels=('generative', 'input', 'output', 'gap'),
+                chance:float=1/3): # of the output score
     "Metrics of several arms as a matplotlib figure"
     from matplotlib.figure import Figure
     from saeexplainer.metrics import bootstrap_ci
@@ -165,7 +166,9 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
                 x = np.arange(len(names)) + .16*(j - (len(stages)-1)/2)
                 cis = [bootstrap_ci(arms[(arms.arm == a) & (arms.stage == stage) & (arms.metric == metric)].value) for a in names]
                 ax.errorbar(x, [scale*c.mean for c in cis], [[scale*(c.mean - c.low) for c in cis], [scale*(c.high - c.mean) for c in cis]], fmt=MARKS.get(stage, 'o') + '-', ms=4, lw=1, color=color(stage), label=named(stage))
-            ax.set(xticks=range(len(names)), xticklabels=names.values(), title=PANELS[metric], xlabel=xlabel)
+            if metric == 'output': ax.axhline(100*chance, color='k', ls=':', lw=1)
+            ax.set(xticks=range(len(names)), xticklabels=names.values(), xlim=(-.5, len(names) - .5), title=PANELS[metric])
             if metric != 'gap': ax.set_ylim(bottom=0)
-        fig.axes[0].legend()
+        fig.supxlabel(xlabel, fontsize=9)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc='outside right center')
     return fig
