@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['training_log', 'write_table', 'result_tables', 'Results', 'best_texts', 'label_source', 'machine', 'provenance',
            'lit_words', 'chosen_cases', 'case_studies', 'stages_of', 'cases_html', 'markdown_table', 'escape_markdown',
-           'writers_table', 'comparisons', 'repeats_table', 'difference_table', 'report_markdown', 'write_results',
-           'write_report']
+           'writers_table', 'comparisons', 'repeats_table', 'difference_table', 'studies', 'report_markdown',
+           'write_results', 'write_report']
 
 # %% ../nbs/parts/report.ipynb #cfe7fdad
 import json, platform
@@ -206,6 +206,26 @@ def difference_table(metrics, pairs): # DataFrame of text, one row for each pair
         table.setdefault(name, {})[f'{stage} - {baseline}'] = '-' if r['n'] == 0 else f"{mean} [{low}, {high}], p {r['p']:.3f}".replace('p 0.000', 'p < 0.001')
     return pd.DataFrame(table).fillna('-')
 
+def studies(results:Results) -> list[str]: # lines of the page
+    "Tables of the studies that lie beside a run's own results: smaller runs, another writer, the screening"
+    from saeexplainer.ablations import screen_table
+    from saeexplainer.metrics import agreement, stage_table, summary
+    there, lines = lambda name: (results.folder/f'{name}.parquet').exists(), []
+    if there('arms'):
+        arms = results['arms'].query("stage != 'control'").assign(stage=lambda rows: rows['arm'] + ' ' + rows['stage'])
+        last = {stage.rpartition(' ')[0]: stage for stage in arms['stage'].unique() if ' dpo' in stage}
+        lines += ['', '## Arms', '', 'Smaller runs that differ in one thing: means, and what their rounds change.', '', markdown_table(stage_table(summary(arms))),
+                  '', markdown_table(difference_table(arms, [(stage, f'{arm} sft') for arm, stage in last.items()]))]
+    if there('second_writer'):
+        second, first = results['second_writer'], results['metrics']
+        both = [s for s in results.stages if s in set(second['stage'])]
+        lines += ['', '## By another writer', '', markdown_table(stage_table(summary(second, [*both, 'control']))),
+                  '', markdown_table(agreement(first[first['feature'].isin(second['feature'])], second, both).round(2).astype(str))]
+    if there('screening'):
+        rows = results['screening']
+        lines += ['', '## Screening', '', markdown_table(screen_table({name: rows[rows['variant'] == name] for name in rows['variant'].unique()}).round(2).astype(str))]
+    return lines
+
 def report_markdown(results:Results, table) -> str: # table: `summary`
     "The report as a page"
     from saeexplainer.metrics import stage_table
@@ -221,6 +241,7 @@ def report_markdown(results:Results, table) -> str: # table: `summary`
         for s, t in case['texts'].items():
             text = ''.join(f' **{escape_markdown(p)}** ' if lit else f' {escape_markdown(p)} ' for p, lit in t['pieces'])
             lines += [f"    - best text for {s} ({t['score']:.1f}; strongest known {case['max_act']:.1f}): {' '.join(text.split())}"]
+    lines += studies(results)
     if made['writers']: lines += ['', '## Writers', '', markdown_table(writers_table(made['writers']))]
     resumed = [f'{s} had {n}' for s, n in made.get('sittings', {}).items() if n > 1]
     if resumed: lines += ['', f"Seconds are those of a stage's last sitting: {', '.join(resumed)}."]
