@@ -42,7 +42,7 @@ def parameters(thing):
     for name, p in params:
         option = next((m.help for m in getattr(p.annotation, '__metadata__', ()) if getattr(m, 'help', None)), None) # of the command line
         about = (fields[name].metadata.get('help') if name in fields else None) or said.get(name, {}).get('docment') or option or ''
-        default = '' if p.default is p.empty or 'factory' in repr(p.default) else f'`{p.default!r}`'
+        default = '' if p.default is p.empty or 'factory' in repr(p.default) else f'`{p.default!r}`' if len(repr(p.default)) < 120 else '…'
         star = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
         rows.append((f'`{star}{name}`', shown_type(p.annotation), default, escaped(about)))
     returns = said.get('return') or {}
