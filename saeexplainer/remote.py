@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE_TOKENS', 'OPTIONAL', 'FORMS', 'LOST', 'TOO_LATE', 'OUTAGE', 'Budget', 'BudgetSpent', 'most_tokens', 'Ledger',
-           'Traffic', 'bad_request', 'response_format', 'choice_schema', 'retry_after', 'Trouble', 'trouble', 'say',
-           'OpenAIWriter']
+           'Traffic', 'bad_request', 'response_format', 'retry_after', 'Trouble', 'trouble', 'say', 'OpenAIWriter']
 
 # %% ../nbs/parts/remote.ipynb #306c6413
 import asyncio, json, os, random, re, sys, tempfile, threading, time
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 
 # %% ../nbs/parts/remote.ipynb #1013c570
-from .replies import Reply, Request, finish, list_sizes, reply_key, text_schema, uncounted, valid_text
+from .replies import Reply, Request, choice_schema, finish, list_sizes, reply_key, text_schema, uncounted, valid_text
 from .store import RunStore
 
 # %% ../nbs/parts/remote.ipynb #65a33014
@@ -160,10 +159,6 @@ def response_format(form:str, schema) -> dict: # {} or {'response_format': ...}
     if form == 'prompt alone': return {}
     if form == 'JSON mode': return {'response_format': {'type': 'json_object'}}
     return {'response_format': {'type': 'json_schema', 'json_schema': {'name': 'reply', 'strict': True, 'schema': schema if form == FORMS[0] else uncounted(schema)}}}
-
-def choice_schema(choices) -> dict: # a JSON object with one of the choices
-    choice = {'type': 'string', 'enum': list(choices)}
-    return {'type': 'object', 'properties': {'choice': choice}, 'required': ['choice'], 'additionalProperties': False}
 
 def retry_after(headers) -> float|None: # seconds
     "How long a server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as a date"
