@@ -172,18 +172,17 @@ class _Stages(_Views):
     "Which stages are done, and facts about the run"
     def start(self, stage) -> None:
         "Notes that a stage begins, or goes on after an interruption"
-        now = time.time()
-        self.__dict__.setdefault('_began', {})[stage] = now
+        self.__dict__.setdefault('_began', {})[stage] = time.monotonic() # a clock may be set back in between
         with self._write() as db:
             db.execute("INSERT INTO progress VALUES (?, ?, NULL, 0, '{\"attempts\": 1}') ON CONFLICT (stage) DO UPDATE SET "
-                       "detail=json_set(detail, '$.attempts', json_extract(detail, '$.attempts') + 1) WHERE finished IS NULL", [stage, now])
+                       "detail=json_set(detail, '$.attempts', json_extract(detail, '$.attempts') + 1) WHERE finished IS NULL", [stage, time.time()])
 
     def finish(self, stage, **detail) -> None: # facts about the stage, as JSON
         "Notes that a stage is complete; `seconds` counts from its last `start`"
-        now = time.time()
+        now = time.monotonic()
         with self._write() as db:
             db.execute('UPDATE progress SET finished=?, seconds=?, detail=json_patch(detail, ?) WHERE stage=? AND finished IS NULL',
-                       [now, now - self.__dict__.get('_began', {}).get(stage, now), json.dumps(detail, default=_plain), stage])
+                       [time.time(), now - self.__dict__.get('_began', {}).get(stage, now), json.dumps(detail, default=_plain), stage])
 
     def finished(self, stage) -> bool: return bool(self._rows('SELECT 1 FROM progress WHERE stage=? AND finished IS NOT NULL', [stage]))
     def progress(self): return self.table('progress')
