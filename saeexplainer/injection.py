@@ -224,6 +224,7 @@ def save_adapter(model, # PeftModel whose adapter 'default' is saved
     config = json.loads(json.dumps(model.peft_config['default'].to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
     config.update(base_model_name_or_path=card.base_model, inference_mode=True)
     (folder/'adapter_config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+    shutil.copymode(folder/'adapter_config.json', folder/'adapter_model.safetensors') # safetensors closes its files to others
     card.save(folder)
 
 # %% ../nbs/00_injection.ipynb #27dc6f79
@@ -282,7 +283,8 @@ Explainer.sample = _sample
 
 # %% ../nbs/00_injection.ipynb #82145844
 def _fetch(source) -> Path: # a folder as it is, a hub id downloaded
-    if Path(source).is_dir(): return Path(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir(): return folder
     if str(source).startswith(('.', '/', '~')) or str(source).count('/') != 1: raise FileNotFoundError(f'no explainer at {source}: give a folder or a hub id')
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(str(source), allow_patterns=['*.json', '*.safetensors']))
