@@ -151,6 +151,7 @@ def export_sae(folder, # of `train_sae`
     sae.half().cfg.dtype = 'float16'
     Path(out).mkdir(parents=True, exist_ok=True)
     sae.save_model(out)
+    shutil.copymode(Path(out)/'cfg.json', Path(out)/'sae_weights.safetensors') # safetensors closes its files to others
     return found
 
 # %% ../nbs/parts/sae_training.ipynb #c3874466

@@ -217,21 +217,22 @@ class _Texts(_Stages):
     def unscored(self, stage=None, kind=None): # DataFrame
         "Texts that wait for their score"
         texts = self.texts(stage, kind)
-        return texts[texts.score.isna() & texts.text.notna() & (texts.error != 'empty')].reset_index(drop=True)
+        return texts[texts.score.isna() & texts.text.notna() & texts.error.isna()].reset_index(drop=True)
 
     def put_scores(self, rows) -> int: # (stage, feature, k, kind, j, score), or dicts; returns how many were filled
-        "Scores of stored texts, each exactly once; NaN is recorded as the error 'empty'; raises `ValueError` where there is no such text"
+        "Scores of stored texts, each exactly once; a text for a score is why there is none, and recorded as the error (NaN: 'empty'); raises `ValueError` where there is no such text"
         names = [*KEYS['texts'], 'score']
         rows = [[_plain(row[c] if isinstance(row, dict) else row[i]) for i, c in enumerate(names)] for row in rows]
         where = ' AND '.join(f'{k}=?' for k in KEYS['texts'])
-        waits = "score IS NULL AND text IS NOT NULL AND error IS NOT 'empty'"
+        waits = "score IS NULL AND text IS NOT NULL AND error IS NULL"
         with self._write() as db:
             before = db.total_changes
             for *key, score in rows:
                 if not db.execute(f'SELECT 1 FROM texts WHERE {where}', key).fetchone(): raise ValueError(f'no text {tuple(key)} to score')
                 if score is None: continue
-                if score == score: db.execute(f'UPDATE texts SET score=? WHERE {where} AND {waits}', [score, *key])
-                else: db.execute(f"UPDATE texts SET error='empty' WHERE {where} AND {waits}", key)
+                error = score if isinstance(score, str) else None if score == score else 'empty'
+                if error is None: db.execute(f'UPDATE texts SET score=? WHERE {where} AND {waits}', [score, *key])
+                else: db.execute(f'UPDATE texts SET error=? WHERE {where} AND {waits}', [error, *key])
             return db.total_changes - before
 
 # %% ../nbs/parts/store.ipynb #b71cdfad

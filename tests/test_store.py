@@ -209,6 +209,14 @@ def test_a_text_without_tokens_is_told_from_one_that_waits(store):
     assert store.put_scores([('round1', 0, 0, 'preference', 0, 4.), ('round1', 1, 0, 'preference', 0, 4.)]) == 0 # neither is scored later
 
 
+def test_why_a_text_has_no_score(store):
+    store.put_texts(texts(2))
+    assert store.put_scores([('round1', 0, 0, 'preference', 0, 'too long'), ('round1', 0, 0, 'preference', 1, 2.)]) == 2
+    t = store.texts()
+    assert t.error.tolist() == ['too long', None, None, None] and t.score.notna().tolist() == [False, True, False, False] and len(store.unscored()) == 2
+    assert store.put_scores([('round1', 0, 0, 'preference', 0, 4.), ('round1', 0, 0, 'preference', 1, 'empty')]) == 0 # neither is written over
+
+
 def test_a_score_needs_its_text(store):
     store.put_texts(texts(1))
     with pytest.raises(ValueError, match=r"no text \('round1', 7, 0, 'preference', 0\) to score"):
