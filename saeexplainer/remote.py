@@ -140,9 +140,10 @@ class Traffic:
 # %% ../nbs/parts/remote.ipynb #98f42d9d
 def api_key(name:str='OPENAI_API_KEY') -> str|None: # None: there is none
     "Return the key in an environment variable; raise `ValueError`, which does not show it, where it is none"
-    key = os.environ.get(name, '').strip()
+    key = os.environ.get(name, '').strip(' \t')
     if not re.fullmatch('[!-~]*', key):
-        raise ValueError(f'{name} holds characters that no key has (blanks, line breaks, letters or quotes that are not ASCII): copy the key again')
+        what = 'a line break' if re.search('[\r\n]', key) else 'a blank' if re.search(r'\s', key) else 'characters'
+        raise ValueError(f'{name} holds {what} that no key has: set it again, to the key alone')
     if key[:1] in ('"', "'"):
         raise ValueError(f'{name} holds quotes around the key: set it without them')
     return key or None
@@ -723,6 +724,7 @@ class OpenAIWriter(_Model):
         key = api_key(self.key_env)
         if not key and not self.base_url: raise PermissionError(f'no key: set {self.key_env} in the environment, or name a server of your own with base_url')
         try:
+            for name in _proxies().split(' or '): _ = urlsplit(os.environ.get(name, '')).port # raises where it is none
             http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={'response': [bounded]})
             return openai.AsyncOpenAI(api_key=key or 'none', base_url=self.base_url, timeout=self.timeout, max_retries=0, default_headers={'Connection': 'close'}, http_client=http)
         except ImportError: # not installed, and not needed otherwise
