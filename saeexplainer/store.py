@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA_VERSION', 'SCHEMA', 'COLUMNS', 'KEYS', 'RunStore']
 
 # %% ../nbs/parts/store.ipynb #492fb827
-import json, sqlite3, threading, time
+import json, os, sqlite3, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from .replies import Reply
@@ -80,6 +80,7 @@ class _File(_Transactions):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not self._db_bytes(): self._refuse_remains()
+            elif self._is_sqlite() and not self._wal_bytes() and self._cut(): raise self._damaged('')
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             self._use_wal(); self._db.execute('PRAGMA synchronous=NORMAL')
             version = self._db.execute('PRAGMA user_version').fetchone()[0]
@@ -93,7 +94,7 @@ class _File(_Transactions):
             version = None
         if damage != 'ok':
             self.close()
-            raise ValueError(f'the store {path} is damaged ({self._cut() or damage[:120]}): put back a copy of it, or begin under another name')
+            raise self._damaged(damage)
         if version == 1: self._add_attempts()
         elif version not in (0, SCHEMA_VERSION):
             self.close()
@@ -117,15 +118,19 @@ class _File(_Transactions):
         whole = (65536 if page == 1 else page)*int.from_bytes(head[28:32], 'big')
         return f'{there:,} of its {whole:,} bytes are there' if there < whole else None
 
+    def _damaged(self, how): # the error
+        return ValueError(f'the store {self.path} is damaged ({self._cut() or how[:120]}): put back a copy of it, or begin under another name')
+
     def _refuse_remains(self): # before a new store
         "Raise `ValueError` where the remains of a run show that its store is lost, or was copied without its `-wal`"
         wal = Path(f'{self.path}-wal')
-        if not self._db_bytes() and wal.exists() and wal.stat().st_size:
+        if not self._db_bytes() and self._wal_bytes():
             raise ValueError(f'{wal} is there, but not {self.path.name} that it belongs to: copy both')
         if trained := sorted(self.path.parent.glob('explainer/*/adapter_config.json')):
             raise ValueError(f'{self.path} is empty or missing, but {trained[0].parent} is there: put the store back, with the file {wal.name} if there was one, or begin under another name')
 
-    def _db_bytes(self) -> int: return self.path.stat().st_size if self.path.exists() else 0
+    def _db_bytes(self) -> int: return self.path.stat().st_size if self.path.is_file() else 0
+    def _wal_bytes(self) -> int: return os.path.getsize(f'{self.path}-wal') if os.path.exists(f'{self.path}-wal') else 0
 
     def _use_wal(self, seconds:float=60.): # where several processes make the file at once, SQLite does not wait for this lock by itself
         until = time.monotonic() + seconds
