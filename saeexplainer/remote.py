@@ -459,7 +459,8 @@ class _Asking:
         "Return whether a request without a reply is itself the cause: whether the server answers others"
         kind, store = self.lost_by.get(key), self.writer.store
         if self.heard or kind not in (*OUTAGE, *MAYBE_OUTAGE): return True
-        return kind in MAYBE_OUTAGE and (store.answered_after(key, self.writer.name) or await self.answers_others(key))
+        if kind in MAYBE_OUTAGE and store.answered_after(key, self.writer.name): return True
+        return kind in (*MAYBE_OUTAGE, 'unreadable') and await self.answers_others(key)
 
     async def answers_others(self, key) -> bool: # its attempt stands in the books of this request
         "Return whether the server has a reply to a small question"
