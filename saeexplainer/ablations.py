@@ -7,10 +7,9 @@ __all__ = ['PANELS', 'VARIANTS', 'SMALLER', 'ARMS', 'stage_figure', 'screen', 's
            'run_arms', 'collect_arms', 'arms_figure']
 
 # %% ../nbs/05_ablations.ipynb #0df25fad
-import json
 from pathlib import Path
 import numpy as np, pandas as pd
-from .files import whole
+from .files import read_json, write_json
 from .sampling import seed_for
 
 # %% ../nbs/05_ablations.ipynb #17588fde
@@ -20,9 +19,8 @@ def stage_figure(metrics, # rows stage, feature, metric, value
                  stages=('label', 'sft', 'dpo1', 'dpo2'),
                  chance:float=1/3): # of the output score
     "The metrics at each stage, with intervals, as a matplotlib figure"
-    from matplotlib.figure import Figure
     from saeexplainer.metrics import summary
-    from saeexplainer.plots import WIDTH, interval_plot, style
+    from saeexplainer.plots import Figure, WIDTH, interval_plot, style
     table = summary(metrics, stages)
     with style():
         fig = Figure(figsize=(WIDTH, .75 + .27*len(stages)))
@@ -52,11 +50,11 @@ def screen(run, # `Run` with a finished first round of preferences
     from saeexplainer.report import write_table
     from saeexplainer.run import git_commit
     from saeexplainer.sft import same_settings
-    folder, adapter, held_out = run.folder/'screening'/name, run.adapter('sft'), list(held_out)
+    folder, adapter, held_out = run.folder/'screening'/name, run.trained('sft'), list(held_out)
     if run.store.meta('commit_screening') is None: run.store.put_meta(commit_screening=git_commit())
     settings = dict(changes=diff(run.preset, preset, fixed=True), held_out=held_out, samples=samples, n=n)
     if (file := folder/'screen.parquet').exists():
-        same_settings(json.loads((folder/'screen.json').read_text()), settings, f'{folder} holds another screening')
+        same_settings(read_json(folder/'screen.json'), settings, f'{folder} holds another screening')
         return pd.read_parquet(file)
     if name != 'sft':
         pairs = choose_pairs(run.store, preset, 1, threshold_of(preset, [run.features[f] for f in run.splits['sft']]))
@@ -71,7 +69,8 @@ def screen(run, # `Run` with a finished first round of preferences
     rows = pd.DataFrame([(f, k, text, float(np.nanmean(v.scores))/known[f] if text.strip() and v.best is not None else np.nan, v.reached(known[f], preset.success))
                          for (f, k, text), v in zip(said, checked)], columns=['feature', 'k', 'text', 'score', 'reached'])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/'screen.json').write_text(json.dumps(settings)); write_table(rows, file)
+    write_json(settings, folder/'screen.json', indent=None)
+    write_table(rows, file)
     return rows
 
 def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
@@ -107,13 +106,13 @@ def collect_screening(run, names, out) -> None: # out: folder; screening.parquet
     "What a screening found, the scores that its pairs were made of, and what made it"
     from saeexplainer.report import write_table
     folder, out = run.folder/'screening', Path(out)
-    made = lambda name: json.loads((folder/name/'explainer'/'training.json').read_text()) if name != 'sft' else {}
-    about = {name: json.loads((folder/name/'screen.json').read_text()) | {k: made(name).get(k) for k in ('pairs', 'seconds')} for name in names}
+    made = lambda name: read_json(folder/name/'explainer'/'training.json') if name != 'sft' else {}
+    about = {name: read_json(folder/name/'screen.json') | {k: made(name).get(k) for k in ('pairs', 'seconds')} for name in names}
     rows = pd.concat([pd.read_parquet(folder/name/'screen.parquet').assign(variant=name) for name in names], ignore_index=True)
     write_table(rows, out/'screening.parquet')
     scores = run.store.texts('round1', 'preference')[['feature', 'k', 'j', 'score']].astype({'score': 'float32'})
     write_table(scores, out/'screening_scores.parquet')
-    with whole(out/'screening.json') as part: part.write_text(json.dumps(dict(preset=run.preset.name, n_pref=run.preset.n_pref, seed=run.preset.seed, commit=run.store.meta('commit_screening'), variants=about), indent=1) + '\n')
+    write_json(dict(preset=run.preset.name, n_pref=run.preset.n_pref, seed=run.preset.seed, commit=run.store.meta('commit_screening'), variants=about), out/'screening.json')
 
 # %% ../nbs/05_ablations.ipynb #86b1446e
 SMALLER = dict(n_pref=150, n_test=100, n_output=100, dpo_rounds=1, baselines=(), baseline_labels=()) # than the recorded run
@@ -143,11 +142,11 @@ def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms
     from saeexplainer.report import Results, write_table
     results, table, about = {name: Results(Path(root)/name/'report') for name in names}, Path(out)/'arms.parquet', Path(out)/'arms.json'
     rows = [r['metrics'].assign(arm=name)[['arm', 'stage', 'feature', 'metric', 'value']] for name, r in results.items()]
-    made = json.loads(about.read_text()) if about.exists() else {}
+    made = read_json(about) if about.exists() else {}
     if table.exists(): rows.insert(0, pd.read_parquet(table).query('arm not in @results'))
     pairs = lambda r: [dict(round=int(i), pairs=len(p), chosen=p['chosen_score'].mean(), rejected=p['rejected_score'].mean()) for i, p in r['pairs'][r['pairs']['dropped'].isna()].groupby('round')]
     write_table(pd.concat(rows, ignore_index=True), table)
-    with whole(about) as part: part.write_text(json.dumps(made | {name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, indent=1) + '\n')
+    write_json(made | {name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, about)
 
 # %% ../nbs/05_ablations.ipynb #1f83540b
 def arms_figure(arms, # rows arm, stage, feature, metric, value
@@ -155,9 +154,8 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
                 xlabel:str, stages=('label', 'sft', 'dpo1'), panels=('generative', 'input', 'output', 'gap'),
                 chance:float=1/3): # of the output score
     "Metrics of several arms as a matplotlib figure"
-    from matplotlib.figure import Figure
     from saeexplainer.metrics import bootstrap_ci
-    from saeexplainer.plots import MARKS, WIDTH, color, named, style
+    from saeexplainer.plots import MARKS, Figure, WIDTH, color, named, style
     with style():
         fig = Figure(figsize=(WIDTH, 2.3))
         for ax, metric in zip(fig.subplots(1, len(panels)), panels):
