@@ -12,17 +12,17 @@ __all__ = ['training_log', 'write_table', 'result_tables', 'Results', 'best_text
 import json, platform
 from datetime import datetime, timezone
 from pathlib import Path
-from .files import whole
+from .files import read_json, whole, write_json
 
 # %% ../nbs/parts/report.ipynb #f7cea162
 def training_log(run, stage:str): # DataFrame
     "The log of a finished training stage: loss per step, for DPO with accuracy and margin of the implicit reward"
     import pandas as pd
-    return pd.DataFrame(json.loads((run.adapter(stage)/'training.json').read_text())['log'])
+    return pd.DataFrame(read_json(run.trained(stage)/'training.json')['log'])
 
 def write_table(frame, file) -> None: # file: Path
     "A DataFrame as a small Parquet file, whole or not at all"
-    with whole(file) as part: frame.to_parquet(part, index=False, compression='zstd', compression_level=19)
+    with whole(file) as part: frame.to_parquet(part, index=False, compression='zstd', compression_level=19, write_page_checksum=True)
 
 def result_tables(run) -> dict: # file name -> DataFrame
     "Every row of a run that a table or figure needs"
@@ -46,13 +46,14 @@ class Results:
     def __init__(self, folder):
         self.folder = Path(folder)
         if not (self.folder/'provenance.json').exists(): raise ValueError(f'{folder} holds no results: a run keeps them in its folder report/')
-        self.made = json.loads((self.folder/'provenance.json').read_text())
+        self.made = read_json(self.folder/'provenance.json')
 
     def __getitem__(self, name:str): # DataFrame
         import pandas as pd
         if not (file := self.folder/f'{name}.parquet').exists():
             raise FileNotFoundError(f"{self.folder} has no table {name!r}: it has {', '.join(sorted(p.stem for p in self.folder.glob('*.parquet')))}")
-        return pd.read_parquet(file)
+        try: return pd.read_parquet(file, page_checksum_verification=True)
+        except (OSError, ValueError) as e: raise ValueError(f'{file} is damaged: {str(e).splitlines()[0]}') from None
 
     @property
     def stages(self) -> list[str]: return self.made['evaluated'] # whose explanations were measured, in the order of tables
@@ -229,7 +230,7 @@ def studies(results:Results) -> list[str]: # lines of the page
 def report_markdown(results:Results, table) -> str: # table: `summary`
     "The report as a page"
     from saeexplainer.metrics import stage_table
-    made, examples = results.made, json.loads((results.folder/'examples.json').read_text())
+    made, examples = results.made, read_json(results.folder/'examples.json', list)
     lines = [f"# {made['preset']}, size {made['size']}", '', 'Means over the test features with 95% bootstrap intervals: shares in per cent, activations in '
              'units of the SAE. `control` is the judge on cases whose answer is known.', '', markdown_table(stage_table(table)), '', *(f'- {escape_markdown(n)}' for n in made['notes']),
              '', '## Differences', '', 'Paired over features, with 95% bootstrap intervals and two-sided p by sign flips.', '',
@@ -253,8 +254,8 @@ def write_results(run) -> Path: # the folder
     folder = run.folder/'report'
     folder.mkdir(exist_ok=True)
     for name, frame in result_tables(run).items(): write_table(frame, folder/f'{name}.parquet')
-    (folder/'examples.json').write_text(json.dumps(case_studies(run), indent=1) + '\n')
-    (folder/'provenance.json').write_text(json.dumps(provenance(run), indent=1) + '\n')
+    write_json(case_studies(run), folder/'examples.json')
+    write_json(provenance(run), folder/'provenance.json')
     return folder
 
 def write_report(folder) -> Path: # with the tables
@@ -266,5 +267,5 @@ def write_report(folder) -> Path: # with the tables
     table = summary(metrics, [*results.stages, 'control'])
     table.to_csv(results.folder/'summary.csv')
     stage_figure(metrics, results.stages, results.chance).savefig(results.folder/'stages.png', dpi=150, bbox_inches='tight', metadata={'Software': None})
-    (results.folder/'report.md').write_text(report_markdown(results, table))
+    (results.folder/'report.md').write_text(report_markdown(results, table), encoding='utf-8')
     return results.folder
