@@ -20,7 +20,7 @@ import numpy as np, pandas as pd
 # %% ../nbs/04_metrics.ipynb #8db4ea98
 from .presets import is_local
 from .sampling import seed_for
-from .replies import Request, answers, texts_of, valid_text
+from .replies import Request, answers, texts_of
 
 # %% ../nbs/04_metrics.ipynb #72207655
 def _per_text(values, name) -> np.ndarray: # (n_features, n_texts) float64
@@ -179,6 +179,9 @@ def neutral_subject(explanation:str, seed:int) -> str: # one of `SUBJECTS`
     return left[seed % len(left)]
 
 # %% ../nbs/04_metrics.ipynb #3dc7a119
+def _whole_characters(text:str) -> str: # half of one, which JSON can spell, can be neither hashed nor stored
+    return text.encode('utf-8', 'replace').decode()
+
 def explanation_key(explanation:str) -> str: # short hash
     "What stands for an explanation in seeds"
     return hashlib.sha256(explanation.encode()).hexdigest()[:16]
@@ -316,7 +319,7 @@ def verify(target, writer, # Target; Writer: the preset says whether it is asked
            progress:bool=False) -> list[Verified]:
     "Texts written from each explanation (E.3), and what the target makes of them; of an empty explanation there are none"
     preset, one = replace(preset, n_generative=n, seed=seed_for(preset.seed, 'verify')), preset.one_text('evaluation_writer')
-    explanations = [(f, valid_text(text)) for f, text in explanations]
+    explanations = [(f, _whole_characters(text)) for f, text in explanations]
     todo, sizes = [('generative', j) for j in range(n)], None if one else {'sentences': n}
     asked = [((i, keys), request) for i, (f, text) in enumerate(explanations) if text.strip() for keys, request in (_single_requests if one else _list_request)(f, text, todo, preset)]
     texts, scores = [[None]*n for _ in explanations], np.full((len(explanations), n), np.nan)
@@ -652,7 +655,7 @@ def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
         if int(feature) in found: raise ValueError(f'{stage}: feature {int(feature)} is explained twice: keep one explanation of each feature')
         if text is None or text != text: text = '' # as pandas has missing ones
         if not isinstance(text, str): raise ValueError(f'{stage}: the explanation of feature {int(feature)} is {text!r}, not text')
-        found[int(feature)] = valid_text(text)
+        found[int(feature)] = _whole_characters(text)
     return found
 
 def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
