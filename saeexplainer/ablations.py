@@ -19,9 +19,8 @@ def stage_figure(metrics, # rows stage, feature, metric, value
                  stages=('label', 'sft', 'dpo1', 'dpo2'),
                  chance:float=1/3): # of the output score
     "The metrics at each stage, with intervals, as a matplotlib figure"
-    from matplotlib.figure import Figure
     from saeexplainer.metrics import summary
-    from saeexplainer.plots import WIDTH, interval_plot, style
+    from saeexplainer.plots import Figure, WIDTH, interval_plot, style
     table = summary(metrics, stages)
     with style():
         fig = Figure(figsize=(WIDTH, .75 + .27*len(stages)))
@@ -155,9 +154,8 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
                 xlabel:str, stages=('label', 'sft', 'dpo1'), panels=('generative', 'input', 'output', 'gap'),
                 chance:float=1/3): # of the output score
     "Metrics of several arms as a matplotlib figure"
-    from matplotlib.figure import Figure
     from saeexplainer.metrics import bootstrap_ci
-    from saeexplainer.plots import MARKS, WIDTH, color, named, style
+    from saeexplainer.plots import MARKS, Figure, WIDTH, color, named, style
     with style():
         fig = Figure(figsize=(WIDTH, 2.3))
         for ax, metric in zip(fig.subplots(1, len(panels)), panels):

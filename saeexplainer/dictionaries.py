@@ -6,37 +6,59 @@
 __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary']
 
 # %% ../nbs/parts/dictionaries.ipynb #f2cbb705
-import fcntl, json, os
-from contextlib import ExitStack, closing, nullcontext
+import hashlib, json, os, re
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 import numpy as np
-from .files import whole
+from .files import clear_parts, hold, table_kind, table_rows, whole
 
 # %% ../nbs/parts/dictionaries.ipynb #34fc6642
 def read_explanations(file): # DataFrame, columns feature (str), explanation (str or None)
-    """Explanations from a .csv, .parquet, .jsonl or .jsonl.gz file with the columns `feature` and `explanation`, or as Neuronpedia's export has them:
+    """Explanations from a .csv, .tsv, .parquet, .json or .jsonl file (but for .parquet also .gz) with the columns `feature` and `explanation`, or as Neuronpedia's export has them:
     `index` and `description`, beside them `modelId` and `layer`; raises `FileNotFoundError` or `ValueError`"""
-    import gzip
     import pandas as pd
     file = Path(file)
-    lines = lambda data: pd.DataFrame([json.loads(line) for line in data.splitlines() if line.strip()]) # of bytes: text has more line ends than JSON lines do
-    readers = {'.csv': lambda f: pd.read_csv(f, dtype=str, keep_default_na=False), '.parquet': pd.read_parquet,
-               '.jsonl': lambda f: lines(f.read_bytes()), '.jsonl.gz': lambda f: lines(gzip.decompress(f.read_bytes()))}
-    kind = ''.join(file.suffixes[-2:]) if file.suffix == '.gz' else file.suffix
     if not file.exists(): raise FileNotFoundError(f'no file {file}')
-    if kind not in readers: raise ValueError(f'{file} must be .csv, .parquet, .jsonl or .jsonl.gz')
-    try: rows = readers[kind](file)
-    except Exception as e: raise ValueError(f'{file} is not a readable {kind[1:]} file: {str(e).splitlines()[0]}') from None
-    if {'index', 'description'} <= set(rows):
-        whole = {'modelId', 'layer'} <= set(rows)
-        names = rows['modelId'] + '/' + rows['layer'] + '/' + rows['index'].astype(str) if whole else rows['index']
-        rows = rows.assign(feature=names, explanation=rows['description'])
-    if not {'feature', 'explanation'} <= set(rows): raise ValueError(f'{file} has the columns {", ".join(map(str, rows))}: it needs feature and explanation')
-    if (twice := rows['feature'].astype(str).duplicated()).any():
-        by = f" ({', '.join(map(str, rows['explanationModelName'].unique()))})" if 'explanationModelName' in rows else ''
-        raise ValueError(f"{file} explains {rows['feature'][twice].iloc[0]} more than once{by}: keep one explanation of each feature")
-    said = [text if isinstance(text, str) and text.strip() else None for text in rows['explanation']]
-    return pd.DataFrame({'feature': rows['feature'].astype(str), 'explanation': pd.Series(said, dtype=object)})
+    if table_kind(file) is None: raise ValueError(f'{file} must be .csv, .tsv, .parquet, .json or .jsonl, all but .parquet also as .gz')
+    names, said, models = [], [], []
+    for number, row in enumerate(table_rows(file, ('feature', 'explanation')), 1):
+        row = {key.strip().casefold(): value for key, value in row.items() if isinstance(key, str)} | row # a column's own spelling goes first
+        name, text = _named(row, file)
+        try: names.append(_feature(name))
+        except ValueError: raise ValueError(f'{file}, row {number}: {str(name)[:80]!r} is no feature, which is an index or model/source/index') from None
+        if not (text is None or isinstance(text, str) or text != text): raise ValueError(f'{file}, row {number}: the explanation is {str(text)[:80]}, not a text')
+        said.append(text if isinstance(text, str) and text.strip() else None)
+        models.append(row.get('explanationModelName'))
+    _check_named_once(names, models, file)
+    return pd.DataFrame({'feature': pd.Series(names, dtype=str), 'explanation': pd.Series(said, dtype=object)})
+
+def _named(row, file) -> tuple: # a feature's name as it stands there, and what is said of it
+    if {'index', 'description'} <= set(row):
+        whole_name = isinstance(row.get('modelId'), str) and row.get('layer') is not None
+        return f"{row['modelId']}/{row['layer']}/{_index(row['index'])}" if whole_name else row['index'], row['description']
+    if 'feature' not in row or 'explanation' not in row:
+        columns = ', '.join(str(name)[:40] for name in list(row)[:12])
+        raise ValueError(f'{file} has the columns {columns}: it needs feature and explanation')
+    return row['feature'], row['explanation']
+
+def _index(value): # 5.0 and '006', which spreadsheets and pandas make of indices, as they were; else the value
+    found = re.fullmatch(r'([0-9]{1,18})(\.0*)?', str(value).strip())
+    return int(found[1]) if found else value
+
+def _feature(value) -> str: # raises `ValueError` where it is none
+    from saeexplainer.features import FeatureId
+    index = _index(value)
+    return str(index) if isinstance(index, int) and not isinstance(index, bool) and index >= 0 else str(FeatureId.parse(value))
+
+def _check_named_once(names, models, file): # raises `ValueError`
+    said_by = ', '.join(dict.fromkeys(str(m) for m in models if m is not None))
+    seen = set()
+    for name in names:
+        if name in seen: raise ValueError(f"{file} explains {name} more than once{f' ({said_by})' if said_by else ''}: keep one explanation of each feature")
+        seen.add(name)
+    full = {name.rpartition('/')[2]: name for name in seen if '/' in name}
+    for name in names:
+        if name in full: raise ValueError(f'{file} explains {name} more than once, as {name} and as {full[name]}: keep one explanation of each feature')
 
 def read_directions(file, # .safetensors with tensors (d,) or (n, d)
                     d_model:int): # {name: (d,) fp32}
@@ -52,28 +74,35 @@ def read_directions(file, # .safetensors with tensors (d,) or (n, d)
         if tensor.ndim not in (1, 2): raise ValueError(f'{file}: {name} has the shape {tuple(tensor.shape)}: directions are (d,) or (n, d)')
         rows = check_directions(tensor, d_model)
         found |= {name: rows[0]} if tensor.ndim==1 else {f'{name}[{i}]': row for i, row in enumerate(rows)}
+    if not found: raise ValueError(f'{file} holds no direction')
     return found
 
 # %% ../nbs/parts/dictionaries.ipynb #100a1a9b
 class Rows:
     "JSON lines that grow while the work goes on"
     def __init__(self, file, settings:dict): # raises `ValueError` where the file was begun with other settings, `RuntimeError` where another process is at it
-        self.file, head = Path(file), {'settings': settings}
+        self.file, self.out = Path(file), None
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.out = open(self.file, 'ab')
-        try: fcntl.flock(self.out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        self.lock_file = self.file.with_name(self.file.name + '.lock')
+        self.lock = hold(self.lock_file, self.file)
+        try: self._open(settings)
+        except BaseException:
             self.close()
-            raise RuntimeError(f'another process is working on {file}: wait for it, or stop it') from None
+            raise
+
+    def _open(self, settings):
+        self.out = open(self.file, 'ab')
         kept = self.file.read_bytes()
         kept = kept[:kept.rfind(b'\n')+1]
-        first = json.loads(kept.split(b'\n', 1)[0]) if kept else head
-        for key, value in settings.items():
-            if (old := first['settings'].get(key)) != value:
-                self.close()
-                raise ValueError(f'{self.file} was begun with {key} {old!r}, not {value!r}: remove it, or choose another --out')
+        for key, old in (self._settings_of(kept) if kept else {}).items(): # what an earlier version did not write down cannot differ
+            if key in settings and old != settings[key]:
+                raise ValueError(f'{self.file} was begun with {key} {old!r}, not {settings[key]!r}: remove it, or choose another --out')
         self.out.truncate(len(kept))
-        if not kept: self.add([head])
+        if not kept: self.add([{'settings': settings}])
+
+    def _settings_of(self, kept:bytes) -> dict:
+        try: return dict(json.loads(kept.split(b'\n', 1)[0])['settings'])
+        except (ValueError, TypeError, KeyError): raise ValueError(f'{self.file} does not say what it is part of: remove it, or choose another --out') from None
 
     def add(self, rows):
         "Rows, on disk when this returns"
@@ -85,7 +114,10 @@ class Rows:
             next(lines)
             yield from map(json.loads, lines)
 
-    def close(self): self.out.close()
+    def close(self):
+        if self.out is not None: self.out.close()
+        with suppress(OSError): self.lock_file.unlink() # while it is held
+        self.lock.release()
 
 # %% ../nbs/parts/dictionaries.ipynb #610aba34
 def _explained(rows, explainer, reader, preset, name, progress): # rows {feature, explanation}, dead ones with an error
@@ -94,27 +126,43 @@ def _explained(rows, explainer, reader, preset, name, progress): # rows {feature
     bad = ~W.isfinite().all(-1) | (W == 0).all(-1)
     if fresh := [i for i in bad.nonzero().flatten().tolist() if i not in done]:
         rows.add([dict(index=i, feature=name(i), explanation=None, error='no direction: a dead feature') for i in fresh])
-    todo = [i for i in (~bad).nonzero().flatten().tolist() if i not in done]
-    with tqdm(total=reader.n_features, initial=reader.n_features-len(todo), desc='explaining', unit='feature', disable=not progress) as bar:
-        for batch in (todo[i:i+preset.batch_size] for i in range(0, len(todo), preset.batch_size)):
+    alive = (~bad).nonzero().flatten().tolist()
+    with tqdm(total=reader.n_features, initial=len(done) + len(fresh), desc='explaining', unit='feature', disable=not progress) as bar:
+        for batch in (alive[i:i+preset.batch_size] for i in range(0, len(alive), preset.batch_size)):
+            if done.issuperset(batch): continue
             texts = explainer.explain(reader.directions(batch), max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size)
-            rows.add([dict(index=i, feature=name(i), explanation=t or None, error=None if t else 'empty') for i, t in zip(batch, texts)])
-            bar.update(len(batch))
+            new = [dict(index=i, feature=name(i), explanation=t or None, error=None if t else 'empty') for i, t in zip(batch, texts) if i not in done]
+            rows.add(new)
+            bar.update(len(new))
 
 def _verified(rows, explained, target, writer, preset, n, known, progress): # rows {index, texts, scores, ...} for what was explained
     from tqdm.auto import tqdm
     from saeexplainer.metrics import verify
     done = {r['index'] for r in rows}
-    todo = [(r['index'], r['explanation']) for r in explained if r['explanation'] and r['index'] not in done]
-    with tqdm(total=len(todo) + len(done), initial=len(done), desc='verifying', unit='feature', disable=not progress) as bar:
-        for batch in (todo[i:i+preset.batch_size] for i in range(0, len(todo), preset.batch_size)):
-            rows.add([_verdict(v, known.get(v.feature), preset) for v in verify(target, writer, batch, preset, n)])
-            bar.update(len(batch))
+    said = [(r['index'], r['explanation']) for r in explained if r['explanation']]
+    with tqdm(total=len(said), initial=len(done), desc='verifying', unit='feature', disable=not progress) as bar:
+        for batch in (said[i:i+preset.batch_size] for i in range(0, len(said), preset.batch_size)):
+            if done.issuperset(i for i, _ in batch): continue
+            new = [_verdict(v, known.get(v.feature), preset) for v in verify(target, writer, batch, preset, n) if v.feature not in done]
+            rows.add(new)
+            bar.update(len(new))
 
-def _verdict(v, max_act, preset) -> dict: # `score`: mean of the maxima; `reached`: texts above half of the strongest known activation
+def _verdict(v, max_act, preset) -> dict: # `score`: mean of the maxima; `reached`: texts above half of the strongest known activation; None where no text was made
     scores, made = [None if np.isnan(s) else round(float(s), 4) for s in v.scores], ~np.isnan(v.scores)
     return dict(index=v.feature, texts=v.texts, scores=scores, score=round(float(v.scores[made].mean()), 4) if made.any() else None, unmade=int((~made).sum()),
-                max_act=max_act, reached=v.reached(max_act, preset.success) if max_act else None)
+                max_act=max_act, reached=v.reached(max_act, preset.success) if max_act and made.any() else None)
+
+def _explained_with(preset, explainer, reader) -> dict: # what the explanations depend on
+    from saeexplainer.injection import adapter_of, adapter_sha256
+    of_preset = 'explainer template placeholder chat_template injection_layer injection_coefficient' if explainer in ('ao', 'untrained') else '' # else its card says them
+    return dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer), explanation_tokens=preset.explanation_tokens,
+                adapter_sha256=None if explainer == 'untrained' else adapter_sha256(adapter_of(explainer, preset)),
+                **{'base' if field == 'explainer' else field: getattr(preset, field) for field in of_preset.split()})
+
+def _verified_with(preset, n, known) -> dict: # what texts and scores depend on beside that
+    fields = 'target dtype sae_hook sae_bos text_temperature text_top_p text_tokens success'.split()
+    return dict(n=n, writer=preset.evaluation_writer, seed=preset.seed, one_text=preset.one_text('evaluation_writer'), **{field: getattr(preset, field) for field in fields},
+                max_acts=hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16])
 
 # %% ../nbs/parts/dictionaries.ipynb #11625c84
 def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'ao': the preset's Activation Oracle
@@ -123,7 +171,7 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
                        progress:bool=True) -> dict: # how many features, explained, dead, empty, verified
     "Explain every feature of a preset's SAE; interrupted, the same call goes on where it was"
     from saeexplainer.features import check_features_of, features_file, load_features
-    from saeexplainer.injection import adapter_of, adapter_sha256, load_explainer
+    from saeexplainer.injection import load_explainer
     from saeexplainer.run import free_memory
     from saeexplainer.saes import FeatureReader
     from saeexplainer.target import Target
@@ -131,20 +179,24 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     from saeexplainer.store import RunStore
     from saeexplainer.writer import writer_for
     out = Path(out)
+    files = [out.with_name(f'{out.name}.{part}.part') for part in ('explained', 'verified')]
     if out.suffix not in ('.jsonl', '.parquet'): raise ValueError(f'--out must end in .jsonl or .parquet, not {out.name!r}')
-    if out.exists(): raise ValueError(f'{out} exists: remove it, or choose another --out')
+    if n < 0: raise ValueError(f'{n} texts cannot be written from an explanation')
+    if out.exists() and not any(file.exists() for file in files): raise ValueError(f'{out} exists: remove it, or choose another --out')
     reader, file = FeatureReader.load(preset), features_file(preset)
     if n and file.exists(): check_features_of(file, reader)
-    settings = dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer), explanation_tokens=preset.explanation_tokens,
-                    adapter_sha256=adapter_sha256(adapter_of(explainer, preset)))
+    known = {f.index: f.max_act for f in load_features(preset) if f.max_act > 0} if n and file.exists() else {}
+    settings = [_explained_with(preset, explainer, reader)]
+    settings.append(settings[0] | (_verified_with(preset, n, known) if n else {}))
+    if out.exists() and (not n or 'scores' in _table_of(out)): return _end_parts(out, files, settings)
     with ExitStack() as held: # a notebook keeps the traceback of an interrupted call, and with it what is not closed
-        parts = [explained := held.enter_context(closing(Rows(out.with_name(out.name + '.explained.part'), settings)))]
+        parts = [explained := held.enter_context(closing(Rows(files[0], settings[0])))]
+        clear_parts(out)
         if sum(1 for _ in explained) < reader.n_features:
             _explained(explained, load_explainer(explainer, preset, reader), reader, preset, lambda i: f'{preset.source}/{i}', progress)
             free_memory()
         if n:
-            known = {f.index: f.max_act for f in load_features(preset) if f.max_act > 0} if file.exists() else {}
-            verified = held.enter_context(closing(Rows(out.with_name(out.name + '.verified.part'), settings | dict(n=n, writer=preset.evaluation_writer, seed=preset.seed))))
+            verified = held.enter_context(closing(Rows(files[1], settings[1])))
             target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
             with nullcontext() if is_local(preset.evaluation_writer) else RunStore(paid) as store: # a server's replies, until they are all in the file
                 _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
@@ -161,6 +213,22 @@ def _finish(out, parts) -> dict: # the parts as one file, in the order of featur
         if out.suffix=='.parquet': table.to_parquet(part, index=False)
         else: part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
     for p in parts: p.file.unlink()
+    return _counts(table, out)
+
+def _end_parts(out, files, settings) -> dict: # what was killed between the finished file and its parts
+    table = _table_of(out)
+    for file, of in zip(files, settings):
+        if not file.exists(): continue
+        with closing(Rows(file, of)) as rows:
+            if file is files[0] and sum(1 for _ in rows) != len(table): raise ValueError(f'{out} exists, and is not what {file} is part of: remove it, or choose another --out')
+            file.unlink()
+    return _counts(table, out)
+
+def _table_of(out):
+    import pandas as pd
+    return pd.DataFrame(list(table_rows(out)))
+
+def _counts(table, out) -> dict:
     return dict(features=len(table), explained=int(table['explanation'].notna().sum()), verified=int(table['score'].notna().sum()) if 'score' in table else 0,
                 texts_unmade=int(table['unmade'].sum()) if 'unmade' in table else 0,
                 dead=int((table['error'] == 'no direction: a dead feature').sum()), empty=int((table['error'] == 'empty').sum()), file=str(out))

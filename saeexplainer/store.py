@@ -263,11 +263,14 @@ class _Replies(_Pairs):
     "What was asked of writers, what came back and what it took"
     busy = False # whether a writer is at work on it
     def put_replies(self, rows, # [(key, Request, Reply)]
-                    writer:str='', stage:str='') -> None:
+                    writer:str='', stage:str='',
+                    ended:tuple|None=None # arguments of `end_attempt`, for the attempt that brought the last of them: in one transaction
+                   ) -> None:
         "Replies, each once: only a failed one is replaced"
         values = [(key, json.dumps(vars(request)), json.dumps({k: v for k, v in vars(reply).items() if v is not None}), writer, stage)
                   for key, request, reply in rows]
         with self._write() as db:
+            if ended: self._end(db, *ended)
             db.executemany('INSERT INTO replies VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET reply=excluded.reply, writer=excluded.writer, '
                            "stage=excluded.stage WHERE json_extract(reply, '$.outcome')='failed'", values)
 
@@ -295,9 +298,11 @@ class _Replies(_Pairs):
     def end_attempt(self, id, outcome, # 'delivered', or how it was lost
                     seconds, prompt_tokens=None, completion_tokens=None, cost=None) -> None: # tokens None: not known
         "Notes how it ended"
-        with self._write() as db:
-            db.execute('UPDATE attempts SET outcome=?, seconds=?, prompt_tokens=?, completion_tokens=?, cost=? WHERE id=?',
-                       [outcome, seconds, prompt_tokens, completion_tokens, cost, id])
+        with self._write() as db: self._end(db, id, outcome, seconds, prompt_tokens, completion_tokens, cost)
+
+    def _end(self, db, id, outcome, seconds, prompt_tokens=None, completion_tokens=None, cost=None): # within a transaction
+        db.execute('UPDATE attempts SET outcome=?, seconds=?, prompt_tokens=?, completion_tokens=?, cost=? WHERE id=?',
+                   [outcome, seconds, prompt_tokens, completion_tokens, cost, id])
 
     def forget_attempts(self) -> int: # how many
         "Attempts of a process that was killed while they were under way get the outcome 'killed'"
@@ -318,6 +323,10 @@ class _Replies(_Pairs):
         "Whether a writer ever gave a reply"
         return bool(self._rows("SELECT 1 FROM attempts WHERE writer=? AND outcome='delivered' LIMIT 1", [writer]))
 
+    def answered_after(self, key, writer) -> bool:
+        "Whether a writer answered another request after this one was first sent"
+        return bool(self._rows("SELECT 1 FROM attempts WHERE writer=? AND key<>? AND outcome='delivered' AND id > (SELECT min(id) FROM attempts WHERE key=?) LIMIT 1", [writer, key, key]))
+
     def cost(self) -> float: # in dollars, over replies that came whole; those without a price count 0
         "What the writers' replies cost"
         return self._rows('SELECT coalesce(sum(cost), 0) FROM attempts')[0][0]
@@ -331,7 +340,7 @@ class _Replies(_Pairs):
         for writer, stage, name, n in self._rows('SELECT writer, stage, c.key, sum(c.value) FROM replies, json_each(reply, \'$.counts\') c WHERE stage NOT NULL OR writer IS NULL GROUP BY 1, 2, 3'):
             at(writer, stage).setdefault('texts', {})[name] = n
         for writer, stage, outcome, n, p, c, cost, most in self._rows("SELECT writer, stage, coalesce(outcome, 'under way'), count(*), sum(coalesce(prompt_tokens, 0)), "
-                'sum(coalesce(completion_tokens, 0)), sum(coalesce(cost, 0)), sum(CASE WHEN prompt_tokens IS NULL THEN most_cost ELSE 0 END) FROM attempts GROUP BY 1, 2, 3'):
+                'sum(coalesce(completion_tokens, 0)), sum(coalesce(cost, 0)), sum(CASE WHEN prompt_tokens IS NULL OR completion_tokens IS NULL THEN most_cost ELSE 0 END) FROM attempts GROUP BY 1, 2, 3'):
             book = at(writer, stage)
             book['attempts'][outcome] = n
             for key, value in dict(prompt_tokens=p, completion_tokens=c, cost=cost).items(): book[key] += value

@@ -123,7 +123,7 @@ def test_what_evaluate_reads(world, tmp_path):
     (tmp_path/'ends.jsonl').write_text('{"feature": "5", "explanation": "a\u2028b\x85c"}\n', encoding='utf-8') # as `explain --all` writes them
     assert read_explanations(tmp_path/'ends.jsonl').to_dict('list') == {'feature': ['5'], 'explanation': ['a\u2028b\x85c']}
     (tmp_path/'c.jsonl').write_text('{"feature": 1\n'); (tmp_path/'d.jsonl').write_text('{"id": 1}\n'); (tmp_path/'e.txt').write_text('')
-    for name, says in (('c.jsonl', 'is not a readable jsonl file'), ('d.jsonl', 'has the columns id: it needs feature and explanation'), ('e.txt', 'must be .csv, .parquet, .jsonl or .jsonl.gz')):
+    for name, says in (('c.jsonl', 'is not a readable jsonl file'), ('d.jsonl', 'has the columns id: it needs feature and explanation'), ('e.txt', 'must be .csv, .tsv, .parquet, .json or .jsonl, all but .parquet also as .gz')):
         with pytest.raises(ValueError, match=says): read_explanations(tmp_path/name)
 
 

@@ -1,4 +1,4 @@
-import dataclasses, re
+import dataclasses, re, time
 import pandas as pd
 import pytest
 from saeexplainer.presets import Preset, data_dir, diff, field_help, load_preset, preset_table, presets
@@ -97,9 +97,104 @@ def test_overrides_and_their_types():
     (dict(sft_rl=1e-4), "a preset has no field 'sft_rl': did you mean sft_lr"),
     (dict(zzzzzz=1), "a preset has no field 'zzzzzz': see `saeexplainer presets`"),
     (dict(size='demo'), "preset gemma-2-9b-l20 has no size 'demo': use full"),
+    (dict(steering_temperature=-1), 'preset field steering_temperature must be 0 or more, not -1.0'),
+    (dict(text_temperature=-.1), 'preset field text_temperature must be 0 or more, not -0.1'),
+    (dict(n_output=-1), 'preset field n_output must be 0 or more, not -1'),
+    (dict(seed=-1), 'preset field seed must be 0 or more, not -1'),
+    (dict(layer=-1), 'preset field layer must be 0 or more, not -1'),
+    (dict(success=-1), 'preset field success must be more than 0 and at most 1, not -1.0'),
+    (dict(success=0), 'preset field success must be more than 0 and at most 1, not 0.0'),
+    (dict(lora_dropout=1), 'preset field lora_dropout must be at least 0 and less than 1, not 1.0'),
+    (dict(sft_warmup=-.1), 'preset field sft_warmup must be at least 0 and less than 1, not -0.1'),
+    (dict(spread=2), 'preset field spread must be 0 to 1, not 2.0'),
+    (dict(margin=-.2), 'preset field margin must be 0 to 1, not -0.2'),
+    (dict(dpo_sft_weight=-1), 'preset field dpo_sft_weight must be 0 or more, not -1.0'),
+    (dict(steering_prompts=[]), 'steering_prompts must hold at least one prompt'),
+    (dict(steering_prompts=['I think', ' ']), 'preset field steering_prompts must not be empty'),
+    (dict(steering_kl=[]), 'steering_kl must hold at least one target'),
+    (dict(dpo_lr=[-1, -1]), 'dpo_lr must hold numbers above 0, not (-1.0, -1.0)'),
+    (dict(dpo_beta=[.1, 0]), 'dpo_beta must hold numbers above 0, not (0.1, 0.0)'),
+    (dict(baselines=['best', 'best']), "baselines holds one of them twice: ('best', 'best')"),
+    (dict(baseline_labels=['gpt-5', 'gpt-5']), 'baseline_labels holds one of them twice'),
+    (dict(baseline_labels=['label']), 'baseline_labels are names of models'),
+    (dict(baseline_labels=['dpo1']), 'baseline_labels are names of models'),
+    (dict(baseline_labels=['sft']), 'baseline_labels are names of models'),
+    (dict(sft_epochs=1e-9), 'is less than one row: there is nothing to train on'),
+    (dict(dpo_epochs=1e-9), 'is less than one pair: there is nothing to train on'),
+    (dict(max_length=1), 'max_length (1) must be more than explanation_tokens (64)'),
+    (dict(placeholder=''), 'preset field placeholder must not be empty'),
+    (dict(placeholder='  '), 'preset field placeholder must not be empty'),
+    (dict(writer=''), 'preset field writer must not be empty'),
+    (dict(writer='local:'), "a writer 'local:' lacks the name of its model"),
+    (dict(label_model=''), 'preset field label_model must not be empty'),
+    (dict(sae='a\0b'), 'preset field sae holds a NUL character'),
+    (dict(template='half \ud83d of {placeholder}'), 'preset field template holds half a character'),
+    (dict(name='../../evil'), 'name and size must be names that stay in their folder'),
+    (dict(name='/evil'), 'name and size must be names that stay in their folder'),
+    (dict(source='../..'), 'source must be a name that stays in its folder'),
+    (dict(source='model/..'), 'source must be a name that stays in its folder'),
+    (dict(n_sft=10**400), 'preset field n_sft must be a whole number'),
+    (dict(sft_lr=10**400), 'preset field sft_lr must be a number'),
+    (dict(n_sft=10**6000), 'preset field n_sft must be a whole number'),
+    (dict(preset='smollm2-135m'), "a preset has no field 'preset': did you mean base"),
 ])
 def test_bad_fields_get_one_line(fields, says):
     assert says in message(load_preset, 'gemma-2-9b-l20', **fields)
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    from saeexplainer.models import cache_dir
+    monkeypatch.setenv('HOME', str(tmp_path))
+    fields = dict(target='~/model', explainer='~/model', sae='~/sae', features='~/features.parquet', corpus='~/texts/*.txt', ao_adapter='~/oracle', writer='local:~/writer', evaluation_writer='local')
+    p = load_preset('gemma-2-9b-l20', **fields)
+    assert {k: getattr(p, k) for k in fields} == {k: v.replace('~', str(tmp_path)) for k, v in fields.items()}
+    assert p.template == load_preset('gemma-2-9b-l20').template and load_preset('smollm2-135m', template='~{placeholder}').template == '~{placeholder}'
+    monkeypatch.setenv('SAEEXPLAINER_DATA', '~/data')
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', '~/cache')
+    assert data_dir() == tmp_path/'data' and cache_dir() == tmp_path/'cache'
+
+
+@pytest.mark.parametrize('text, says', [
+    ('base: [1]', 'unknown preset [1]'),
+    ('base: smollm2-135m\nsize: [1]', 'has no size [1]'),
+    ('base: smollm2-135m\nsize: {a: 1}', 'has no size'),
+    ('size: [1]', 'lacks target'),
+    ('preset: smollm2-135m', 'did you mean base, as in "base: smollm2-135m"?'),
+    ('1: 2', 'has no field 1'),
+    ('[1]: 2', 'is not YAML'),
+    ('seed: ' + '1'*5000, 'is not YAML, or not a preset'),
+    ('seed: 2024-13-45', 'is not YAML, or not a preset'),
+    ('seed: ' + '['*5000, 'nested more than 20 deep'),
+    ('a: &a [x, x]\nsteering_prompts: *a', 'it has the alias *a: write out what it stands for'),
+    ('seed: ' + '1'*200_000, 'more than 100,000 characters'),
+    ('\0', 'is not YAML')])
+def test_yaml_that_is_no_preset(tmp_path, text, says):
+    (tmp_path/'bad.yaml').write_text(text)
+    assert says in message(load_preset, tmp_path/'bad.yaml')
+
+
+def test_a_folder_is_no_preset(tmp_path):
+    (tmp_path/'folder.yaml').mkdir()
+    assert 'is a folder, not a preset file' in message(load_preset, tmp_path/'folder.yaml')
+
+
+def test_aliases_are_not_unfolded(tmp_path):
+    "Nine lines that stand for a billion items"
+    lines = ['a: &a [x, x, x, x, x, x, x, x, x]'] + [f'{b}: &{b} [{", ".join([f"*{a}"]*9)}]' for a, b in zip('abcdefgh', 'bcdefghi')]
+    (tmp_path/'bomb.yaml').write_text('\n'.join([*lines, 'n_sft: *i']))
+    begun = time.monotonic()
+    assert 'alias' in message(load_preset, tmp_path/'bomb.yaml') and time.monotonic() - begun < 5
+    nested = 'x'
+    for _ in range(60): nested = [nested]*9
+    for field in ('n_sft', 'steering_kl', 'prices', 'name'):
+        assert len(message(load_preset, 'smollm2-135m', **{field: nested})) < 20_000 and time.monotonic() - begun < 5
+
+
+def test_a_preset_of_a_file_is_called_by_its_file(tmp_path):
+    (tmp_path/'my own.yaml').write_text('base: smollm2-135m')
+    p = load_preset(tmp_path/'my own.yaml')
+    assert p.called == f"'{tmp_path}/my own.yaml'" == load_preset(p, seed=1).called and load_preset('smollm2-135m').called == 'smollm2-135m'
+    assert p == load_preset('smollm2-135m', name='my own')
 
 
 def test_unknown_presets_get_one_line():

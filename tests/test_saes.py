@@ -1,7 +1,8 @@
 "saeexplainer.saes: equality with sae-lens over kinds and normalisations, and what bad input is told"
 import json
+import numpy as np, pandas as pd
 import pytest, torch
-from helpers import tiny_sae
+from helpers import hub_file, tiny_sae
 from saeexplainer.saes import NORMALISED, FeatureReader, check_directions, find_sae, parse_hook
 
 KINDS = ('standard', 'jumprelu', 'gated', 'batchtopk', 'matryoshka_batchtopk', 'topk', 'abstopk', 'matching_pursuit')
@@ -227,3 +228,139 @@ def test_metadata_can_be_overridden(tmp_path):
     assert (of_preset.layer, of_preset.hook, of_preset.sae.cfg.metadata) == (1, 'resid_pre', about)
     with pytest.raises(ValueError, match='the preset says layer 2, its SAE .* reads layer 1'): FeatureReader.load(load_preset(preset, layer=2))
     with pytest.raises(ValueError, match="this SAE reads 'layer 1': only SAEs on the residual stream"): FeatureReader.load(folder, hook='layer 1')
+
+
+# ---- indices
+
+NO_INDICES = [torch.zeros(512) > 1, np.zeros(512, bool), [True, False], True, 1.7, [1., 2.], torch.ones(3), np.float32(4), '5', ['5', '6'], None, [None], [3, None], np.array([1, 'a'], object), [2**70], {3}]
+
+
+@pytest.mark.parametrize('features', NO_INDICES, ids=lambda x: str(x).replace('\n', ' ')[:30])
+def test_what_is_no_index_is_refused(tmp_path, resid, features):
+    reader = read(tmp_path)
+    for use in (lambda: reader.directions(features), lambda: reader.activations(resid, features), lambda: reader.clamp(resid, features, 1.)):
+        with pytest.raises(ValueError, match='a mask of True and False is no list of features|is no feature: features are named by whole numbers'): use()
+
+
+def test_every_kind_of_index(tmp_path):
+    reader = read(tmp_path)
+    table = pd.DataFrame(dict(feature=range(10, 20), density=np.linspace(0, 1, 10)))
+    some = table[table.density > .7]
+    wanted = reader.sae.W_dec[17:20]
+    for features in (some.feature, some.feature.astype('Int64'), some.feature.astype(object), some.feature.tolist(), some.feature.to_numpy(), range(17, 20), (17, 18, 19),
+                     pd.Index(some.feature), torch.tensor([17, 18, 19]), np.array([17, 18, 19], np.int32), [np.int64(17), torch.tensor(18), 19]):
+        assert torch.equal(reader.directions(features), wanted)
+    assert reader.directions([]).shape == (0, 64)
+
+
+# ---- files
+
+def edit(folder, **values): # of cfg.json; ...: the entry goes
+    cfg = json.loads((folder/'cfg.json').read_text()) | values
+    (folder/'cfg.json').write_text(json.dumps({k: v for k, v in cfg.items() if v is not ...}))
+
+
+@pytest.mark.parametrize('values, message', [
+    (dict(d_in=...), 'd_in is None, not a number of dimensions'), (dict(d_sae='512'), "d_sae is '512', not a number"), (dict(d_in=True), 'd_in is True'), (dict(d_in=0), 'd_in is 0'),
+    (dict(metadata=[1]), r'metadata is \[1\], not an object'), (dict(activation_fn_kwargs=3), 'activation_fn_kwargs is 3, not an object'),
+    (dict(architecture='topk'), 'k is None, and a topk SAE needs one'), (dict(architecture='topk', k='16'), "k is '16', and a topk SAE needs one"),
+    (dict(activation_fn='tanh-relu'), "activation function is 'tanh-relu', which sae-lens no longer has: it would be read as ReLU"),
+    (dict(activation_fn_str='gelu'), "activation function is 'gelu'"), (dict(activation_fn='topk', activation_fn_kwargs={}), 'k is None, and a topk SAE needs one'),
+    (dict(num_latents=512, expansion_factor=8), 'is of an SAE of sparsify, whose format is not read')])
+def test_malformed_configurations(tmp_path, values, message):
+    edit(folder := tiny_sae(tmp_path/'sae'), **values)
+    with pytest.raises(ValueError, match=message) as e: FeatureReader.load(folder)
+    assert str(folder/'cfg.json') in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('text', ['', '{"d_in": 6', '[]', 'null', '[1, 2]'])
+def test_configurations_that_are_no_objects(tmp_path, text):
+    folder = tiny_sae(tmp_path/'sae')
+    (folder/'cfg.json').write_text(text)
+    with pytest.raises(ValueError) as e: FeatureReader.load(folder)
+    assert str(folder/'cfg.json') in str(e.value)
+
+
+@pytest.mark.parametrize('values', [dict(normalize_activations='median'), dict(d_sae=400), dict(apply_b_dec_to_input='x', dtype=5, sae_lens_version=5), dict(metadata={'sae_lens_version': 'new'}), dict(architecture='gated')])
+def test_what_sae_lens_refuses_is_one_line(tmp_path, values):
+    edit(folder := tiny_sae(tmp_path/'sae'), **values)
+    with pytest.raises(ValueError, match=f"the SAE '{folder}' cannot be loaded: ") as e: FeatureReader.load(folder)
+    assert '\n' not in str(e.value)
+
+
+def old(folder, **values): # a cfg.json of 2024
+    (folder/'cfg.json').write_text(json.dumps(dict(d_in=64, d_sae=512, dtype='float32', hook_name='blocks.2.hook_resid_post', architecture='jumprelu') | values))
+    return folder
+
+
+def test_configurations_of_2024(tmp_path, resid):
+    folder = tiny_sae(tmp_path/'sae')
+    wanted = FeatureReader.load(folder).encode(resid)
+    for values in ({}, dict(activation_fn='relu'), dict(activation_fn_str='relu', activation_fn_kwargs={}), dict(activation_fn_kwargs=None, metadata=None)):
+        assert torch.equal(FeatureReader.load(old(folder, **values)).encode(resid), wanted)
+    with pytest.raises(ValueError, match='this SAE does not say where it reads .its metadata has no hook_name.*`sae_hook: blocks.6.hook_resid_post`'): FeatureReader.load(old(folder, hook_name=None))
+    assert FeatureReader.load(old(folder, hook_name=None), hook='blocks.6.hook_resid_post').layer == 6
+
+
+@pytest.mark.parametrize('damage, message', [(lambda b: b[:len(b)//2], 'is cut off or damaged'), (lambda b: b'', 'is empty: fetch it again'),
+                                             (lambda b: b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 15\n', 'is a pointer of git-lfs.*git lfs pull')])
+def test_damaged_weights(tmp_path, damage, message):
+    folder = tiny_sae(tmp_path/'sae')
+    file = folder/'sae_weights.safetensors'
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=f'{file} {message}'): FeatureReader.load(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match='no sae_weights.safetensors: its weights are missing'): FeatureReader.load(folder)
+
+
+def test_damaged_card_and_scaler(tmp_path):
+    folder = tiny_sae(tmp_path/'sae', normalize_activations='expected_average_only_in')
+    for text, message in (('{"scal', 'activation_scaler.json is not JSON'), ('{}', 'scaling_factor is None, not a number above 0'), ('{"scaling_factor": "2"}', "scaling_factor is '2'")):
+        (folder/'activation_scaler.json').write_text(text)
+        with pytest.raises(ValueError, match=message): FeatureReader.load(folder)
+    (folder/'activation_scaler.json').write_text('{"scaling_factor": 2}')
+    for text, message in (('{"model', 'card.json is not JSON'), ('[1]', r'card.json holds \[1\], not an object'), ('{"model_sha256": 5}', 'model_sha256 is 5, not a hash')):
+        (folder/'card.json').write_text(text)
+        with pytest.raises(ValueError, match=message): FeatureReader.load(folder)
+
+
+def test_damaged_files_in_the_hub_cache(tmp_path, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    folder = tiny_sae(hub_file(tmp_path/'hub', 'acme/tiny-saes', 'layer_2/cfg.json').parent)
+    edit(folder, activation_fn='tanh-relu')
+    with pytest.raises(ValueError, match="cfg.json: its activation function is 'tanh-relu'"): FeatureReader.load('acme/tiny-saes:layer_2')
+    edit(folder, activation_fn=...)
+    (folder/'sae_weights.safetensors').write_bytes(b'')
+    with pytest.raises(ValueError, match='sae_weights.safetensors is empty: fetch it again'): FeatureReader.load('acme/tiny-saes:layer_2')
+    (folder/'cfg.json').write_text('{"d_in": ')
+    with pytest.raises(ValueError, match='cfg.json is not JSON'): FeatureReader.load('acme/tiny-saes:layer_2')
+    for source in ('gpt2-small-res-jb:nowhere', 'two words:x'):
+        with pytest.raises(ValueError) as e: FeatureReader.load(source)
+        assert '\n' not in str(e.value)
+
+
+def test_modules_as_hook_names(tmp_path):
+    for name, wanted in {'model.layers.2': (2, 'resid_post'), 'model.language_model.layers.11': (11, 'resid_post'), 'transformer.h.3': (3, 'resid_post'), 'gpt_neox.layers.5.output': (5, 'resid_post'),
+                         'model.layers.0.input': (0, 'resid_pre')}.items(): assert parse_hook(name) == wanted
+    for name in ('model.layers.2.mlp', 'model.layers.2.self_attn.o_proj.input', 'model.layers.3.post_feedforward_layernorm.output', 'vision_tower.encoder.layers.1', 'encoder.layers.2', 5):
+        with pytest.raises(ValueError, match='only SAEs on the residual stream.*`sae_hook: blocks.6.hook_resid_post`'): parse_hook(name)
+    folder = tiny_sae(tmp_path/'sae')
+    edit(folder, metadata={'hook_name': 'model.layers.1', 'sae_lens_version': '6.54.12'})
+    assert (FeatureReader.load(folder).layer, FeatureReader.load(folder).hook) == (1, 'resid_post')
+    edit(folder, metadata={'hf_hook_name': 'model.layers.3.output', 'sae_lens_version': '6.54.12'})
+    assert FeatureReader.load(folder).layer == 3
+
+
+@pytest.mark.parametrize('value', ['false', 0, 1, []])
+def test_prepend_bos_is_true_or_false(tmp_path, value):
+    folder = tiny_sae(tmp_path/'sae', metadata={'prepend_bos': value})
+    with pytest.raises(ValueError, match="prepend_bos .* neither true nor false: `sae_bos` in the preset says which"): FeatureReader.load(folder)
+    assert FeatureReader.load(folder, bos=False).sae.cfg.metadata.prepend_bos is False
+
+
+def test_home_directory_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    folder = tiny_sae(tmp_path/'sae')
+    assert find_sae('~/sae') == folder and FeatureReader.load('~/sae').layer == 2

@@ -40,6 +40,17 @@ def test_formulas_need_no_script(site):
     assert page.count('<math') > 10 and 'arithmatex' not in page
     assert all(f'<span>({n})</span>' in (site/f'{chapter}.html').read_text() for chapter, numbers in dict(injection=(5, 6), prefs=(7, 10), dpo=(11,), metrics=range(12, 19)).items() for n in numbers)
 
+def test_letters_of_formulas_are_characters_of_their_own(site):
+    "Browsers know no other `mathvariant` than `normal`: a script N must be another character than an N, in whatever font"
+    formulas = {o: re.findall('<math.*?</math>', (site/f'{o}.html').read_text(encoding='utf-8'), flags=re.S) for o in ('sft', 'prefs', 'dpo', 'metrics')}
+    assert not [m for page in formulas.values() for m in page if re.search('mathvariant="(?!normal)', m)]
+    for page, letters in dict(sft='ℒ𝒟', prefs='ℱ𝒩', dpo='ℒ𝔼', metrics='𝟙𝒜𝒰𝒯').items():
+        assert all(letter in ''.join(formulas[page]) for letter in letters), page
+
+def test_the_font_of_formulas_is_of_the_site(site):
+    assert (site/'assets/math.woff2').read_bytes()[:4] == b'wOF2' and (site/'assets/math.woff2').stat().st_size < 100_000
+    assert 'SIL OPEN FONT LICENSE Version 1.1' in (site/'assets/math-font-license.txt').read_text(encoding='utf-8')
+
 def test_no_page_shows_where_an_object_lay_in_memory(site):
     assert not [p for p in pages(site) if ' object at 0x' in (site/p).read_text()]
 
@@ -49,6 +60,7 @@ def test_a_formula_that_is_not_seen_as_one_stops_the_build():
     from site_math import interval, on_page_content
     page = SimpleNamespace(file=SimpleNamespace(src_path='a.md'))
     with pytest.raises(ValueError, match='a.md: a formula was not recognised'): on_page_content(r'<p>$$\frac{1}{2}</p>', page)
+    with pytest.raises(ValueError, match=r'no formula: \\foo'): on_page_content(r'<div class="arithmatex">\[\foo{1}\]</div>', page)
     with pytest.raises(ValueError, match='an empty line between them'): on_page_content(r'<div class="arithmatex">\[a$$ $$b\]</div>', page)
     assert on_page_content('<pre><code>echo $$</code></pre>', page) == '<pre><code>echo $$</code></pre>'
     assert interval('+5.0 [1.7, -8.1], p 0.003') == '+5.0&nbsp;[1.7,&nbsp;-8.1], p 0.003' and interval('array [1, 2]') == 'array [1, 2]'
@@ -72,6 +84,24 @@ def test_pages_in_a_browser(site, url):
         page.locator('.md-search-result__item').first.wait_for(timeout=120_000) # the index is made in the page
         browser.close()
     assert not wrong, wrong[:10]
+
+@pytest.mark.skipif(CHROMIUM is None, reason='no Chromium is installed: the formulas are not looked at in a browser')
+@pytest.mark.parametrize('width', [1400, 390])
+def test_formulas_are_not_cut(site, url, width):
+    "Each formula of chapter 4 in the site's own font looks the same where nothing may be cut"
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = open_browser(p)
+        page = browser.new_page(viewport=dict(width=width, height=900))
+        page.goto(f'{url}/metrics.html')
+        page.evaluate('document.fonts.ready')
+        assert page.evaluate('[...document.fonts].some(f => f.family.includes("Saeexplainer Math") && f.status == "loaded")')
+        formulas = page.locator('.formula').all()
+        assert len(formulas) >= 7
+        shown = [o.screenshot() for o in formulas]
+        page.add_style_tag(content='.md-typeset .formula > div { overflow: visible !important }')
+        assert shown == [o.screenshot() for o in formulas]
+        browser.close()
 
 def test_output_cannot_leave_its_block():
     "Text with fences of its own, and comments with braces, as the site's Markdown shows them"

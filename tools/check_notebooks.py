@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from pathlib import Path
 
+import nbformat
 from compare import cell_difference
-from execnb.nbio import write_nb
 from snapshot import ROOT, snapshot
 
 RUNNER = Path(__file__).resolve().with_name('run_notebook.py')
 RUNNING = set()  # processes, to be stopped with this one
 BUDGET = 12*60 # seconds, all notebooks together on 2 cores
 ENV = dict(IN_TEST='1', TQDM_DISABLE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', HF_HUB_DISABLE_TELEMETRY='1', TOKENIZERS_PARALLELISM='false',
-           WANDB_MODE='disabled', COLUMNS='120', LINES='40')
+           WANDB_MODE='disabled', COLUMNS='120', LINES='40', MPLBACKEND='module://matplotlib_inline.backend_inline')
 
 def notebooks(root):
     "All notebooks of the project, chapters first: they take longest"
@@ -25,7 +25,8 @@ def notebooks(root):
 
 def run(path, root, target, args):
     "Run the notebook at `path` and write it to `target`; what went wrong, or None"
-    env = {**os.environ, **ENV, 'PYTHONPATH': str(root)}
+    own = f'{target}.jupyter' # the kernel has no settings and no history of the one who runs this
+    env = {**os.environ, **ENV, 'PYTHONPATH': str(root), 'IPYTHONDIR': own, 'JUPYTER_DATA_DIR': own, 'JUPYTER_CONFIG_DIR': own}
     env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//args.workers)))
     if not args.flags: env.setdefault('HF_HUB_OFFLINE', '1') # an unflagged cell must not need the network
     process = subprocess.Popen([sys.executable, '-P', RUNNER, path, target, *args.flags.split()], env=env, stdin=subprocess.DEVNULL,
@@ -57,7 +58,7 @@ def one(name, root, folder, args):
     if not failure:
         new = json.loads(target.read_text(encoding='utf-8'))
         stale = merge(old, new)
-        if args.update: write_nb(new, path)
+        if args.update: nbformat.write(nbformat.from_dict(new), path)
     verdict = 'FAILED' if failure else 'updated' if stale and args.update else 'STALE' if stale else 'ok'
     details = [failure] if failure else [f'           cell {o}: {why}' for o, why in stale]
     print('\n'.join([f'{time.time() - start:6.1f} s  {verdict:8} {name}'] + details), flush=True)

@@ -1,12 +1,15 @@
-"""Run one notebook top to bottom and write it, with its outputs, to another file: the process that check_notebooks.py starts per notebook.
+"""Run one notebook in a Jupyter kernel and write it, with its outputs, to another file: the process that check_notebooks.py starts per notebook.
 
 Cells marked `#| eval: false`, and those with a flag of `tst_flags` in settings.ini that was not asked for, are not run and keep their outputs.
+A cell that fails, or that writes to stderr where a reader would see a red box, fails the notebook.
 """
-import os, sys
+import asyncio, os, signal, sys
 from pathlib import Path
 
-from execnb.nbio import read_nb, write_nb
-from execnb.shell import CaptureShell
+import nbformat
+from fastcore.ansi import strip_ansi
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.process import extract_directives
@@ -14,32 +17,48 @@ from nbdev.process import extract_directives
 KERNEL = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
 
 def skipped(cell, skip_flags):
-    "Whether a cell is not run"
+    "Return whether a cell is not run"
     directives = extract_directives(cell, remove=False)
     return directives.get('eval:', [''])[0].lower() == 'false' or bool(skip_flags & directives.keys()) or 'nbdev_export(' in cell.source
 
+def stderr_of(cell):
+    "Return what a cell wrote to stderr"
+    return ''.join(o.text for o in cell.outputs if o.output_type == 'stream' and o.name == 'stderr')
+
+def kernel_end(client):
+    "Return in words how a dead kernel ended"
+    code = asyncio.run(client.km.provisioner.poll()) or 0
+    return f'died of {signal.Signals(-code).name}' if code < 0 else f'ended with exit code {code}'
+
+def run_cells(client, skip_flags):
+    "Run the cells of `client.nb` in their order until one fails; return what went wrong, a text each"
+    wrong = []
+    with client.setup_kernel():
+        for index, cell in enumerate(client.nb.cells):
+            if cell.cell_type != 'code' or skipped(cell, skip_flags): continue
+            try: client.execute_cell(cell, index)
+            except DeadKernelError: return [*wrong, f'cell {cell.id}: its kernel {kernel_end(client)}\n{cell.source}']
+            except CellExecutionError as error: return [*wrong, f'cell {cell.id}: {strip_ansi(str(error))}']
+            if said := stderr_of(cell): wrong.append(f'cell {cell.id} writes to stderr: {said}')
+    return wrong
+
 def run(source, target, flags=()):
-    "Run notebook `source` in its own folder and write it to `target`; the traceback is printed and False returned where a cell fails"
+    "Run notebook `source` in its own folder and write it to `target`; where something goes wrong, print it and return False"
     cfg = get_config()
-    nb = read_nb(source)
-    shell = CaptureShell(source, mpl_format='png')
-    skip_flags = set(cfg.tst_flags.split()) - set(flags)
-    for cell in nb.cells:
-        if cell.cell_type != 'code' or skipped(cell, skip_flags): continue
-        cell.outputs = []
-        shell.cell(cell)
-        if shell.exc:
-            print(f'cell {cell.id}:\n{cell.source}\n\n{shell.prettytb(fname=source.name)}', file=sys.stderr)
-            return False
-        # warnings and progress bars name paths and times of this machine
-        cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
-    nb.metadata = {**nb.metadata, 'kernelspec': KERNEL}
+    nb = nbformat.read(source, as_version=4)
+    client = NotebookClient(nb, kernel_name=KERNEL['name'], timeout=None, startup_timeout=300, iopub_timeout=60, raise_on_iopub_timeout=True,
+                            store_widget_state=False, record_timing=False, shutdown_kernel='immediate', resources={'metadata': {'path': str(source.parent)}})
+    wrong = run_cells(client, set(cfg.tst_flags.split()) - set(flags))
+    if wrong:
+        print('\n'.join(wrong), file=sys.stderr)
+        return False
+    nb.metadata = nbformat.from_dict({**nb.metadata, 'kernelspec': KERNEL})
     clean_nb(nb, allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split(), clean_ids=cfg.clean_ids)
-    write_nb(nb, target)
+    nbformat.write(nb, target)
     return True
 
 if __name__ == '__main__':
     source, target, *flags = sys.argv[1:]
     source, target = Path(source).resolve(), Path(target).resolve()
-    os.chdir(source.parent)
+    os.chdir(source.parent) # where nbdev looks for settings.ini
     sys.exit(not run(source, target, flags))

@@ -1,16 +1,17 @@
 """A hook of mkdocs: formulas become MathML when the site is built, so that no page needs a script or a network to show them; a mean and its interval stay on one line of a table"""
 import html, re
-from latex2mathml.converter import convert
+from math_core import LatexError, LatexToMathML
+
+CONVERTER = LatexToMathML(fancy_error=False)
 
 def mathml(latex, block):
-    "One formula; the number that `\\tag` gives stands at the right"
+    "Return one formula as MathML; the number that `\\tag` gives stands at the right"
     if '$$' in latex: raise ValueError(f'two formulas need an empty line between them: {latex.strip()}')
     number = re.search(r'\\tag\{(.*?)\}', latex)
-    latex = re.sub(r'\\tag\{.*?\}|\\[bB]igg?(?=\\?[{}()\[\]|])', '', latex)
-    latex = re.sub(r'\\arg(?![a-zA-Z])', r'\\mathrm{arg}', latex) # which the converter does not know
-    shown = convert(latex.strip(), display='block' if block else 'inline')
-    if unknown := re.search(r'>(\\[a-zA-Z]+)', shown): raise ValueError(f'{unknown[1]} in a formula is not known to the converter: {latex.strip()}')
-    return f'<div class="formula">{shown}<span>{f"({html.escape(number[1])})" if number else ""}</span></div>' if block else shown
+    plain = re.sub(r'\\tag\{.*?\}', '', latex).strip()
+    try: shown = CONVERTER.convert_with_local_state(plain, displaystyle=block)
+    except LatexError as error: raise ValueError(f'no formula: {plain} ({error})') from None
+    return f'<div class="formula"><div>{shown}</div><span>{f"({html.escape(number[1])})" if number else ""}</span></div>' if block else shown
 
 def interval(cell): # '49.3 [45.9, 52.6], p 0.003': it may break before the p
     return re.sub(r'([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\]', r'\1&nbsp;[\2,&nbsp;\3]', cell)

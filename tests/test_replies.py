@@ -1,0 +1,69 @@
+"From a model's raw text to a reply: thinking, drafts, and text that costs time"
+import json, time
+import pytest
+from saeexplainer.replies import Reply, finish, longest_json, text_schema, texts_of, without_thinking
+
+LIST = text_schema({'samples': 2})
+
+
+# ---- thinking
+
+CLOSED = ['<think>\n{draft}\n</think>\n\n{answer}', '{draft}</think>{answer}', '<think></think>{answer}', '<think>a</think>{draft}<think>b</think> {answer}', '<THINK>{draft}</THINK>\n{answer}',
+          '<thinking>{draft}</thinking>{answer}', '<seed:think>{draft}</seed:think>{answer}', '[THINK]{draft}[/THINK]{answer}', '◁think▷{draft}◁/think▷{answer}',
+          '<|START_THINKING|>{draft}<|END_THINKING|><|START_RESPONSE|>{answer}<|END_RESPONSE|>', '<|channel>thought\n{draft}<channel|>{answer}',
+          '<|channel|>analysis<|message|>{draft}<|end|><|start|>assistant<|channel|>final<|message|>{answer}<|return|>',
+          '<|channel|>final<|message|>{answer}', 'analysis{draft}assistantfinal{answer}', '<|channel|>final <|constrain|>json<|message|>{answer}']
+
+@pytest.mark.parametrize('form', CLOSED)
+def test_what_stands_before_the_end_of_thinking_is_no_answer(form):
+    said = lambda draft, answer: form.replace('{draft}', draft).replace('{answer}', answer)
+    assert finish(said('Perhaps a dog. But no ...', 'A cat sat.'))['text'] == 'A cat sat.'
+    assert finish(said('It could be {"choice": "A"}. But no ...', '{"choice": "B"}'), choices=['A', 'B'])['text'] == 'B'
+    assert finish(said('It is A.', 'B'), choices=['A', 'B'])['text'] == 'B'
+    assert json.loads(finish(said('Maybe {"samples": ["a first draft", "of two texts"]}', '{"samples": ["a cat", "a dog"]}'), schema=LIST)['text']) == {'samples': ['a cat', 'a dog']}
+
+
+@pytest.mark.parametrize('begin', ['<think>', '<thinking>\n', '[THINK]', '◁think▷', '<|START_THINKING|>', '<|channel>thought\n', '<|channel|>analysis<|message|>', '<think>a</think>b<think>', 'The answer is <think>'])
+@pytest.mark.parametrize('cut', [True, False])
+def test_thinking_that_never_ends_is_an_outcome_and_no_text(begin, cut):
+    for form in (dict(), dict(choices=['A', 'B']), dict(schema=LIST)):
+        found = finish(begin + 'Maybe {"samples": ["a", "b"]} and {"choice": "A"}.', cut, **form)
+        assert found == dict(outcome='unparsed', error='thinking that never ends, without an answer', cut=cut)
+
+
+def test_thoughts_without_an_answer_are_empty():
+    assert finish('<think>Nothing comes to mind.</think>\n ')['outcome'] == 'empty'
+
+
+@pytest.mark.parametrize('text', ['I think, therefore <b>I am</b>.', 'An analysis of the final assistant.', 'analysis: it rains', 'a < b > c', 'the [1] note', '<|im_end|> ends a turn', 'thought and channel'])
+def test_texts_without_marks_stay_as_they_are(text): assert without_thinking(text) == finish(text)['text'] == text
+
+
+def test_marks_inside_json_are_part_of_its_texts():
+    said = json.dumps({'samples': ['It ends with </think> here.', '<think> begins it.']})
+    assert finish(said, schema=LIST)['text'] == said
+    assert texts_of(Reply(said), {'samples': 2})['samples'][1] == ('<think> begins it.', None) # read again from a store
+
+
+# ---- which JSON of several
+
+@pytest.mark.parametrize('text, choice', [('{"choice": "A"} or rather {"choice": "B"}', 'B'), ('{"choice":   "A"} or rather {"choice": "B"}', 'B'),
+    ('{"choice": "A", "why": "it is so long"} or rather {"choice": "B"}', 'B'), ('{"choice": "B"} as in [1, 2, 3, 4, 5]', 'B'), ('{"choice": "B"}, not {"choice": "Z"} and not {"chosen": "A"}', 'B')])
+def test_the_last_choice_counts(text, choice): assert finish(text, choices=['A', 'B'])['text'] == choice
+
+
+@pytest.mark.parametrize('text, samples', [
+    ('{"samples": ["a draft", "of two"]} Better: {"samples": ["a", "b"]}', ['a', 'b']), ('{"samples": ["...", "..."]}\n{"samples": ["a", "b"]}', ['a', 'b']),
+    ('{"samples": ["a", "b"]} has the form {"samples": ["..."]}', ['a', 'b']), ('{"samples": ["a"]} or {"samples": ["a", "b", "c", "d"]}', ['a', 'b']), ('```json\n{"samples": ["a", "b"]}\n``` and [1, 2, 3, 4, 5, 6, 7, 8, 9]', ['a', 'b'])])
+def test_the_last_list_that_fits_counts(text, samples): assert json.loads(finish(text, schema=LIST)['text'])['samples'] == samples
+
+
+# ---- what costs time
+
+@pytest.mark.parametrize('text', ['['*200_000, '{"a":'*40_000, '[1,'*70_000, '["'*100_000, '{'*200_000, ('['*900 + 'x ')*220, '['*900 + '1,'*100_000, '["' + 'a'*200_000, '[' + '["a", '*30_000, '["\\'*70_000,
+                                  '['*100_000 + ']'*100_000, 'a.' + ' '*200_000 + 'b', 'word.'*40_000, '<think>'*30_000, '</think>'*25_000, 'analysis'*25_000, '<|channel|>final'*12_000])
+def test_long_nonsense_is_read_in_well_under_a_second(text):
+    began = time.process_time()
+    for cut, form in ((False, dict(schema=LIST)), (True, dict(choices=['A', 'B'])), (True, dict())): finish(text, cut, **form)
+    assert time.process_time() - began < 3 # three times; it was a minute and more
+    assert longest_json('['*200_000) is None
