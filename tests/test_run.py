@@ -96,6 +96,64 @@ def test_killed_in_every_stage(world, finished):
     assert Results(store.parent/'report').made['sittings'] == dict.fromkeys(STAGES, 2) and "Seconds are those of a stage's last sitting: sft had 2, " in (store.parent/'report'/'report.md').read_text()
 
 
+TRIES = """
+import os, signal, sys, time
+import datasets, matplotlib.figure, pandas, peft, sae_lens, transformers, trl
+from saeexplainer import ablations, cli, dictionaries, dpo, metrics, prefs, remote, report, run, sft, target, writer
+
+def attempt():
+    os.dup2(2, 1)
+    try: cli.main(sys.argv[1:])
+    except SystemExit as e: return e.code or 0
+    return 0
+
+print('ready', flush=True)
+for line in sys.stdin: # each with the seconds after which the next try is killed
+    end = time.monotonic() + float(line)
+    child = os.fork() # of a process that has imported all it needs and computed nothing yet
+    if not child: os._exit(attempt())
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done: break
+        if time.monotonic() > end: os.kill(child, signal.SIGKILL)
+        time.sleep(.01)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+def assert_same_rows(found, wanted):
+    assert {t: set(rows) for t, rows in found.items()} == {t: set(rows) for t, rows in wanted.items()} # no row lost, none twice
+    for table, rows in wanted.items():
+        for key, row in rows.items():
+            for column, value in row.items():
+                assert found[table][key][column] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), (table, key, column)
+
+
+@pytest.mark.parametrize('seed', [int(os.environ.get('KILLS_SEED', 0))])
+def test_killed_at_random_moments(world, finished, seed):
+    "SIGKILL whenever chance has it, again and again: the tables are those of a run that nothing interrupted"
+    folder, file = world
+    rng, name = random.Random(seed), f'random-{seed}'
+    store = folder/'runs'/name/'store.sqlite'
+    with RunStore(finished[0]/'store.sqlite') as s: whole = s.progress().seconds.sum()
+    command = [sys.executable, '-c', TRIES, 'run', str(file), '--root', str(folder/'runs'), '--name', name, '--json']
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | dict(OMP_NUM_THREADS='1')) as tries:
+        assert tries.stdout.readline() == 'ready\n'
+        codes, before = [], {}
+        for seconds in [*(rng.uniform(0, whole/2) for _ in range(8)), 600.]:
+            tries.stdin.write(f'{seconds}\n'); tries.stdin.flush()
+            codes.append(int(tries.stdout.readline()))
+            after = rows_of(store)
+            for table, rows in before.items(): # a score may be filled in, nothing else changes
+                for key, row in rows.items(): assert {k: v for k, v in row.items() if v is not None}.items() <= after[table][key].items()
+            before = after
+        tries.stdin.close()
+    assert codes[-1] == 0 and set(codes) <= {0, -signal.SIGKILL} and codes.count(-signal.SIGKILL) >= 3
+    assert_same_rows(rows_of(store), rows_of(finished[0]/'store.sqlite'))
+    for table in ('metrics', 'pairs', 'candidates', 'judgements'):
+        pd.testing.assert_frame_equal(Results(store.parent/'report')[table], Results(finished[1])[table], rtol=1e-3)
+
+
 def test_splits_never_overlap(world):
     with Run(world[0]/'runs'/'splits', load_preset(world[1], new_features_in_round_2=True), progress=False) as run:
         used = [i for part in run.splits.values() for i in part]
