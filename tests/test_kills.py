@@ -44,7 +44,7 @@ def attempt(work, moments): # whether it came to its end
 def compare(work, seed, longest): # how often it was killed
     work('whole') # in this process, so that its forks find everything imported
     draw, kills = random.Random(seed), 0
-    while not attempt(lambda: work('killed'), draw.randint(1, longest)): kills += 1
+    while not attempt(lambda: work('killed'), draw.randint(1, longest + kills)): kills += 1
     return kills
 '''
 
