@@ -389,7 +389,7 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
                      anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False, settings: Setting = None, as_json: JSON = False):
     "What is known of a preset's features; fetched from Neuronpedia or read from a corpus where there is nothing yet"
     from collections import Counter
-    from saeexplainer.features import features_file
+    from saeexplainer.features import features_file, unused
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, settings=settings, **{k: v for k, v in dict(corpus=corpus, corpus_tokens=tokens).items() if v is not None})
     reads, there = corpus is not None or tokens is not None, features_file(chosen).exists()
@@ -400,8 +400,7 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
     if not shown:
         counts = Counter(f.status for f in features)
         if as_json: return print(json.dumps(counts))
-        tell(f"{len(features)} features: " + ', '.join(f'{n} {s}' for s, n in counts.items()))
-        if not counts['ok'] + counts['unlabelled']: tell('none of them can be used: dense features fire on too many tokens, dead ones on none (see `density` in the glossary)')
+        tell(f"{len(features)} features: " + ', '.join(f'{n} {s}' for s, n in counts.items()) + unused(counts))
         return
     if as_json: return print(json.dumps([dict(id=str(f.id), explanation=f.explanation, status=f.status, max_act=number(f.max_act), density=number(f.density), contexts=list(map(str, f.contexts))) for f in shown], indent=1))
     for f in shown:
@@ -421,8 +420,9 @@ def make_features(preset): # what came of it, to print
 
 def known_features(preset, names): # list of Feature: all of them, or without a file those that are named
     "The features of a preset's file; where there is none, those that are named, from Neuronpedia's API"
-    from saeexplainer.features import features_file, load_features, neuronpedia_feature
+    from saeexplainer.features import check_sae_of, features_file, load_features, neuronpedia_feature
     file = features_file(preset)
+    check_sae_of(preset)
     if file.exists() or preset.corpus or not names: return load_features(preset)
     ids = dict.fromkeys(feature_of(preset, name) for name in names)
     try: return [neuronpedia_feature(i, label_model=preset.label_model) for i in ids]

@@ -123,9 +123,10 @@ class FeatureExplorer:
                  results=None, # folder of a run's report, whose explanations are shown; None: those that are shipped with the preset
                  explainer=None, # folder or hub id of the explainer that draws; None: the shipped one
                  target=None): # `Target`, where it is loaded already
-        from saeexplainer.features import load_features
+        from saeexplainer.features import check_sae_of, load_features
         from saeexplainer.presets import load_preset
         self.preset = load_preset(preset) if isinstance(preset, (str, Path)) else preset
+        check_sae_of(self.preset)
         self.features = [f for f in load_features(self.preset) if f.status not in ('dead', 'incomplete')]
         if not self.features: raise ValueError(f'{self.preset.name} has no features that fire: saeexplainer features {self.preset.name}')
         self.known, self.drawn, self._explainer, self._clamps = {f.index: f for f in self.features}, {}, explainer, {}

@@ -296,7 +296,8 @@ class Run:
     @cached_property
     def splits(self) -> dict: # test, sft, validation, preference1, ... -> indices
         "Disjoint: test features from the front of a random order, all others from its back, so that a smaller run takes part of what a larger one takes"
-        from saeexplainer.features import split_features
+        from collections import Counter
+        from saeexplainer.features import split_features, unused
         p, alive = self.preset, [f.id for f in self.features.values() if f.status in ('ok', 'unlabelled')]
         order = [i.index for i in split_features(alive, dict(all=len(alive)), p.seed)['all']]
         parts, left = {'test': order[:p.n_test]}, order[p.n_test:][::-1]
@@ -307,7 +308,7 @@ class Run:
             parts[name], left = [left[k] for k in usable], left[usable[-1]+1:] if usable else left
         if any(len(parts[name]) < n for name, n in (sizes | {'test': p.n_test}).items()):
             raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in ({'test': p.n_test} | sizes).items())} features are wanted, there are {len(alive)}, "
-                             f"{sum(self.features[i].status=='ok' for i in order)} of them with a label")
+                             f"{sum(self.features[i].status=='ok' for i in order)} of them with a label{unused(Counter(f.status for f in self.features.values()))}")
         return parts
 
     def preference_features(self, round:int) -> list[int]:
