@@ -22,7 +22,7 @@ import typer, typer.core
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from .show import visible
 
@@ -104,9 +104,11 @@ def resolve(name:str, size:str|None=None, settings=(), writer=None, base_url=Non
     return preset
 
 def check_keys(preset, *which): # 'writer', 'evaluation_writer'
-    "Raise `ValueError` now where a writer at OpenAI will be asked and there is no key"
+    "Raise `ValueError` now where a writer at a server has no price for a budget in dollars, or no key at OpenAI"
     from saeexplainer.presets import is_local
     asked = [getattr(preset, name) for name in which if not is_local(getattr(preset, name))]
+    for model in asked:
+        if preset.budget_usd is not None and model not in preset.prices: raise ValueError(f'a budget in dollars needs a price: prices={{{model!r}: (prompt, reply)}} per million tokens')
     if asked and not (preset.writer_url or os.environ.get('OPENAI_BASE_URL') or os.environ.get('OPENAI_API_KEY')):
         raise ValueError(f'no key for {asked[0]}: set OPENAI_API_KEY in the environment, name a server of your own with --base-url, or use --writer local')
 
@@ -182,7 +184,7 @@ def show_summary(table, # `metrics.summary`
     counts = {metric: n for metric, n, _ in said_of}
     each = max(1, min(5, (out.width - 14)//13))
     for part in (cells.iloc[i:i+each] for i in range(0, len(cells), each)):
-        shown = Table('', 'n', *(Text(str(stage)) for stage in part.index), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown = Table('', 'n', *(Column(Text(visible(stage))) for stage in part.index), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         shown.columns[0].no_wrap = True
         for metric, row in zip(part.columns, part.T.values):
             shown.add_row(metric, counts.get(metric, ''), *(Text(c.replace(' [', '\n').replace(', ', '–').rstrip(']')) for c in row))

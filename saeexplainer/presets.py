@@ -454,7 +454,7 @@ def memory_parts(preset) -> dict: # GB; empty where the sizes are not known
                 + tokens*(width*layers*each + 40*width*each)/1e9 # what is kept for the backward pass: each layer's input, and all of one layer
                 + tokens*vocabulary*16/1e9) # logits, in fp32 with their gradient and the softmax
     sampling = preset.batch_size*(120*2*keys*layers*each + 24*vocabulary)/1e9 # keys and values of 120 tokens; logits and their copies
-    return {'libraries': .8 if cpu else 1., 'models': (max if preset.swap_models else sum)(held), 'SAE': 2*4*n*target[1]/1e9, 'training or sampling': max(training, sampling)}
+    return {'libraries': .8 if cpu else .4, 'models': (max if preset.swap_models else sum)(held), 'SAE': 2*4*n*target[1]/1e9, 'training or sampling': max(training, sampling)}
 
 def _shape(name:str) -> tuple: # of a model whose size is known
     return _SHAPES[name.split('/')[-1].lower().removesuffix('-it').removesuffix('-instruct')]
