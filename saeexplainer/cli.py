@@ -229,7 +229,7 @@ def show_plan(preset, folder:Path, as_json:bool):
     lines = {'run': f'{folder}, ' + ('begun: the same command goes on with it' if p['begun'] else 'new'), 'target': preset.target, 'SAE': preset.sae, 'explainer': preset.explainer,
              'writer': preset.writer + ('' if preset.writer == preset.evaluation_writer else f', judge {preset.evaluation_writer}') + (f" at {address(preset.writer_url or os.environ.get('OPENAI_BASE_URL') or 'OpenAI')}" if remote else ''),
              'key': ('OPENAI_API_KEY is set' if os.environ.get('OPENAI_API_KEY') else 'OPENAI_API_KEY is not set') if remote else 'none is needed',
-             'features': ', '.join(f'{n:,} {k}' for k, n in p['features'].items()) + (f', from {file}' if file.exists() else f': `saeexplainer features {preset.called}` comes first' + (no_data() if preset.corpus == 'embedded' else '')),
+             'features': ', '.join(f'{n:,} {k}' for k, n in p['features'].items()) + (f', from {file}' if file.exists() else (preset.corpus == 'embedded' and no_data()) or f': `saeexplainer features {preset.called}` comes first'),
              'labels': preset.label_model or 'the default of their source', 'memory': gb(p['memory_gb']) + memory_of(preset), 'disk': gb(p['disk_gb']),
              'time': 'not known' if p['hours'] is None else f"{span(*p['hours'])} on {p['machine']} (" + ', '.join(f'{k} {span(h)}' for k, h in p['stages'].items()) + ')',
              'requests': f"{p['requests']:,}, {p['tokens_in']/1e6:.1f}M tokens in, {p['tokens_out']/1e6:.1f}M out; {span(p['waiting'])} more, if each takes three seconds" if p['requests'] else 'none',
@@ -679,12 +679,8 @@ def _first(error:BaseException) -> BaseException: # of a group of errors
     return error
 
 def _tracker() -> str: # where faults are reported
-    import importlib.metadata
-    try:
-        home = importlib.metadata.metadata('saeexplainer').get('Home-page')
-    except importlib.metadata.PackageNotFoundError:
-        home = None
-    return f'{home}/issues' if home else "the project's issue tracker"
+    from saeexplainer.presets import home_page
+    return f'{home_page()}/issues'
 
 def _about_cache(error:OSError) -> str: # what helps where the cache cannot be written
     from saeexplainer.models import cache_dir

@@ -177,7 +177,7 @@ def _kept(source:str) -> Path: # folder in the user cache, of 'model/source'
 
 def _read_table(file:Path, preset) -> pa.Table:
     from saeexplainer.presets import no_data
-    if not file.exists(): raise FileNotFoundError(f'there is no {file}: `saeexplainer features {preset.called}` makes it' + (no_data() if preset.corpus=='embedded' else ''))
+    if not file.exists(): raise FileNotFoundError(f'there is no {file}' + (preset.corpus == 'embedded' and no_data() or f': `saeexplainer features {preset.called}` makes it'))
     try:
         with pq.ParquetFile(file) as opened: table = opened.read()
     except Exception as e: raise ValueError(f'{file} is not a readable feature table: {str(e).splitlines()[0]}') from None
