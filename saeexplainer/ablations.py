@@ -9,7 +9,7 @@ __all__ = ['PANELS', 'VARIANTS', 'SMALLER', 'ARMS', 'stage_figure', 'screen', 's
 # %% ../nbs/05_ablations.ipynb #0df25fad
 from pathlib import Path
 import numpy as np, pandas as pd
-from .files import read_json, write_json
+from .files import read_json, read_table, write_json
 from .sampling import seed_for
 
 # %% ../nbs/05_ablations.ipynb #17588fde
@@ -55,7 +55,7 @@ def screen(run, # `Run` with a finished first round of preferences
     settings = dict(changes=diff(run.preset, preset, fixed=True), held_out=held_out, samples=samples, n=n)
     if (file := folder/'screen.parquet').exists():
         same_settings(read_json(folder/'screen.json'), settings, f'{folder} holds another screening')
-        return pd.read_parquet(file)
+        return read_table(file).to_pandas()
     if name != 'sft':
         pairs = choose_pairs(run.store, preset, 1, threshold_of(preset, [run.features[f] for f in run.splits['sft']]))
         adapter = train_dpo(preset, pairs[~pairs['feature'].isin(held_out)], run.reader, adapter, folder/'explainer', progress=progress).folder
@@ -108,7 +108,7 @@ def collect_screening(run, names, out) -> None: # out: folder; screening.parquet
     folder, out = run.folder/'screening', Path(out)
     made = lambda name: read_json(folder/name/'explainer'/'training.json') if name != 'sft' else {}
     about = {name: read_json(folder/name/'screen.json') | {k: made(name).get(k) for k in ('pairs', 'seconds')} for name in names}
-    rows = pd.concat([pd.read_parquet(folder/name/'screen.parquet').assign(variant=name) for name in names], ignore_index=True)
+    rows = pd.concat([read_table(folder/name/'screen.parquet').to_pandas().assign(variant=name) for name in names], ignore_index=True)
     write_table(rows, out/'screening.parquet')
     scores = run.store.texts('round1', 'preference')[['feature', 'k', 'j', 'score']].astype({'score': 'float32'})
     write_table(scores, out/'screening_scores.parquet')
@@ -143,7 +143,7 @@ def collect_arms(names, root, out) -> None: # out: folder; arms.parquet and arms
     results, table, about = {name: Results(Path(root)/name/'report') for name in names}, Path(out)/'arms.parquet', Path(out)/'arms.json'
     rows = [r['metrics'].assign(arm=name)[['arm', 'stage', 'feature', 'metric', 'value']] for name, r in results.items()]
     made = read_json(about) if about.exists() else {}
-    if table.exists(): rows.insert(0, pd.read_parquet(table).query('arm not in @results'))
+    if table.exists(): rows.insert(0, read_table(table).to_pandas().query('arm not in @results'))
     pairs = lambda r: [dict(round=int(i), pairs=len(p), chosen=p['chosen_score'].mean(), rejected=p['rejected_score'].mean()) for i, p in r['pairs'][r['pairs']['dropped'].isna()].groupby('round')]
     write_table(pd.concat(rows, ignore_index=True), table)
     write_json(made | {name: r.made | dict(pairs=pairs(r)) for name, r in results.items()}, about)

@@ -628,7 +628,10 @@ def checks(base_url:str|None=None): # yields (what, whether it is well; None: no
     sae = data_dir()/load_preset('smollm2-135m').sae
     yield 'data', sae.exists(), f'{data_dir()}' + ('' if sae.exists() else ': the SAE is not there; what is shipped lies in data/ of a checkout: `pip install -e .` there, or set SAEEXPLAINER_DATA to it')
     yield 'hub account', None, 'a token is set' if get_token() else 'no token: Gemma and Llama need `hf auth login`'
-    yield "writer's key", None, 'OPENAI_API_KEY is set' if os.environ.get('OPENAI_API_KEY') else 'OPENAI_API_KEY is not set: a writer at OpenAI needs it'
+    from saeexplainer.remote import api_key
+    try: key = None, 'OPENAI_API_KEY is set' if api_key() else 'OPENAI_API_KEY is not set: a writer at OpenAI needs it'
+    except ValueError as e: key = False, str(e)
+    yield "writer's key", *key
     if url := base_url or os.environ.get('OPENAI_BASE_URL'): yield 'writer', *reached(url)
 
 def memory_gb() -> float|None: # None: not known
@@ -642,14 +645,10 @@ def memory_gb() -> float|None: # None: not known
 
 def reached(url:str): # (whether, what is said of it)
     "Whether a server speaks OpenAI's protocol; what is said holds no password and no query of its address"
-    import openai
-    shown = address(url)
-    if not url.startswith(('http://', 'https://')): return False, f'{shown} is no address of a server: it begins with http:// or https://'
-    try: models = [m.id for m in openai.OpenAI(base_url=url, api_key=os.environ.get('OPENAI_API_KEY') or 'none', timeout=5, max_retries=0).models.list().data]
-    except openai.APIStatusError as e: return False, f'{shown} answers {e.status_code}: a key is wanted, or another path'
-    except openai.APIConnectionError: return False, f'{shown} does not answer'
-    except Exception: return False, f'{shown} is no OpenAI-compatible server: it does not list its models' # whatever else it sent
-    return True, f"{shown} has {', '.join(models[:5]) or 'no models'}"
+    from saeexplainer.remote import listed_models
+    try: models = listed_models(url)
+    except (ValueError, OSError) as e: return False, str(e)
+    return True, f"{address(url)} has {', '.join(models[:5]) or 'no models'}"
 
 @app.command('doctor', cls=_Command, epilog=_examples('saeexplainer doctor', 'saeexplainer doctor --base-url http://127.0.0.1:8000/v1'))
 def doctor_command(base_url: BaseURL = None, as_json: JSON = False):

@@ -12,7 +12,7 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
            'output_features', 'feature_values', 'summary', 'compare', 'stage_table', 'agreement', 'evaluate']
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
-import functools, hashlib, itertools, re
+import functools, hashlib, itertools, json, re
 from collections import Counter
 from dataclasses import dataclass, replace
 import numpy as np, pandas as pd
@@ -179,6 +179,9 @@ def neutral_subject(explanation:str, seed:int) -> str: # one of `SUBJECTS`
     return left[seed % len(left)]
 
 # %% ../nbs/04_metrics.ipynb #3dc7a119
+def _whole_characters(text:str) -> str: # half of one, which JSON can spell, can be neither hashed nor stored
+    return text.encode('utf-8', 'replace').decode()
+
 def explanation_key(explanation:str) -> str: # short hash
     "What stands for an explanation in seeds"
     return hashlib.sha256(explanation.encode()).hexdigest()[:16]
@@ -265,7 +268,7 @@ def score_texts(store, target, # RunStore; Target, which reads the features
                 preset, stages=None, # None: all
                 progress:bool=False
                ) -> int: # texts read now
-    "The largest activation of each stored evaluation text; a text without tokens is recorded as the error 'empty'"
+    "The largest activation of each stored evaluation text; a text that has none is recorded with the reason: 'empty', 'too long'"
     texts = store.texts(kind=KINDS)
     known = texts[texts.score.notna()].drop_duplicates(['feature', 'text']).set_index(['feature', 'text']).score.to_dict()
     waiting = store.unscored(None if stages is None else list(stages), KINDS)
@@ -274,7 +277,7 @@ def score_texts(store, target, # RunStore; Target, which reads the features
         for i in range(0, len(groups), 8*preset.batch_size):
             batch = groups[i:i + 8*preset.batch_size]
             new = [key for key, _ in batch if key not in known]
-            if new: known |= dict(zip(new, map(float, target.max_acts([text for _, text in new], [int(f) for f, _ in new]))))
+            if new: known |= dict(zip(new, target.scores([text for _, text in new], [int(f) for f, _ in new])))
             store.put_scores([(r.stage, r.feature, r.k, r.kind, r.j, known[key]) for key, rows in batch for r in rows.itertuples()])
             bar.update(len(batch))
     return len(waiting)
@@ -301,7 +304,12 @@ class Verified:
     def best(self) -> int|None: # index of the text with the largest score
         return None if np.isnan(self.scores).all() else int(np.nanargmax(self.scores))
 
-    def reached(self, feature_max:float, success:float=.5) -> int:
+    @property
+    def made(self) -> int:
+        "How many texts there are to judge by; a text that could not be made is no miss"
+        return int((~np.isnan(self.scores)).sum())
+
+    def reached(self, feature_max:float, success:float=.5) -> int: # of those that were made
         "How many texts exceed a share of the feature's largest known activation (Eq. 12)"
         return int((self.scores > success*feature_max).sum())
 
@@ -311,13 +319,16 @@ def verify(target, writer, # Target; Writer: the preset says whether it is asked
            progress:bool=False) -> list[Verified]:
     "Texts written from each explanation (E.3), and what the target makes of them; of an empty explanation there are none"
     preset, one = replace(preset, n_generative=n, seed=seed_for(preset.seed, 'verify')), preset.one_text('evaluation_writer')
+    explanations = [(f, _whole_characters(text)) for f, text in explanations]
     todo, sizes = [('generative', j) for j in range(n)], None if one else {'sentences': n}
     asked = [((i, keys), request) for i, (f, text) in enumerate(explanations) if text.strip() for keys, request in (_single_requests if one else _list_request)(f, text, todo, preset)]
     texts, scores = [[None]*n for _ in explanations], np.full((len(explanations), n), np.nan)
     for (i, keys), reply in answers(writer, asked, sizes, stage='verify', total=len(asked), progress=progress):
         for (_, j), (text, error) in zip(keys, _entries(reply, keys, sizes)): texts[i][j] = text
     made = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
-    if made: scores[tuple(zip(*made))] = target.max_acts([texts[i][j] for i, j in made], [explanations[i][0] for i, _ in made])
+    read = target.scores([texts[i][j] for i, j in made], [explanations[i][0] for i, _ in made]) if made else []
+    for (i, j), score in zip(made, read):
+        if not isinstance(score, str): scores[i, j] = score
     return [Verified(int(f), row, s) for (f, _), row, s in zip(explanations, texts, scores)]
 
 # %% ../nbs/04_metrics.ipynb #e511c76c
@@ -523,12 +534,25 @@ def output_features(features, preset) -> list[int]: # at most `preset.n_output`
     "Which features get an output score; depends on the seed and the features alone"
     return sorted(set(map(int, features)), key=lambda f: seed_for(preset.seed, 'output', f))[:preset.n_output]
 
+_MEASURED_BY = { # fields of the preset on which values depend: all of them, those of a kind of texts, and the output score
+    'all': 'evaluation_writer text_form text_tokens text_temperature text_top_p success dtype seed', 'generative': 'n_generative',
+    'activating': 'n_activating', 'neutral': 'n_neutral',
+    'output': 'n_controls steering_prompts steering_tokens steering_temperature steering_kl steering_reference'}
+
+def _check_settings(store, preset, parts) -> dict: # field -> value, for the store
+    "Raise `ValueError`, with the difference, where values of the store were measured with other settings"
+    known = store.meta('measured by') or {}
+    now = json.loads(json.dumps({name: getattr(preset, name) for part in ('all', *parts) for name in _MEASURED_BY[part].split()}))
+    changes = '; '.join(f'{name}: {known[name]!r} -> {value!r}' for name, value in now.items() if known.get(name, value) != value)
+    if changes: raise ValueError(f'the store {store.path} was evaluated with other settings ({changes}): use another store')
+    return known | now
+
 def _keep_explanations(store, explanations): # stored; raises `ValueError` where the store has another one
     for row in store.explanations(list(explanations)).itertuples():
         new = explanations[row.stage].get(row.feature)
         if row.k == 0 and new is not None and new != row.text:
-            raise ValueError(f'the store has another explanation of feature {row.feature} at stage {row.stage}: {row.text!r}, not {new!r}; '
-                             'give the stage another name')
+            raise ValueError(f'the store has another explanation of feature {row.feature} at stage {row.stage}: {row.text!r}, not {new!r}; what was measured '
+                             'stays: give the stage another name (for a file on the command line: rename it, or choose another --name)')
     store.put_explanations([(stage, f, 0, text) for stage, texts in explanations.items() for f, text in texts.items()])
 
 # %% ../nbs/04_metrics.ipynb #a7039fc3
@@ -623,7 +647,20 @@ def agreement(first, second, # of either writer, with columns stage, feature, me
     return pd.DataFrame(rows, columns=['metric', 'values', 'within', 'same_order', 'pairs']).set_index('metric')
 
 # %% ../nbs/04_metrics.ipynb #ff8d6216
-def evaluate(run, # `Evaluation`, or anything with its attributes
+def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
+    "Explanations of a stage; raises `ValueError` for what is no index, and for two names of one feature"
+    found = {}
+    for feature, text in texts.items():
+        try: whole = not isinstance(feature, (bool, np.bool_)) and int(feature) == float(feature)
+        except (TypeError, ValueError): whole = False
+        if not whole: raise ValueError(f'{stage}: {feature!r} is no feature: explanations are named by the index of their feature')
+        if int(feature) in found: raise ValueError(f'{stage}: feature {int(feature)} is explained twice: keep one explanation of each feature')
+        if text is None or text != text: text = '' # as pandas has missing ones
+        if not isinstance(text, str): raise ValueError(f'{stage}: the explanation of feature {int(feature)} is {text!r}, not text')
+        found[int(feature)] = _whole_characters(text)
+    return found
+
+def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute
              progress:bool=True
@@ -632,14 +669,16 @@ def evaluate(run, # `Evaluation`, or anything with its attributes
     unknown = set(metrics) - set(METRICS)
     if unknown: raise ValueError(f'unknown metric {sorted(unknown)[0]!r}: choose from {", ".join(METRICS)}')
     if 'control' in explanations: raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
-    explanations = {stage: {int(f): text or '' for f, text in texts.items()} for stage, texts in explanations.items()}
+    if hasattr(run, 'evaluation'): run = run.evaluation()
+    explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}
     features = list(dict.fromkeys(f for texts in explanations.values() for f in texts))
     known = {f.id.index for f in run.features}
     if lost := [f for f in features if f not in known]:
         raise ValueError(f"feature {lost[0]} is explained, but it is not among the run's features")
     store, preset = run.store, run.preset
-    _keep_explanations(store, explanations)
     kinds = [*(['generative'] if {'generative', 'output'} & set(metrics) else []), *(['activating', 'neutral'] if {'input', 'high', 'low', 'gap'} & set(metrics) else [])] # the judge's controls are generative texts
+    settings = _check_settings(store, preset, [*kinds, *(['output'] if 'output' in metrics else [])])
+    _keep_explanations(store, explanations)
     write_evaluation_texts(store, run.writer, explanations, preset, progress, kinds)
     score_texts(store, run.target, preset, explanations, progress)
     with_output = output_features(features, preset) if 'output' in metrics else []
@@ -649,6 +688,7 @@ def evaluate(run, # `Evaluation`, or anything with its attributes
         judged = {stage: {f: texts[f] for f in with_output if f in texts} for stage, texts in explanations.items()}
         judge(store, run.judge, judged, preset, progress)
         judge_controls(store, run.judge, explanations, with_output, preset, progress)
+    store.note('measured by', settings)
     return _record(run, explanations, with_output, metrics)
 
 # %% ../nbs/04_metrics.ipynb #c0536732

@@ -19,7 +19,7 @@ from .show import visible
 def training_log(run, stage:str): # DataFrame
     "The log of a finished training stage: loss per step, for DPO with accuracy and margin of the implicit reward"
     import pandas as pd
-    return pd.DataFrame(_log(run.adapter(stage)/'training.json'))
+    return pd.DataFrame(_log(run.trained(stage)/'training.json'))
 
 def _log(file) -> list[dict]:
     log = read_json(file).get('log')

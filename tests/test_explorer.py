@@ -6,6 +6,7 @@ import pytest, torch
 from saeexplainer.explorer import FeatureExplorer, escape, labels_said, search, searchable, tokens_html, visible
 from saeexplainer.features import Context, Explanation
 from saeexplainer.presets import load_preset
+from saeexplainer.replies import Reply
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)>"\'><style>*{display:none}</style>\u202e\u200b\x00'
 
@@ -118,6 +119,66 @@ def test_one_line_for_what_cannot_be_shown(explorer, tmp_path):
     with pytest.raises(ValueError, match='write model/source/index'): FeatureExplorer(feature='a/b')
     with pytest.raises(ValueError, match='holds no results'): FeatureExplorer(results=tmp_path)
     with pytest.raises(ValueError, match='nothing to verify'): explorer.verify(' ')
+
+def test_a_feature_of_another_source_is_refused(explorer):
+    for make in (explorer.of, lambda name: FeatureExplorer(feature=name)):
+        with pytest.raises(ValueError, match='gemma-2-9b/20-gemmascope-res-16k/8 is a feature of gemma-2-9b/20-gemmascope-res-16k, the preset smollm2-135m explains smollm2-135m/9-res-4k: name the preset'):
+            make('gemma-2-9b/20-gemmascope-res-16k/8')
+    assert explorer.of('smollm2-135m/9-res-4k/8') is explorer.of(8)
+    for name in (True, 8., -8, '8.0'):
+        with pytest.raises(ValueError, match='is not a feature'): explorer.of(name)
+
+def test_explain_is_what_the_command_says(explorer):
+    from saeexplainer.injection import shipped_explainer
+    from saeexplainer.report import Results
+    x = FeatureExplorer(feature=468, target=explorer.target) # no run explained it
+    assert all(who.startswith('label') for who in x.said())
+    view = x.view
+    of(view, 'Button', 'Explain').click()
+    greedy = x.explainer.explain(x.target.reader.directions([468]), max_new_tokens=x.preset.explanation_tokens)[0]
+    assert x.said()['explained here'] == greedy and escape(greedy) in shown(view) and greedy in of(view, 'Combobox').options
+    assert 468 in search(x.texts, greedy) and x.own() == greedy
+    shipped = Results(shipped_explainer(x.preset).parents[1]/'results').said['dpo2']
+    x.feature = x.of(int(shipped.index[0]))
+    assert x.own() == shipped.iloc[0] and x.feature.index not in x.explained # a run's last explainer has said it already
+
+def test_verify_says_what_it_tests(explorer):
+    x = FeatureExplorer(feature=13, target=explorer.target)
+    view = x.view
+    assert of(view, 'Combobox').placeholder.startswith('empty: the explainer')
+    of(view, 'Button', 'Verify').click() # nothing is written in the field
+    assert f'“{escape(x.own())}” (' in shown(view) and 'DPO 2' in shown(view).split('texts written from')[1].split('</p>')[0]
+    of(view, 'Combobox').value = 'the word rain'
+    of(view, 'Button', 'Verify').click()
+    assert '“the word rain” (your own)' in shown(view)
+
+def test_texts_that_were_not_written_are_no_misses(explorer):
+    class Silent:
+        def __init__(self, *said): self.said = said
+        def write(self, requests, *_, **__): return [Reply(text=said) if said else Reply(error='empty', outcome='empty') for said in self.said]
+    x = FeatureExplorer(feature=13, target=explorer.target)
+    x.writer = Silent(None, None)
+    assert 'None of the 2 texts from' in x.verify('the word rain', 2) and ' reach ' not in x.verify('the word rain', 2)
+    x.writer = Silent(None, 'The future is near.')
+    assert 'Of 1 texts written from' in x.verify('the word rain', 2) and '1 more could not be written' in x.verify('the word rain', 2)
+
+def test_a_search_shows_the_text_that_it_found(explorer):
+    x = FeatureExplorer(feature=13, target=explorer.target)
+    index, text = next((i, e.text) for i, f in x.known.items() for e in f.explanations
+                       if (word := e.text.split()[-1].strip("'.,").casefold()) and len(word) > 5 and word not in (f.explanation or '').casefold())
+    of(x.view, 'Text', 'Search').value = word = text.split()[-1].strip("'.,")
+    line = next(label for label, i in of(x.view, 'Select').options if i == index)
+    assert word.casefold() in line.casefold() and '—' in line
+
+def test_nothing_moves_and_nothing_is_cut_off(explorer):
+    view = FeatureExplorer(feature=13, target=explorer.target).view
+    assert of(view, 'Select').style.description_width == 'initial' and of(view, 'FloatSlider').tooltip
+    assert sum(w.layout.min_height is not None for w in widgets(view) if type(w).__name__ == 'HTML') == 5 # lines whose room is kept
+    assert 'Colour: the activation as a share' in shown(view)
+
+def test_texts_of_none_are_no_trouble(explorer):
+    f = replace(explorer.feature, explanations=(Explanation(None, 'mini'),), explanation=None)
+    assert searchable(f, [None]) and labels_said(f) == {'label (mini)': None}
 
 def test_results_of_another_sae_are_not_shown(explorer):
     preset = load_preset('smollm2-135m', sae='/elsewhere/sae')

@@ -324,6 +324,40 @@ def test_evaluate_refuses(machine, store):
     assert len(store.explanations()) == 1 # of what is refused, nothing is kept
 
 
+@pytest.mark.parametrize('texts, line', [
+    ({3: 'cats', '3': 'dogs'}, 'mine: feature 3 is explained twice: keep one explanation of each feature'),
+    ({3.5: 'cats'}, 'mine: 3.5 is no feature'), ({True: 'cats'}, 'mine: True is no feature'), ({'smollm2/9/3': 'cats'}, "mine: 'smollm2/9/3' is no feature"),
+    ({3: 5}, 'mine: the explanation of feature 3 is 5, not text')])
+def test_evaluate_refuses_what_names_no_single_feature(machine, store, texts, line):
+    with pytest.raises(ValueError, match=line): evaluate(evaluation(machine, store), {'mine': texts}, progress=False)
+    assert not len(store.explanations())
+
+
+def test_missing_and_half_characters_are_no_trouble(machine, store):
+    table = evaluate(evaluation(machine, store), {'mine': {np.int64(3): nan, 5: None, 8: 'cats \ud83d'}}, metrics=('generative',), progress=False)
+    assert store.explanations('mine').text.tolist() == ['', '', 'cats ?'] and table.loc[('mine', 'generative'), ['n', 'empty']].tolist() == [1, 2]
+    checked, = verify(machine.target, machine.writer, [(8, 'cats \ud83d')], load_preset('smollm2-135m', **PRESET), 2)
+    assert checked.made == 2
+
+
+def test_one_store_holds_values_of_one_kind(machine, store):
+    said = {'mine': {3: 'rain', 5: 'cats'}}
+    evaluate(evaluation(machine, store), said, metrics=('generative',), progress=False)
+    evaluate(evaluation(machine, store, n_activating=4, batch_size=3), said, metrics=('generative', 'gap'), progress=False) # nothing was made with these
+    before = store.metrics()
+    for changed in (dict(success=.1), dict(text_temperature=.1), dict(n_activating=5)):
+        with pytest.raises(ValueError, match=f'was evaluated with other settings .{next(iter(changed))}: .* -> .*: use another store'):
+            evaluate(evaluation(machine, store, **changed), said, metrics=('generative', 'gap'), progress=False)
+    assert store.metrics().equals(before)
+
+
+def test_texts_that_could_not_be_made_are_no_misses(machine):
+    "Nothing can be said of an explanation whose texts a writer did not write"
+    silent = Scripted(lambda r, schema, choices: '' if 'rain' in r.prompt else 'We saw rain and cats.')
+    none, some = verify(machine.target, silent, [(3, 'rain'), (5, 'cats')], load_preset('smollm2-135m', **PRESET), 2)
+    assert (none.made, some.made) == (0, 2) and none.best is None and np.isnan(none.scores).all()
+
+
 def test_no_feature_has_a_label(machine, store):
     table = evaluate(evaluation(machine, store), {'mine': EXPLANATIONS['label'], 'label': {}}, progress=False)
     assert ('control', 'output') in table.index and 'label' not in table.index.get_level_values(0) and set(store.explanations().stage) == {'mine'}
@@ -352,6 +386,17 @@ def test_of_an_empty_explanation_nothing_is_written(machine):
     preset = load_preset('smollm2-135m', **PRESET)
     empty, full = verify(machine.target, machine.writer, [(3, ' '), (5, 'rain')], preset, 2)
     assert empty.texts == [None, None] and np.isnan(empty.scores).all() and empty.best is None and empty.reached(-1.) == 0 and full.texts[0] is not None
+
+
+def test_an_overlong_text_is_counted_and_the_others_are_measured(machine, store):
+    long = 'it rains '*599 + 'it rains'
+    writer = Scripted(lambda r, schema, choices: choices[0] if choices else json.dumps({name: [long if name != 'neutral' and j == 0 else f'a cat {j}' for j in range(p['minItems'])] for name, p in schema['properties'].items()}))
+    table = evaluate(evaluation(machine, store, writer, writer, evaluation_writer='capable'), {'label': EXPLANATIONS['label']}, progress=False)
+    texts = store.texts('label')
+    assert (texts.error[texts.text == long] == 'too long').all() and texts.score[texts.text != long].notna().all() and (texts.text == long).sum() == 6
+    assert table.loc[('label', 'generative'), 'failures'] == 3 and table.loc[('label', 'gap'), 'failures'] == 3 and table.loc[('label', 'gap'), 'n'] == 3
+    found, = verify(machine.target, writer, [(3, 'rain')], load_preset('smollm2-135m', **PRESET, evaluation_writer='capable'), 2)
+    assert found.texts == [long, 'a cat 1'] and np.isnan(found.scores).tolist() == [True, False] and found.best == 1
 
 
 def test_comparisons_are_over_features_with_both_values():

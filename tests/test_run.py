@@ -1,5 +1,5 @@
 "The closed loop at its smallest, on a tiny real model: killed in each stage it ends complete, and it refuses what would mix two runs"
-import json, os, signal, sqlite3, subprocess, sys, time
+import dataclasses, json, os, random, shutil, signal, sqlite3, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 import pytest
@@ -94,6 +94,64 @@ def test_killed_in_every_stage(world, finished):
     assert killed['explanations'] == whole['explanations'] and killed['pairs'] == whole['pairs'] # and the same questions got the same answers
     with RunStore(store) as s: assert not len(s.unscored()) and all(s.finished(stage) for stage in STAGES)
     assert Results(store.parent/'report').made['sittings'] == dict.fromkeys(STAGES, 2) and "Seconds are those of a stage's last sitting: sft had 2, " in (store.parent/'report'/'report.md').read_text()
+
+
+TRIES = """
+import os, signal, sys, time
+import datasets, matplotlib.figure, pandas, peft, sae_lens, transformers, trl
+from saeexplainer import ablations, cli, dictionaries, dpo, metrics, prefs, remote, report, run, sft, target, writer
+
+def attempt():
+    os.dup2(2, 1)
+    try: cli.main(sys.argv[1:])
+    except SystemExit as e: return e.code or 0
+    return 0
+
+print('ready', flush=True)
+for line in sys.stdin: # each with the seconds after which the next try is killed
+    end = time.monotonic() + float(line)
+    child = os.fork() # of a process that has imported all it needs and computed nothing yet
+    if not child: os._exit(attempt())
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done: break
+        if time.monotonic() > end: os.kill(child, signal.SIGKILL)
+        time.sleep(.01)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+def assert_same_rows(found, wanted):
+    assert {t: set(rows) for t, rows in found.items()} == {t: set(rows) for t, rows in wanted.items()} # no row lost, none twice
+    for table, rows in wanted.items():
+        for key, row in rows.items():
+            for column, value in row.items():
+                assert found[table][key][column] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), (table, key, column)
+
+
+@pytest.mark.parametrize('seed', [int(os.environ.get('KILLS_SEED', 0))])
+def test_killed_at_random_moments(world, finished, seed):
+    "SIGKILL whenever chance has it, again and again: the tables are those of a run that nothing interrupted"
+    folder, file = world
+    rng, name = random.Random(seed), f'random-{seed}'
+    store = folder/'runs'/name/'store.sqlite'
+    with RunStore(finished[0]/'store.sqlite') as s: whole = s.progress().seconds.sum()
+    command = [sys.executable, '-c', TRIES, 'run', str(file), '--root', str(folder/'runs'), '--name', name, '--json']
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | dict(OMP_NUM_THREADS='1')) as tries:
+        assert tries.stdout.readline() == 'ready\n'
+        codes, before = [], {}
+        for seconds in [*(rng.uniform(0, whole/2) for _ in range(8)), 600.]:
+            tries.stdin.write(f'{seconds}\n'); tries.stdin.flush()
+            codes.append(int(tries.stdout.readline()))
+            after = rows_of(store)
+            for table, rows in before.items(): # a score may be filled in, nothing else changes
+                for key, row in rows.items(): assert {k: v for k, v in row.items() if v is not None}.items() <= after[table][key].items()
+            before = after
+        tries.stdin.close()
+    assert codes[-1] == 0 and set(codes) <= {0, -signal.SIGKILL} and codes.count(-signal.SIGKILL) >= 3
+    assert_same_rows(rows_of(store), rows_of(finished[0]/'store.sqlite'))
+    for table in ('metrics', 'pairs', 'candidates', 'judgements'):
+        pd.testing.assert_frame_equal(Results(store.parent/'report')[table], Results(finished[1])[table], rtol=1e-3)
 
 
 def test_splits_never_overlap(world):
@@ -195,9 +253,207 @@ def test_too_few_features(world):
         with pytest.raises(ValueError, match=r'4 test \+ 99 sft \+ 8 validation \+ 4 preference1 features are wanted, there are 37, 36 of them with a label'): run.splits
 
 
-def test_no_pair_is_an_error(world):
-    with Run(world[0]/'runs'/'none', load_preset(world[1], threshold=1e9, sft_epochs=.5), progress=False) as run:
+def test_no_pair_is_an_error_and_the_threshold_can_be_lowered(world):
+    from saeexplainer.run import prefs_stage
+    folder = world[0]/'runs'/'none'
+    with Run(folder, load_preset(world[1], threshold=1e9, sft_epochs=.5), progress=False) as run:
         with pytest.raises(ValueError, match=r'round 1: none of 4 features gave a pair \(4 below_threshold\)'): execute(run, say=lambda line: None)
+        assert not len(run.store.pairs()) # no finished stage depends on the threshold
+        run.store.put_pairs([(1, f, None, None, None, None, 'below_threshold') for f in run.splits['preference1']]) # as earlier versions kept it
+    with Run(folder, load_preset(world[1], sft_epochs=.5), progress=False) as run:
+        assert run.changed == dict(threshold=(1e9, 0.))
+        run.keep_preset() # as `execute` does
+        assert ' pairs of 4 features, threshold 0.00' in prefs_stage(run, 1)
+        assert run.store.pairs().dropped.isna().any()
+    with pytest.raises(ValueError, match=r'begun with another preset \(sft_epochs: 0.5 -> 2.0\): choose another --name; `--like none` takes over what is the same'):
+        Run(folder, load_preset(world[1]))
+
+
+def test_a_correction_goes_on_where_nothing_depends_on_it(world):
+    from saeexplainer.run import forget_empty_claim
+    from saeexplainer.sft import claim
+    folder, now = world[0]/'runs'/'corrected', lambda **fields: Run(folder, load_preset(world[1], **fields), progress=False)
+    with now(evaluation_writer='local:/nope') as run: run.store.start('sft')
+    with now(sft_lr=1e-4) as run: # SFT has not ended, so what it is told may change; that of its checkpoints is its own affair
+        assert run.changed == dict(evaluation_writer=('local:/nope', 'local'), sft_lr=(6e-4, 1e-4))
+        assert load_preset(folder/'preset.yaml').evaluation_writer == 'local:/nope' # a look at it changes nothing
+        claim(run.adapter('sft')/'checkpoints', dict(sft_lr=6e-4))
+        forget_empty_claim(run.adapter('sft'))
+        assert not (run.adapter('sft')/'checkpoints').exists()
+        run.keep_preset()
+        run.store.finish('sft')
+    with pytest.raises(ValueError, match=r'\(sft_lr: 0.0001 -> 0.0006\)'): now() # another change beside it is not named
+    with now(sft_lr=1e-4, n_texts=3, dpo_rounds=1, n_test=5) as run: run.store.put_explanations([('round1', 1, 0, 'a')])
+    with now(sft_lr=1e-4, n_texts=3) as run: run.store.put_texts([('round1', 1, 0, 'preference', 0, 'a text', None, None)])
+    with pytest.raises(ValueError, match=r'\(n_texts: 2 -> 3\)'): now(sft_lr=1e-4, n_texts=3)
+    with now(sft_lr=1e-4, reward='max') as run:
+        for stage in ('prefs1', 'dpo1', 'prefs2'): run.store.start(stage); run.store.finish(stage)
+    with pytest.raises(ValueError, match='dpo_rounds: 2 -> 1'): now(sft_lr=1e-4, dpo_rounds=1)
+    with now(sft_lr=1e-4, dpo_lr=(2e-4, 5e-5)): pass # round 1 was made with the first of them
+    with pytest.raises(ValueError, match='dpo_lr'): now(sft_lr=1e-4, dpo_lr=(3e-4, 1e-4))
+
+
+@pytest.mark.parametrize('fields, said', [
+    (dict(evaluation_writer='local:/nope'), "evaluation_writer: there is no folder '/nope'"),
+    (dict(writer='local:/nope/at/all'), 'writer: there is no folder'),
+    (dict(writer='local:{bare}'), 'writer: .*has no chat template'),
+    (dict(evaluation_writer='local:{empty}'), 'holds no model: weights are read from .safetensors'),
+    (dict(target='{empty}'), 'target: .*holds no model'),
+    (dict(target='{narrow}'), 'the SAE is 64 wide and the model .* 32'),
+    (dict(target='{shallow}'), 'the SAE reads layer 1, the model .* has layers 0 to 0'),
+    (dict(ao_adapter='./nope'), "ao_adapter: there is no folder './nope'")])
+def test_what_would_fail_hours_later_is_said_before_anything_is_trained(world, tmp_path, fields, said):
+    "The same name is free for the corrected command"
+    folders = {name: str(tmp_path/name) for name in ('bare', 'empty', 'narrow', 'shallow')}
+    (tmp_path/'empty').mkdir()
+    tiny_model(n_layers=2).save_pretrained(folders['bare'])
+    tiny_tokenizer(chat=None).save_pretrained(folders['bare'])
+    for name, size in dict(narrow=dict(d=32), shallow=dict(n_layers=1)).items():
+        tiny_model(**size).save_pretrained(folders[name])
+        tiny_tokenizer().save_pretrained(folders[name])
+    with Run(tmp_path/'run', load_preset(world[1], **{k: v.format(**folders) for k, v in fields.items()}), progress=False) as run:
+        with pytest.raises((ValueError, OSError), match=said) as refused: execute(run, say=lambda line: None)
+        assert '\n' not in str(refused.value) and not run.store.begun()
+    with Run(tmp_path/'run', load_preset(world[1]), progress=False) as run: run.check()
+
+
+def test_controls_need_features(world, tmp_path):
+    with Run(tmp_path/'run', load_preset(world[1], n_controls=9), progress=False) as run:
+        few = dict(list(run.features.items())[:20])
+        run.features.clear()
+        run.features.update({i: f if i < 5 else dataclasses.replace(f, max_act=0.) for i, f in few.items()})
+        with pytest.raises(ValueError, match='n_controls is 9, but only 5 features are alive'): run._check_target()
+
+
+def test_features_that_change_under_a_run_are_refused(world, tmp_path, monkeypatch):
+    shutil.copytree(world[0]/'data', tmp_path/'data')
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    file, here = tmp_path/'data'/'tiny'/'features.parquet', lambda: Run(tmp_path/'run', load_preset(world[1]), progress=False)
+    with here() as run: test = run.splits['test']
+    table = pq.read_table(file).to_pandas()
+    write = lambda kept: kept.to_parquet(file)
+    write(table[table['index'] != test[0]]) # nothing has begun: it is another table, no more
+    with here() as run: assert test[0] not in run.splits['test'] and not run.store.begun()
+    write(table)
+    with here() as run:
+        assert run.splits['test'] == test
+        run.store.start('sft')
+    write(table.assign(explanation=table['explanation'].where(table['index'] != test[0]), status=table['status'].where(table['index'] != test[0], 'unlabelled')))
+    for look in (lambda run: execute(run, say=lambda line: None), lambda run: run.splits):
+        with here() as run, pytest.raises(ValueError, match=r"features.parquet has changed since .* was begun \(labelled: 36 -> 35; sha256: '.{12}' -> '.{12}'\): put the old one back, or choose"): look(run)
+    write(table.sort_index()) # the same features in another file
+    with here() as run:
+        assert run.splits['test'] == test
+        with run.store._write() as db: db.execute("DELETE FROM meta WHERE key LIKE 'begun with %'") # begun by an earlier version
+    with here() as run: assert run.splits['test'] == test and run.store.meta('begun with features')['labelled'] == 36
+    with here() as run: assert run.store.meta('begun with sae') is None and run.reader
+    tiny_sae(tmp_path/'data'/'tiny'/'sae', d_sae=40, layer=1, model_name='tiny', threshold=(.01, .02), seed=5)
+    with here() as run, pytest.raises(ValueError, match='the SAE tiny/sae has changed since .* was begun'): run.check()
+
+
+def copy_of(run, folder): # a finished run that may be damaged
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns('.lock'))
+    return folder
+
+
+def flip(file, place=-5): # one bit of one byte
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'adapter_config.json', 'explainer.json', 'training.json'])
+def test_a_flipped_bit_in_what_a_run_reads_back_is_seen(world, finished, tmp_path, name):
+    from saeexplainer.report import write_results
+    folder = copy_of(finished[0], tmp_path/'run')
+    flip(folder/'explainer'/'sft'/name)
+    with Run(folder, load_preset(world[1]), progress=False) as run:
+        said = f'{name} is not what stage sft has made .SHA-256 .{{12}}, not .{{12}}.: put it back from a copy'
+        with pytest.raises(ValueError, match=said): run.explainer('sft')
+        with pytest.raises(ValueError, match=said): write_results(run)
+        run.explainer('dpo1')
+    with Run(tmp_path/'twin', load_preset(world[1]), progress=False, like=folder) as run: # nor is it taken over
+        with pytest.raises(ValueError, match=f'{name} is not what stage sft has made'): execute(run, say=lambda line: None)
+    (folder/'explainer'/'sft'/name).unlink()
+    with Run(folder, load_preset(world[1]), progress=False) as run:
+        with pytest.raises(FileNotFoundError, match=f'{name} is missing, which stage sft has made'): run.explainer('sft')
+
+
+def test_a_damaged_table_of_results_names_its_file(finished, tmp_path):
+    from saeexplainer.report import write_report
+    report = copy_of(finished[1], tmp_path/'report')
+    write_report(report)
+    flip(report/'metrics.parquet', 60) # in the first page
+    with pytest.raises(ValueError, match='metrics.parquet is damaged: '): Results(report)['metrics']
+    (report/'provenance.json').write_text((report/'provenance.json').read_text()[:90])
+    with pytest.raises(ValueError, match='provenance.json is not JSON'): Results(report)
+
+
+def test_a_damaged_preset_file(world, tmp_path):
+    "The copy in the store counts; without one, as in runs of earlier versions, the line says what is wrong"
+    folder, file = tmp_path/'run', tmp_path/'run'/'preset.yaml'
+    here = lambda **fields: Run(folder, load_preset(world[1], **fields), progress=False)
+    with here() as run: run.store.start('sft')
+    whole = file.read_bytes()
+    cut = whole[:whole.index(b'n_candidates')]
+    for damaged in (cut, b'', whole[:-1], b'name: [', whole.replace(b'sae: tiny', b'sae: \xff\xfe: tiny')):
+        file.write_bytes(damaged)
+        with here(): pass
+        assert file.read_bytes() == whole
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r'another preset \(layer: 1 -> 0\)'): here(layer=0)
+    file.unlink()
+    with pytest.raises(ValueError, match=r'another preset \(layer: 1 -> 0\)'): here(layer=0)
+    file.write_bytes(whole.replace(b'layer: 1', b'layer: 0')) # edited by hand
+    with pytest.raises(ValueError, match=r'another preset \(layer: 1 -> 0\)'): here(layer=0)
+    with here() as run:
+        with run.store._write() as db: db.execute("DELETE FROM meta WHERE key='preset'")
+    file.write_bytes(cut)
+    with RunStore(folder/'store.sqlite') as store, store._write() as db: db.execute("DELETE FROM meta WHERE key='preset'")
+    with pytest.raises(ValueError, match='preset.yaml is damaged or cut off: put it back from a copy, or choose another --name'): here()
+    file.write_bytes(whole)
+    with here() as run: assert run.store.meta('preset')['layer'] == 1
+    template = 'Über {placeholder}?'
+    with Run(tmp_path/'de', load_preset(world[1], template=template), progress=False) as run:
+        run.store.start('sft')
+        with run.store._write() as db: db.execute("DELETE FROM meta WHERE key='preset'")
+    (tmp_path/'de'/'preset.yaml').write_bytes((tmp_path/'de'/'preset.yaml').read_text(encoding='utf-8').encode('latin-1')) # as earlier versions did there
+    with Run(tmp_path/'de', load_preset(world[1], template=template), progress=False): pass
+    assert template in (tmp_path/'de'/'preset.yaml').read_text(encoding='utf-8')
+
+
+def test_an_empty_store_beside_adapters_is_noticed(world, finished, tmp_path):
+    folder = copy_of(finished[0], tmp_path/'run')
+    for file in folder.glob('store.sqlite*'): file.unlink()
+    with pytest.raises(ValueError, match=r'holds adapters \(dpo1, dpo2, sft\), but its store is empty: store.sqlite and store.sqlite-wal belong together'): Run(folder, load_preset(world[1]))
+
+
+def test_the_lock_empties_no_file(world, tmp_path):
+    (tmp_path/'run').mkdir()
+    precious = tmp_path/'precious'
+    precious.write_text('all of it')
+    (tmp_path/'run'/'.lock').symlink_to(precious)
+    try: Run(tmp_path/'run', load_preset(world[1])).close()
+    except (OSError, RuntimeError): pass # or it is refused
+    assert precious.read_text() == 'all of it'
+
+
+def test_an_evaluation_is_no_run_and_a_run_no_evaluation(world, tmp_path):
+    with Run(tmp_path/'ev', load_preset(world[1]), progress=False) as run:
+        run.store.put_explanations([('mine', 1, 0, 'the word dog')])
+        with pytest.raises(ValueError, match='holds an evaluation, not a run: choose another --name'): execute(run, say=lambda line: None)
+    with Run(tmp_path/'ev', load_preset(world[1], n_sft=9, n_test=3, baselines=()), progress=False): pass # nothing of it was made with these
+    with RunStore(tmp_path/'ev'/'store.sqlite') as store: store.put_texts([('mine', 1, 0, 'generative', 0, 'a dog', None, 1.)])
+    with pytest.raises(ValueError, match=r"\(text_temperature: 0.8 -> 5.0\)"): Run(tmp_path/'ev', load_preset(world[1], text_temperature=5.))
+    with Run(tmp_path/'ev', load_preset(world[1], success=.4), progress=False) as run: run.store.put_metrics([('mine', 1, 'generative', 1.)])
+    with pytest.raises(ValueError, match=r"\(success: 0.4 -> 0.5\)"): Run(tmp_path/'ev', load_preset(world[1]))
+
+
+def test_a_run_can_be_evaluated_as_it_is(world, finished, tmp_path):
+    from saeexplainer.metrics import evaluate
+    with Run(tmp_path/'run', load_preset(world[1]), progress=False) as run:
+        table = evaluate(run, {'mine': {1: 'the word dog', 2: 'the word mat'}}, metrics=('generative',), progress=False)
+    assert table.loc[('mine', 'generative'), 'n'] == 2
 
 
 def test_report(finished):
