@@ -22,7 +22,7 @@ import typer, typer.core
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from .show import visible
 
@@ -104,9 +104,11 @@ def resolve(name:str, size:str|None=None, settings=(), writer=None, base_url=Non
     return preset
 
 def check_keys(preset, *which): # 'writer', 'evaluation_writer'
-    "Raise `ValueError` now where a writer at OpenAI will be asked and there is no key"
+    "Raise `ValueError` now where a writer at a server has no price for a budget in dollars, or no key at OpenAI"
     from saeexplainer.presets import is_local
     asked = [getattr(preset, name) for name in which if not is_local(getattr(preset, name))]
+    for model in asked:
+        if preset.budget_usd is not None and model not in preset.prices: raise ValueError(f'a budget in dollars needs a price: prices={{{model!r}: (prompt, reply)}} per million tokens')
     if asked and not (preset.writer_url or os.environ.get('OPENAI_BASE_URL') or os.environ.get('OPENAI_API_KEY')):
         raise ValueError(f'no key for {asked[0]}: set OPENAI_API_KEY in the environment, name a server of your own with --base-url, or use --writer local')
 
@@ -182,7 +184,7 @@ def show_summary(table, # `metrics.summary`
     counts = {metric: n for metric, n, _ in said_of}
     each = max(1, min(5, (out.width - 14)//13))
     for part in (cells.iloc[i:i+each] for i in range(0, len(cells), each)):
-        shown = Table('', 'n', *(Text(str(stage)) for stage in part.index), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown = Table('', 'n', *(Column(Text(visible(stage))) for stage in part.index), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         shown.columns[0].no_wrap = True
         for metric, row in zip(part.columns, part.T.values):
             shown.add_row(metric, counts.get(metric, ''), *(Text(c.replace(' [', '\n').replace(', ', '–').rstrip(']')) for c in row))
@@ -227,7 +229,7 @@ def show_plan(preset, folder:Path, as_json:bool):
     lines = {'run': f'{folder}, ' + ('begun: the same command goes on with it' if p['begun'] else 'new'), 'target': preset.target, 'SAE': preset.sae, 'explainer': preset.explainer,
              'writer': preset.writer + ('' if preset.writer == preset.evaluation_writer else f', judge {preset.evaluation_writer}') + (f" at {address(preset.writer_url or os.environ.get('OPENAI_BASE_URL') or 'OpenAI')}" if remote else ''),
              'key': ('OPENAI_API_KEY is set' if os.environ.get('OPENAI_API_KEY') else 'OPENAI_API_KEY is not set') if remote else 'none is needed',
-             'features': ', '.join(f'{n:,} {k}' for k, n in p['features'].items()) + (f', from {file}' if file.exists() else f': `saeexplainer features {preset.called}` comes first' + (no_data() if preset.corpus == 'embedded' else '')),
+             'features': ', '.join(f'{n:,} {k}' for k, n in p['features'].items()) + (f', from {file}' if file.exists() else (preset.corpus == 'embedded' and no_data()) or f': `saeexplainer features {preset.called}` comes first'),
              'labels': preset.label_model or 'the default of their source', 'memory': gb(p['memory_gb']) + memory_of(preset), 'disk': gb(p['disk_gb']),
              'time': 'not known' if p['hours'] is None else f"{span(*p['hours'])} on {p['machine']} (" + ', '.join(f'{k} {span(h)}' for k, h in p['stages'].items()) + ')',
              'requests': f"{p['requests']:,}, {p['tokens_in']/1e6:.1f}M tokens in, {p['tokens_out']/1e6:.1f}M out; {span(p['waiting'])} more, if each takes three seconds" if p['requests'] else 'none',
@@ -676,12 +678,8 @@ def _first(error:BaseException) -> BaseException: # of a group of errors
     return error
 
 def _tracker() -> str: # where faults are reported
-    import importlib.metadata
-    try:
-        home = importlib.metadata.metadata('saeexplainer').get('Home-page')
-    except importlib.metadata.PackageNotFoundError:
-        home = None
-    return f'{home}/issues' if home else "the project's issue tracker"
+    from saeexplainer.presets import home_page
+    return f'{home_page()}/issues'
 
 def _about_cache(error:OSError) -> str: # what helps where the cache cannot be written
     from saeexplainer.models import cache_dir

@@ -128,7 +128,7 @@ class FeatureExplorer:
         self.preset = load_preset(preset) if isinstance(preset, (str, Path)) else preset
         check_sae_of(self.preset)
         self.features = [f for f in load_features(self.preset) if f.status not in ('dead', 'incomplete')]
-        if not self.features: raise ValueError(f'{self.preset.name} has no features that fire: saeexplainer features {self.preset.name}')
+        if not self.features: raise ValueError(f'{self.preset.name} has no features that fire: saeexplainer features {self.preset.called}')
         self.known, self.drawn, self._explainer, self._clamps = {f.index: f for f in self.features}, {}, explainer, {}
         self.explained = {} # index -> what the explainer said of it here
         if target is not None: self.target = target

@@ -249,7 +249,7 @@ def _check_contexts(table, file): # raises `ValueError` where one of them has no
 
 def _read_table(file:Path, preset) -> pa.Table:
     from saeexplainer.presets import no_data
-    if not file.exists(): raise FileNotFoundError(f'there is no {file}: `saeexplainer features {preset.name}` makes it' + (no_data() if preset.corpus=='embedded' else ''))
+    if not file.exists(): raise FileNotFoundError(f'there is no {file}' + (preset.corpus == 'embedded' and no_data() or f': `saeexplainer features {preset.called}` makes it'))
     table = _opened(file, 'feature table')
     missing = [name for name in FEATURES_SCHEMA.names if name not in table.column_names and name != 'explanations']
     if missing: raise ValueError(f'{file} is not a feature table: it lacks the columns {", ".join(missing)}')

@@ -387,5 +387,5 @@ def explainer_of(preset, given=None): # folder or hub id
     "The explainer that is named, or the shipped one; raises `ValueError` where there is none"
     if given == 'ao' and preset.ao_adapter and (note := oracle_note(preset, preset.layer)): print(note, file=sys.stderr)
     folder = given or shipped_explainer(preset)
-    if folder is None: raise ValueError(f'no explainer is shipped for {preset.name}: give one with --explainer, or train one with saeexplainer run {preset.name}')
+    if folder is None: raise ValueError(f'no explainer is shipped for {preset.name}: give one with --explainer, or train one with saeexplainer run {preset.called}')
     return folder

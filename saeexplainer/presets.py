@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'REQUIRED', 'YAML_CHARACTERS', 'YAML_DEPTH', 'Preset', 'shown', 'stays_inside',
-           'presets', 'is_local', 'data_dir', 'no_data', 'plain_yaml', 'load_preset', 'diff', 'model_size', 'sae_size',
-           'memory_parts', 'needs', 'preset_table', 'field_help']
+           'presets', 'is_local', 'data_dir', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'model_size',
+           'sae_size', 'memory_parts', 'needs', 'preset_table', 'field_help']
 
 # %% ../nbs/parts/presets.ipynb #588cbd60
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -338,7 +338,17 @@ def data_dir() -> Path: # `$SAEEXPLAINER_DATA`, or data/ beside the package
 
 def no_data() -> str: # for the end of an error; empty where the folder is there
     "Where what is shipped can be had"
-    return '' if data_dir().is_dir() else f'; there is no {data_dir()} either: what is shipped lies in data/ of a checkout, so `pip install -e .` there, or set SAEEXPLAINER_DATA to it'
+    if data_dir().is_dir(): return ''
+    return (f'; there is no {data_dir()} either: what is shipped lies in data/ of a checkout: `git clone {home_page()}` and `pip install -e .` there, '
+            'or set SAEEXPLAINER_DATA to that data/')
+
+def home_page() -> str:
+    "Return where the project lives, by the metadata of the package"
+    import importlib.metadata
+    try:
+        return importlib.metadata.metadata('saeexplainer').get('Home-page') or 'its repository'
+    except importlib.metadata.PackageNotFoundError:
+        return 'its repository'
 
 def _near(name, names) -> str: # "did you mean ...?", or all of a few names
     "The nearest names; one that begins with the same word counts as nearer"
@@ -454,7 +464,7 @@ def memory_parts(preset) -> dict: # GB; empty where the sizes are not known
                 + tokens*(width*layers*each + 40*width*each)/1e9 # what is kept for the backward pass: each layer's input, and all of one layer
                 + tokens*vocabulary*16/1e9) # logits, in fp32 with their gradient and the softmax
     sampling = preset.batch_size*(120*2*keys*layers*each + 24*vocabulary)/1e9 # keys and values of 120 tokens; logits and their copies
-    return {'libraries': .8 if cpu else 1., 'models': (max if preset.swap_models else sum)(held), 'SAE': 2*4*n*target[1]/1e9, 'training or sampling': max(training, sampling)}
+    return {'libraries': .8 if cpu else .4, 'models': (max if preset.swap_models else sum)(held), 'SAE': 2*4*n*target[1]/1e9, 'training or sampling': max(training, sampling)}
 
 def _shape(name:str) -> tuple: # of a model whose size is known
     return _SHAPES[name.split('/')[-1].lower().removesuffix('-it').removesuffix('-instruct')]

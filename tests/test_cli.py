@@ -48,6 +48,14 @@ def test_presets_json(capsys):
     (['run', 'smollm2-135m', '--writer', 'openai', '--model', 'm', '-s', 'budget_usd=3', '--root', '.'], "a budget in dollars needs a price: prices={'m': "),
     (['evaluate', 'no-such.csv'], 'no file no-such.csv'),
     (['report', 'no-such-run'], 'there is no run'),
+    (['explain', '--random', '-2'], "Invalid value for '--random'"), (['features', '--random', '-2'], "Invalid value for '--random'"), (['explain', '5', '--verify', '-3'], "Invalid value for '--verify'"),
+    (['explain', '--random', '2', '--seed', '-1'], "Invalid value for '--seed'"),
+    (['explain', '8-5'], '8-5 is no range of features'), (['explain', '1-999999'], 'is a range of too many features'), (['explain', '99998,99999'], 'there is no feature 99998'),
+    (['verify', '5,6', 'x'], "'5,6' is not one feature"), (['verify', '5', ' '], 'the explanation is empty'),
+    (['run', 'smollm2-135m', '--name', '../x'], "--name must be a name that stays in --root, not '../x'"), (['run', 'smollm2-135m', '--name', 'a\0b'], '--name must be a name that stays'),
+    (['run', 'smollm2-135m', '--like', '/x'], '--like must be a name that stays in --root'), (['run', 'smollm2-135m', '-s', 'name=../../evil'], 'names that stay in their folder'),
+    (['explain', '5', '--verify', '2', '--writer', 'openai', '--model', 'm'], 'no key for m: set OPENAI_API_KEY in the environment, name a server of your own with --base-url'),
+    (['run', 'smollm2-135m', '-s', 'placeholder=""'], 'preset field placeholder must not be empty'), (['run', 'smollm2-135m', '-s', 'preset=x'], 'did you mean base'),
     (['no-such-command'], 'no-such-command')])
 def test_one_line_per_mistake(capsys, tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
@@ -205,7 +213,7 @@ def test_explanations_are_measured_at_the_papers_counts(capsys, tmp_path):
     (tmp_path/'mine.csv').write_text('feature,explanation\n99999,x\n')
     with pytest.raises(SystemExit): main(['evaluate', str(tmp_path/'mine.csv'), '--preset', 'smollm2-135m', '--root', str(tmp_path)])
     assert 'explains no feature that can be measured' in capsys.readouterr().err
-    assert load_preset(tmp_path/'evaluation/preset.yaml').n_generative == 10
+    assert load_preset(tmp_path/'mine/preset.yaml').n_generative == 10 # the folder has the name of the file
 
 
 def test_settings_may_be_anything(capsys, tmp_path, monkeypatch):
@@ -277,3 +285,208 @@ def test_without_what_is_shipped(capsys, tmp_path, monkeypatch): # as after an i
     for args in (['explain', '5'], ['run', 'smollm2-135m', '--root', str(tmp_path/'runs')]):
         said = ends(capsys, *args)[1]
         assert f'there is no {tmp_path}/none either: what is shipped lies in data/ of a checkout' in said, said
+
+
+# ---- one line for every error
+
+def raised(make):
+    "The error that `make` raises, with its traceback"
+    with pytest.raises(BaseException) as e: make()
+    return e.value
+
+
+def test_damaged_files_are_named(tmp_path):
+    import jinja2, sqlite3
+    import pyarrow.parquet as pq
+    from safetensors.torch import load_file
+    from saeexplainer.cli import one_line
+    weights, table, text, store = (tmp_path/name for name in ('w.safetensors', 't.parquet', 'x.json', 's.sqlite'))
+    weights.write_bytes(b'version https://git-lfs.github.com/spec/v1\n')
+    table.write_bytes(b'PAR1')
+    text.write_text('{"a": ')
+    with RunStore(store): pass
+    def read_json():
+        with open(text) as file: return json.load(file)
+    def read_store():
+        path = str(store)
+        with open(path, 'r+b') as file: file.truncate(5000)
+        return sqlite3.connect(path).execute('SELECT * FROM texts').fetchall()
+    for make, says in ((lambda: load_file(str(weights)), f'{weights} is a pointer of git-lfs'), (lambda: pq.read_table(str(table)), 'Parquet'), (read_json, f'{text} is not JSON'),
+                       (read_store, f'{store} is damaged'), (lambda: jinja2.Template('{{ a.b.c }}').render(), 'set chat_template in the preset'),
+                       (lambda: jinja2.Template('{{ 1/0 }}').render(), 'the chat template cannot be rendered (ZeroDivisionError')):
+        line = one_line(raised(make))
+        assert says in line and 'bug' not in line and '\n' not in line, line
+
+
+@pytest.mark.parametrize('error, says', [
+    (MemoryError(), 'not enough memory'), (RecursionError('maximum recursion depth'), 'nested too deeply'), (ImportError('No module named x'), 'a package is missing'),
+    (OSError(28, 'No space left on device', '/x/y'), "No space left on device: '/x/y'"), (Exception('No space left on device (os error 28)'), 'is the disk full?'),
+    (RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 0'), 'is the disk full?'),
+    (ExceptionGroup('several', [ValueError('one\nof them')]), 'one of them'), (ValueError(), 'this is a bug'), (UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'x'), 'is not UTF-8'),
+    (KeyError('peft_type'), "KeyError: 'peft_type': this is a bug of saeexplainer; please report it at https://github.com/saeexplainer/saeexplainer/issues")])
+@pytest.mark.parametrize('debug', [[], ['--debug']])
+def test_every_error_is_one_line(capsys, monkeypatch, error, says, debug):
+    from saeexplainer import cli
+    def fails(*args, **more): raise error
+    monkeypatch.setattr(cli, 'resolve', fails)
+    for args in ([*debug, 'presets', 'x'], ['presets', 'x', *debug]):
+        with pytest.raises(SystemExit) as e: main(args)
+        said = capsys.readouterr().err.splitlines()
+        assert e.value.code == 2 and says in said[-1] and said[-1].startswith('saeexplainer: ')
+        assert (len(said) == 1) == (not debug) and ('Traceback' in said[0] or 'Traceback' in ''.join(said)) == bool(debug)
+
+
+def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch):
+    from saeexplainer.cli import one_line
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', '/nonexistent/.cache/saeexplainer')
+    assert one_line(PermissionError(13, 'Permission denied', '/nonexistent')).endswith('set SAEEXPLAINER_CACHE to a folder that can be read and written')
+    assert 'SAEEXPLAINER_CACHE' not in one_line(PermissionError(13, 'Permission denied', '/elsewhere'))
+
+
+def test_it_runs_as_a_module():
+    import subprocess, sys
+    for module in ('saeexplainer', 'saeexplainer.cli'):
+        said = subprocess.run([sys.executable, '-m', module, 'presets', 'no-such'], capture_output=True, text=True)
+        assert said.returncode == 2 and said.stderr == "saeexplainer: unknown preset 'no-such': see `saeexplainer presets`\n"
+
+
+def test_an_error_loads_no_model_library():
+    import subprocess, sys
+    code = "import sys\nfrom saeexplainer.cli import main\ntry: main(['presets', 'nix'])\nexcept SystemExit: print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == 'False\n'
+
+
+def test_sigterm_says_what_is_kept():
+    import signal, subprocess, sys, time
+    p = subprocess.Popen([sys.executable, '-m', 'saeexplainer', 'explain', '--random', '3'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(5) # it is loading
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=60)[1]
+    assert p.returncode == 143 and said.splitlines()[-1] == 'saeexplainer: ended by SIGTERM; nothing was kept'
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    main(['run', 'smollm2-135m', '--dry-run', '--json', '--root=~/runs'])
+    assert json.loads(capsys.readouterr().out)['run'] == str(tmp_path/'runs'/'smollm2-135m-demo')
+    assert f'{tmp_path}/x' in ends(capsys, 'explain', '5', '--explainer=~/x')[1]
+
+
+def test_messages_name_the_file_of_a_preset(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    (tmp_path/'mine.yaml').write_text('base: smollm2-135m\nsource: tiny/1-res\n')
+    assert '`saeexplainer features mine.yaml` makes it' in ends(capsys, 'explain', 'mine.yaml', '3')[1]
+    (tmp_path/'mine.yaml').write_text('base: smollm2-135m\n')
+    assert 'train one with saeexplainer run mine.yaml' in ends(capsys, 'explain', 'mine.yaml', '3')[1]
+
+
+# ---- lists, tables and marks
+
+def test_lists_and_ranges_of_features():
+    from saeexplainer.cli import listed
+    assert listed(['5,8', '10-12', '3 4', 'a/b/1', 'mine.yaml']) == ['5', '8', '10', '11', '12', '3', '4', 'a/b/1', 'mine.yaml'] and listed(None) == []
+    assert preset_and_names(['gemma-2-9b-l20', '5-6']) == ('gemma-2-9b-l20', ['5', '6']) and preset_and_names(['5,8']) == ('smollm2-135m', ['5', '8'])
+
+
+@pytest.mark.parametrize('width', [60, 80, 140])
+def test_the_table_of_presets_fits(capsys, monkeypatch, width):
+    from rich.console import Console
+    from saeexplainer import cli
+    from saeexplainer.presets import presets
+    monkeypatch.setattr(cli, 'out', Console(width=width))
+    main(['presets'])
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line.strip() and line.split()[0] in presets()]
+    assert sorted(names) == sorted(presets()) and names[0] == 'smollm2-135m' and all(len(line) <= width for line in lines)
+
+
+def test_words_are_marked_where_styles_are_not_drawn(monkeypatch):
+    from rich.console import Console
+    from saeexplainer import cli
+    pieces = [('The', False), (' ship', True)]
+    for term, shown in (('dumb', 'The [ship]'), ('xterm', 'The ship')):
+        monkeypatch.setattr(cli, 'out', Console(force_terminal=True, _environ={'TERM': term}))
+        assert marked(pieces).plain == shown
+
+
+def test_lines_are_whole_in_a_pipe(capsys):
+    main(['features', '5', '8'])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith('smollm2-135m/9-res-4k/')]) == 2 and max(map(len, lines)) > 80
+
+
+def test_flags_take_no_value_in_help(capsys):
+    for args in (['-h'], ['explain', '-h'], ['run', '--help']):
+        main(args)
+        assert '<bool>' not in capsys.readouterr().out
+
+
+def test_names_of_presets_are_completed():
+    from saeexplainer.cli import _complete
+    assert _complete('smo') == ['smollm2-135m'] and len(_complete('gemma-2-9b')) == 6
+
+
+def test_times_are_in_minutes_where_they_are_short():
+    from saeexplainer.cli import span
+    assert (span(.05, .2), span(.005), span(3., 12.)) == ('3 to 12 min', '0.3 min', '3.0 to 12.0 h')
+
+
+# ---- explanations of one's own, on a tiny model
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    from test_run import make_preset
+    folder = tmp_path_factory.mktemp('tiny')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SAEEXPLAINER_DATA', str(folder/'data')); patch.setenv('SAEEXPLAINER_CACHE', str(folder/'cache'))
+        yield folder, str(make_preset(folder, baselines=[]))
+
+
+@pytest.mark.parametrize('says, made', [('', 0), ("I am sorry, I cannot help with that.", 0), ('{"sentences": ["a cat", "a dog", "the rain", "the sea"]}', 4)])
+def test_texts_that_were_never_written_are_no_misses(tiny, capsys, says, made):
+    from writer_server import Server
+    with Server(lambda asked, n: says) as server:
+        args = ['--writer', 'openai', '--base-url', server.url, '--model', 'm']
+        main(['verify', '3', 'the word cat', '--preset', tiny[1], '--texts', '4', '--json', *args])
+        verdict = json.loads(capsys.readouterr().out)
+        main(['verify', '3', 'the word cat', '--preset', tiny[1], '--texts', '4', *args])
+        line = capsys.readouterr().out.splitlines()[1]
+        main(['explain', tiny[1], '3', '--explainer', 'untrained', '--verify', '4', '--json', *args])
+        [explained] = json.loads(capsys.readouterr().out)
+    for found in (verdict, explained): assert (found['texts'], found['unmade'], found['max_act'], len(found['written'])) == (made, 4 - made, 1., made)
+    if made: assert isinstance(verdict['reached'], int) and 'of 4 texts reach half of 1.0; best' in line and verdict['score'] == pytest.approx(max(t['activation'] for t in verdict['written']), abs=1e-3)
+    else: assert verdict['reached'] is explained['reached'] is verdict['score'] is verdict['best'] is None and '4 of 4 texts could not be written: nothing is known' in line
+
+
+def test_evaluations_say_where_they_are_and_what_helps(tiny, capsys):
+    import pandas as pd
+    folder, preset = tiny
+    root = ['--root', str(folder/'runs')]
+    (folder/'one.csv').write_text('feature,explanation\n3,the word cat\n5,the word rain\n')
+    (folder/'two.csv').write_text('feature,explanation\n3,words of the sea\n')
+    main(['evaluate', str(folder/'one.csv'), '--preset', preset, *root])
+    said = capsys.readouterr()
+    assert 'chance is 33.3%' in said.out and f"{folder/'runs'/'one'}/explanations.csv" in said.out and '2 explanations and 2 labels beside them' in said.err
+    assert all(len(line) <= 80 for line in said.out.splitlines() if '–' in line)
+    each = pd.read_csv(folder/'runs'/'one'/'explanations.csv')
+    assert len(each) == 4 and each.columns[:4].tolist() == ['stage', 'feature', 'explanation', 'generative'] and each.query("stage == 'one'")['explanation'].tolist() == ['the word cat', 'the word rain']
+    assert {'feature', 'kind', 'text', 'activation'} <= set(pd.read_csv(folder/'runs'/'one'/'texts.csv'))
+    main(['evaluate', str(folder/'two.csv'), '--preset', preset, '--name', 'one', '--json', *root]) # beside it
+    assert {row['stage'] for row in json.loads(capsys.readouterr().out)} >= {'one', 'two', 'label'}
+    assert set(pd.read_csv(folder/'runs'/'one'/'summary.csv')['stage']) >= {'one', 'two', 'label'}
+    main(['report', 'one', *root])
+    assert 'summary.csv' in capsys.readouterr().out
+    (folder/'one.csv').write_text('feature,explanation\n3,the word dog\n')
+    line = ends(capsys, 'evaluate', str(folder/'one.csv'), '--preset', preset, *root)[1]
+    assert "has measured another explanation of feature 3: 'the word cat', not 'the word dog': choose another --name, or give the file another name" in line
+    (folder/'runs'/'empty').mkdir(); (folder/'runs'/'empty'/'preset.yaml').write_text(load_preset(preset).to_yaml())
+    assert 'holds no results yet' in ends(capsys, 'report', 'empty', *root)[1]
+
+
+def test_another_size_is_one_word(tmp_path, capsys):
+    (tmp_path/'mine.csv').write_text('feature,explanation\n99999,x\n')
+    args = ['evaluate', str(tmp_path/'mine.csv'), '--preset', 'smollm2-135m', '--root', str(tmp_path)]
+    with RunStore(tmp_path/'mine'/'store.sqlite'): pass
+    (tmp_path/'mine'/'preset.yaml').write_text(load_preset('smollm2-135m', size='demo').to_yaml())
+    assert ends(capsys, *args)[1].endswith('was begun with smollm2-135m at size demo, not smollm2-135m at size full: choose another --name, or --size demo')
