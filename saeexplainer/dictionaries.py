@@ -200,7 +200,7 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
             target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
             with nullcontext() if is_local(preset.evaluation_writer) else RunStore(paid) as store: # a server's replies, until they are all in the file
                 _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
-            paid.unlink(missing_ok=True)
+            for file in (paid, paid.with_name(paid.name + '.lock')): file.unlink(missing_ok=True)
             parts.append(verified)
         return _finish(out, parts)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from .files import whole
-from .models import EMBEDDED, EMBEDDED_SHA256, backbone, decoder_layers, embedded_model_dir, load_model, weights_sha256
+from .models import EMBEDDED, EMBEDDED_SHA256, backbone, decoder_layers, load_model, model_source, stream_of, weights_sha256, with_stream
 from .saes import check_directions
 from .sampling import sample, seed_for
 
@@ -76,13 +76,19 @@ class Injector:
         if not 0 <= layer < len(layers): raise ValueError(f'there is no layer {layer} to inject after: the model has layers 0 to {len(layers)-1}')
         if getattr(self.body, 'injector', None) is not None: raise ValueError('this model has an injector already: remove() it first')
         self.body.injector = self
-        self.placeholder_id, self.coefficient, self._vectors, self._plan = placeholder_id, coefficient, None, None
-        self._hooks = [self.body.register_forward_pre_hook(self._find, with_kwargs=True, prepend=True),
+        self.placeholder_id, self.coefficient, self._vectors, self._plan, self._given = placeholder_id, coefficient, None, None, None
+        whole_model = model.get_base_model() if hasattr(model, 'get_base_model') else model
+        self._hooks = [whole_model.register_forward_pre_hook(self._hand_over, with_kwargs=True, prepend=True),
+                       self.body.register_forward_pre_hook(self._find, with_kwargs=True, prepend=True),
                        layers[layer].register_forward_hook(self._add, prepend=True)]
 
+    def _hand_over(self, model, args, kwargs): # before the model: some (MPT, BLOOM) do not pass on to the backbone what they do not know
+        self._given = kwargs.pop('feature_vector', None)
+        return args, kwargs
+
     def _find(self, body, args, kwargs): # before the backbone: which places, and which unit vectors
-        given = kwargs.pop('feature_vector', None)
-        vectors, self._plan = self._vectors if given is None else given, None
+        given = kwargs.pop('feature_vector', self._given)
+        vectors, self._plan, self._given = self._vectors if given is None else given, None, None
         if vectors is None: return args, kwargs
         ids = kwargs.get('input_ids', args[0] if args else None)
         if ids is None: raise ValueError('the placeholder is found by its token id: call the model with input_ids')
@@ -94,7 +100,7 @@ class Injector:
     def _add(self, layer, args, output): # after the layer: Eq. 6
         if self._plan is None: return None
         h = output[0] if isinstance(output, tuple) else output
-        h = add_direction(h, *(x.to(h.device) for x in self._plan), self.coefficient)
+        h = with_stream(layer, h, add_direction(stream_of(layer, h), *(x.to(h.device) for x in self._plan), self.coefficient))
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
 # %% ../nbs/00_injection.ipynb #931afdd2
@@ -139,7 +145,8 @@ class FeatureCollator:
 # %% ../nbs/00_injection.ipynb #27d3a373
 def _model_sha256(name:str) -> str|None: # of the weights: the embedded model or a folder; None for a hub id
     if name == EMBEDDED: return EMBEDDED_SHA256
-    return weights_sha256(name) if Path(name).is_dir() else None
+    folder = Path(name).expanduser()
+    return weights_sha256(folder) if folder.is_dir() else None
 
 def _versions() -> dict[str, str]: # of the libraries that an adapter depends on
     from importlib.metadata import version
@@ -217,6 +224,7 @@ def save_adapter(model, # PeftModel whose adapter 'default' is saved
     config = json.loads(json.dumps(model.peft_config['default'].to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
     config.update(base_model_name_or_path=card.base_model, inference_mode=True)
     (folder/'adapter_config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
+    shutil.copymode(folder/'adapter_config.json', folder/'adapter_model.safetensors') # safetensors closes its files to others
     card.save(folder)
 
 # %% ../nbs/00_injection.ipynb #27dc6f79
@@ -275,7 +283,8 @@ Explainer.sample = _sample
 
 # %% ../nbs/00_injection.ipynb #82145844
 def _fetch(source) -> Path: # a folder as it is, a hub id downloaded
-    if Path(source).is_dir(): return Path(source)
+    folder = Path(source).expanduser()
+    if folder.is_dir(): return folder
     if str(source).startswith(('.', '/', '~')) or str(source).count('/') != 1: raise FileNotFoundError(f'no explainer at {source}: give a folder or a hub id')
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(str(source), allow_patterns=['*.json', '*.safetensors']))
@@ -337,8 +346,8 @@ def oracle_layers(n_layers:int) -> list[int]:
 def oracle_note(preset, layer:int) -> str|None: # what to say beside an oracle's numbers; None: the layer is on its grid
     "Whether an oracle is asked about a layer that it was not trained on"
     from transformers import AutoConfig
-    name = embedded_model_dir() if preset.explainer==EMBEDDED else preset.explainer
-    grid = oracle_layers(AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers)
+    config = AutoConfig.from_pretrained(model_source(preset.explainer), trust_remote_code=False)
+    grid = oracle_layers(config.get_text_config().num_hidden_layers)
     if layer not in grid: return f'ao: layer {layer} is off the grid that the oracle was trained on (layers {", ".join(map(str, grid))})'
 
 @classmethod

@@ -268,7 +268,7 @@ def score_texts(store, target, # RunStore; Target, which reads the features
                 preset, stages=None, # None: all
                 progress:bool=False
                ) -> int: # texts read now
-    "The largest activation of each stored evaluation text; a text without tokens is recorded as the error 'empty'"
+    "The largest activation of each stored evaluation text; a text that has none is recorded with the reason: 'empty', 'too long'"
     texts = store.texts(kind=KINDS)
     known = texts[texts.score.notna()].drop_duplicates(['feature', 'text']).set_index(['feature', 'text']).score.to_dict()
     waiting = store.unscored(None if stages is None else list(stages), KINDS)
@@ -277,7 +277,7 @@ def score_texts(store, target, # RunStore; Target, which reads the features
         for i in range(0, len(groups), 8*preset.batch_size):
             batch = groups[i:i + 8*preset.batch_size]
             new = [key for key, _ in batch if key not in known]
-            if new: known |= dict(zip(new, map(float, target.max_acts([text for _, text in new], [int(f) for f, _ in new]))))
+            if new: known |= dict(zip(new, target.scores([text for _, text in new], [int(f) for f, _ in new])))
             store.put_scores([(r.stage, r.feature, r.k, r.kind, r.j, known[key]) for key, rows in batch for r in rows.itertuples()])
             bar.update(len(batch))
     return len(waiting)
@@ -326,7 +326,9 @@ def verify(target, writer, # Target; Writer: the preset says whether it is asked
     for (i, keys), reply in answers(writer, asked, sizes, stage='verify', total=len(asked), progress=progress):
         for (_, j), (text, error) in zip(keys, _entries(reply, keys, sizes)): texts[i][j] = text
     made = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
-    if made: scores[tuple(zip(*made))] = target.max_acts([texts[i][j] for i, j in made], [explanations[i][0] for i, _ in made])
+    read = target.scores([texts[i][j] for i, j in made], [explanations[i][0] for i, _ in made]) if made else []
+    for (i, j), score in zip(made, read):
+        if not isinstance(score, str): scores[i, j] = score
     return [Verified(int(f), row, s) for (f, _), row, s in zip(explanations, texts, scores)]
 
 # %% ../nbs/04_metrics.ipynb #e511c76c

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'EMBEDDED_SHA256', 'EMBEDDED_WHEEL', 'PLAIN_TURNS', 'MODEL_JSON', 'TEXT_KEYS', 'cache_dir',
            'weights_sha256', 'embedded_gguf', 'embedded_model_dir', 'model_source', 'check_model_files', 'model_device',
-           'load_tokenizer', 'load_model', 'check_complete', 'check_finite', 'backbone', 'decoder_layers',
-           'context_length']
+           'load_tokenizer', 'load_model', 'check_complete', 'check_finite', 'backbone', 'decoder_layers', 'routers',
+           'context_length', 'stream_of', 'with_stream']
 
 # %% ../nbs/parts/models.ipynb #7121b5f4
 import codecs, hashlib, os, re, shutil, sys, uuid
@@ -206,18 +206,34 @@ def _contiguous(head, args): return (args[0].contiguous(), *args[1:])
 def backbone(model) -> torch.nn.Module: # a causal LM, with or without PEFT around it
     "The model without its LM head"
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    return base.model if base.base_model is base else base.base_model # Llama 4 has another name for it than it says
+    body = getattr(base, 'model', base) if base.base_model is base else base.base_model # Llama 4 has another name for it than it says
+    return getattr(body, 'decoder', body) # OPT's head calls the decoder inside
 
 def decoder_layers(model) -> torch.nn.ModuleList:
     "The decoder layers of a causal LM; raises `ValueError` where they are not known"
     body = backbone(model)
-    for inner in (body, *(getattr(body, name) for name in ('language_model', 'text_model', 'decoder') if hasattr(body, name))):
+    for inner in (body, *(getattr(body, name) for name in ('language_model', 'text_model') if hasattr(body, name))):
         for name in ('layers', 'h', 'blocks'):
             if isinstance(getattr(inner, name, None), torch.nn.ModuleList): return getattr(inner, name)
     raise ValueError(f'{type(body).__name__} has no decoder layers that are known here (looked for .layers, .h and .blocks)')
+
+def routers(model) -> list[str]: # names of modules
+    "Linear layers that return more than a product, as Llama 4's routers do: PEFT cannot adapt them"
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith('Router')]
 
 def context_length(model) -> int|None: # None: it has no limit
     "How many tokens a model reads at most"
     config = model.config.get_text_config()
     found = (getattr(config, name, None) for name in ('max_position_embeddings', 'max_seq_len', 'n_positions'))
     return next((n for n in found if n), None)
+
+def stream_of(layer, hidden) -> torch.Tensor: # (b, t, d)
+    "The residual stream in what a decoder layer takes or gives: of Gemma 3n's parallel streams the active one"
+    return hidden[layer.config.altup_active_idx] if hidden.ndim == 4 else hidden
+
+def with_stream(layer, hidden, stream) -> torch.Tensor: # like hidden
+    "What a decoder layer takes or gives, with another residual stream"
+    if hidden.ndim != 4: return stream
+    hidden = hidden.clone()
+    hidden[layer.config.altup_active_idx] = stream
+    return hidden

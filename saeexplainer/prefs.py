@@ -154,12 +154,12 @@ def write_texts(store, writer, # Writer; the preset says whether it is asked for
 def score_candidates(store, target, # Target, which reads the feature
                      preset, round:int=1, progress:bool=False
                     ) -> int: # texts scored now
-    "The largest activation of each text (the inner maximum of Eq. 7); special tokens never count"
+    "The largest activation of each text (the inner maximum of Eq. 7); special tokens never count. A text that has none is recorded with the reason"
     stage = stage_of(round)
     todo = list(store.unscored(stage, 'preference').itertuples(index=False))
     for batch in _batched(todo, 8*preset.batch_size, f'{stage}: scores', progress):
-        scores = target.max_acts([row.text for row in batch], [row.feature for row in batch])
-        store.put_scores([(stage, row.feature, row.k, 'preference', row.j, float(s)) for row, s in zip(batch, scores)])
+        scores = target.scores([row.text for row in batch], [row.feature for row in batch])
+        store.put_scores([(stage, row.feature, row.k, 'preference', row.j, s) for row, s in zip(batch, scores)])
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #39876307

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'REQUIRED', 'YAML_CHARACTERS', 'YAML_DEPTH', 'Preset', 'shown', 'stays_inside',
-           'presets', 'is_local', 'data_dir', 'no_data', 'plain_yaml', 'load_preset', 'diff', 'model_size', 'needs',
-           'preset_table', 'field_help']
+           'presets', 'is_local', 'data_dir', 'no_data', 'plain_yaml', 'load_preset', 'diff', 'model_size', 'sae_size',
+           'memory_parts', 'needs', 'preset_table', 'field_help']
 
 # %% ../nbs/parts/presets.ipynb #588cbd60
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -429,14 +429,42 @@ def model_size(name:str) -> tuple|None: # of a hub id or an embedded name; (bill
     "The published size of a model"
     return _MODELS.get(name.split('/')[-1].lower().removesuffix('-it').removesuffix('-instruct'))
 
+_SHAPES = { # size of the vocabulary, width of a layer's keys
+    'gemma-2-9b': (256_000, 2048), 'llama-3.1-8b': (128_256, 1024), 'gemma-2-27b': (256_000, 2048), 'gemma-2-2b': (256_000, 1024), 'gemma-3-270m': (262_144, 256),
+    'gpt2': (50_257, 768), 'smollm2-135m': (49_152, 192)}
+
+def sae_size(preset) -> int|None: # features; None: not known
+    "Return the size of an SAE by the name of its source"
+    width = re.search(r'(\d+)([km])$', preset.source)
+    if width: return int(width[1])*{'k': 2**10, 'm': 2**20}[width[2]]
+    return 24_576 if preset.source.endswith('res-jb') else None
+
+def memory_parts(preset) -> dict: # GB; empty where the sizes are not known
+    "Return what a run's peak of memory is made of: the larger of training and sampling, beside the models"
+    target, explainer, n = model_size(preset.target), model_size(preset.explainer), sae_size(preset)
+    if not (target and explainer and n): return {}
+    vocabulary, keys = _shape(preset.explainer)
+    billions, width, layers = explainer
+    cpu = target[0] < .5 # small presets are reckoned for a CPU, where the explainer is in fp32
+    held = 2*target[0], (4 if cpu else 2)*billions
+    length, K, M = (45, 1.2, 1.) if cpu else (75, 1., 1.) # tokens of a row
+    rows = max(preset.sft_batch, 2*preset.dpo_batch)
+    tokens, each = rows*length, 4 if cpu else 2
+    training = (16*.012*billions*preset.lora_r/32 # adapter, its gradient and two moments, in fp32
+                + tokens*(width*layers*each + 40*width*each)/1e9 # what is kept for the backward pass: each layer's input, and all of one layer
+                + tokens*vocabulary*16/1e9) # logits, in fp32 with their gradient and the softmax
+    sampling = preset.batch_size*(120*2*keys*layers*each + 24*vocabulary)/1e9 # keys and values of 120 tokens; logits and their copies
+    return {'libraries': .8 if cpu else 1., 'models': (max if preset.swap_models else sum)(held), 'SAE': 2*4*n*target[1]/1e9, 'training or sampling': max(training, sampling)}
+
+def _shape(name:str) -> tuple: # of a model whose size is known
+    return _SHAPES[name.split('/')[-1].lower().removesuffix('-it').removesuffix('-instruct')]
+
 def needs(preset) -> dict|None: # memory_gb and disk_gb; None where the models' sizes are not known
-    "Expected memory of models and SAE, and what is downloaded, in GB"
-    target, explainer, width = model_size(preset.target), model_size(preset.explainer), re.search(r'(\d+)([km])$', preset.source)
-    n = int(width[1])*{'k': 2**10, 'm': 2**20}[width[2]] if width else 24_576 if preset.source.endswith('res-jb') else None
-    if not (target and explainer and n): return None
-    sae, fetched = 2*4*n*target[1]/1e9, 2*target[0] + (2*explainer[0] if preset.explainer != preset.target else 0)
-    models = (2*target[0], 1.25*2*explainer[0])
-    return dict(memory_gb=(max if preset.swap_models else sum)(models) + sae, disk_gb=fetched + sae + 3*.02*2*explainer[0])
+    "Expected peak of memory of a run, and what is downloaded, in GB"
+    parts, target, explainer = memory_parts(preset), model_size(preset.target), model_size(preset.explainer)
+    if not parts: return None
+    fetched = 2*target[0] + (2*explainer[0] if preset.explainer != preset.target else 0)
+    return dict(memory_gb=sum(parts.values()), disk_gb=fetched + parts['SAE'] + 3*.02*2*explainer[0])
 
 # %% ../nbs/parts/presets.ipynb #595fd664
 def preset_table(names=None # default: all built-in presets; `smollm2-135m` at both sizes

@@ -6,12 +6,12 @@
 __all__ = ['TEMPLATE_TOKENS', 'OPTIONAL', 'FORMS', 'LOST', 'TOO_LATE', 'MAYBE_OUTAGE', 'OUTAGE', 'MOST_BYTES', 'Budget',
            'BudgetSpent', 'most_tokens', 'Ledger', 'Traffic', 'api_key', 'check_address', 'bad_request',
            'response_format', 'retry_after', 'server_words', 'Trouble', 'trouble', 'status_trouble', 'TooMuch',
-           'bounded', 'most_characters', 'tokens_of', 'say', 'OpenAIWriter']
+           'bounded', 'most_characters', 'tokens_of', 'say', 'OpenAIWriter', 'listed_models']
 
 # %% ../nbs/parts/remote.ipynb #306c6413
 import asyncio, json, os, random, re, sys, tempfile, threading, time
 from collections import OrderedDict, deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
@@ -140,9 +140,10 @@ class Traffic:
 # %% ../nbs/parts/remote.ipynb #98f42d9d
 def api_key(name:str='OPENAI_API_KEY') -> str|None: # None: there is none
     "Return the key in an environment variable; raise `ValueError`, which does not show it, where it is none"
-    key = os.environ.get(name, '').strip()
+    key = os.environ.get(name, '').strip(' \t')
     if not re.fullmatch('[!-~]*', key):
-        raise ValueError(f'{name} holds characters that no key has (blanks, line breaks, letters or quotes that are not ASCII): copy the key again')
+        what = 'a line break' if re.search('[\r\n]', key) else 'a blank' if re.search(r'\s', key) else 'characters'
+        raise ValueError(f'{name} holds {what} that no key has: set it again, to the key alone')
     if key[:1] in ('"', "'"):
         raise ValueError(f'{name} holds quotes around the key: set it without them')
     return key or None
@@ -154,14 +155,14 @@ def check_address(url:str, # base URL of a server
     url = url.strip()
     shown = re.sub(r'^(.*?//)?.*@', r'\1', re.split('[?#]', url)[0])[:200]
     if why := _unusable(url, password):
-        raise ValueError(f'{shown!r} is no address of a server: {why} (--base-url, writer_url or OPENAI_BASE_URL)')
+        raise ValueError(f'{repr(shown)[1:-1]} is no address of a server: {why} (--base-url, writer_url or OPENAI_BASE_URL)')
     return url
 
 def _unusable(url, password) -> str|None: # why no request can be sent there
     if re.search(r'[\s\x00-\x1f\x7f]', url):
         return 'there is a blank or a line break in it'
     if not url.lower().startswith(('http://', 'https://')):
-        return 'it must begin with http:// or https://'
+        return 'it begins with http:// or https://'
     try:
         parts = urlsplit(url)
     except ValueError: # a bracket without the other
@@ -458,7 +459,8 @@ class _Asking:
         "Return whether a request without a reply is itself the cause: whether the server answers others"
         kind, store = self.lost_by.get(key), self.writer.store
         if self.heard or kind not in (*OUTAGE, *MAYBE_OUTAGE): return True
-        return kind in MAYBE_OUTAGE and (store.answered_after(key, self.writer.name) or await self.answers_others(key))
+        if kind in MAYBE_OUTAGE and store.answered_after(key, self.writer.name): return True
+        return kind in (*MAYBE_OUTAGE, 'unreadable') and await self.answers_others(key)
 
     async def answers_others(self, key) -> bool: # its attempt stands in the books of this request
         "Return whether the server has a reply to a small question"
@@ -723,6 +725,7 @@ class OpenAIWriter(_Model):
         key = api_key(self.key_env)
         if not key and not self.base_url: raise PermissionError(f'no key: set {self.key_env} in the environment, or name a server of your own with base_url')
         try:
+            for name in _proxies().split(' or '): _ = urlsplit(os.environ.get(name, '')).port # raises where it is none
             http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={'response': [bounded]})
             return openai.AsyncOpenAI(api_key=key or 'none', base_url=self.base_url, timeout=self.timeout, max_retries=0, default_headers={'Connection': 'close'}, http_client=http)
         except ImportError: # not installed, and not needed otherwise
@@ -767,3 +770,37 @@ class OpenAIWriter(_Model):
         except (BudgetSpent, OSError, ValueError): wait = self.timeout + 5; raise # what is under way is paid for: it is waited for, and kept
         finally:
             call.stop(); call.close(wait)
+
+# %% ../nbs/parts/remote.ipynb #a5c4817a
+def listed_models(url:str, # base URL of a server
+                  seconds:float=5.) -> list[str]: # after which it does not answer
+    "Return the models that a server says it has; raise one line, without a password or a query, where it is no server"
+    bare = check_address(re.split('[?#]', url)[0], password=True)
+    shown = re.sub('//.*@', '//', bare)
+    key = api_key()
+    async def ask():
+        import openai
+        http = openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={'response': [bounded]})
+        async with openai.AsyncOpenAI(base_url=bare, api_key=key or 'none', timeout=seconds, max_retries=0, http_client=http) as client, asyncio.timeout(seconds):
+            return _json((await client.models.with_raw_response.list()).http_response.content)
+    def why(error) -> Exception:
+        import openai
+        cause = type(error.__cause__ or error).__name__
+        if isinstance(error, openai.APIStatusError): return ConnectionError(f'{shown} answers {error.status_code}: a key is wanted, or another path')
+        if isinstance(error, (openai.APIConnectionError, TimeoutError)):
+            text = str(error.__cause__ or error)
+            return ConnectionError(f'{shown} does not answer' + (': its certificate is not trusted' if 'certificate' in text.lower() else f' ({cause})'))
+        if isinstance(error, ImportError): return ValueError(f'{_proxies("socks") or "a proxy"} names a SOCKS proxy: it needs the package socksio, or unset it')
+        return ValueError(f'{shown} is no OpenAI-compatible server: it does not list its models ({cause})')
+    with ThreadPoolExecutor(1) as thread: # also from within an event loop, as a notebook has one
+        error = thread.submit(lambda: _outcome(ask)).result()
+    if isinstance(error, Exception): raise why(error) from None
+    models = error.get('data') if isinstance(error, dict) else None
+    if not isinstance(models, list): raise why(ValueError())
+    return [m['id'] for m in models if isinstance(m, dict) and isinstance(m.get('id'), str)]
+
+def _outcome(ask): # what it returns, or its error
+    try:
+        return asyncio.run(ask())
+    except Exception as error: # whatever a server's bytes may do to the client
+        return error

@@ -13,14 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 # %% ../nbs/parts/sae_training.ipynb #0535bad4
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.mixing_buffer import mixing_buffer
-from .files import whole
+from .files import hold, read_json, read_tensors, write_json
 from .sft import same_settings
 from .target import residual_hook, residual_stream
 
@@ -53,7 +52,7 @@ def cache_residuals(model, rows, layers, bos, folder, batch:int=16, progress:boo
     folder.mkdir(parents=True, exist_ok=True)
     files = {layer: folder/f'layer{layer}.npy' for layer in layers}
     about = dict(rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest(), layers=list(layers), bos=bos, model=Path(model.config.name_or_path).name, dtype=str(model.dtype))
-    done = json.loads((folder/'done.json').read_text()) if (folder/'done.json').exists() else dict(about, windows=0)
+    done = read_json(folder/'done.json') if (folder/'done.json').exists() else dict(about, windows=0)
     if done | about != done: raise ValueError(f'{folder} holds other activations: delete it, or use another folder')
     arrays = {layer: np.lib.format.open_memmap(f, 'r+' if done['windows'] else 'w+', np.float16, (len(rows), size, d)) for layer, f in files.items()}
     with tqdm(total=len(rows), initial=done['windows'], desc='activations', unit='window', disable=not progress) as bar:
@@ -66,8 +65,8 @@ def cache_residuals(model, rows, layers, bos, folder, batch:int=16, progress:boo
     _write(folder/'done.json', done | dict(windows=len(rows)))
     return arrays
 
-def _write(file, value): # JSON
-    with whole(file) as part: part.write_text(json.dumps(value))
+def _write(file, value): # JSON, on one line
+    write_json(value, file, indent=None)
 
 # %% ../nbs/parts/sae_training.ipynb #21929385
 class CompactAuxLoss(BatchTopKTrainingSAE):
@@ -103,7 +102,7 @@ class Trainer(SAETrainer):
         if n % 10 == 0:
             x, error = out.sae_in.float(), out.sae_in.float() - out.sae_out.float()
             row = dict(step=n, tokens=self.n_training_samples, fvu=(error.pow(2).sum()/(x - x.mean(0)).pow(2).sum()).item(), dead=int(self.dead_neurons.sum()))
-            with open(self.work/'curve.jsonl', 'a') as f: f.write(json.dumps(row) + '\n')
+            with open(self.work/'curve.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
         if n and n % 100 == 0:
             self.save_checkpoint('next', self.work)
             new, last, old = (self.work/name for name in ('next', 'last', 'old'))
@@ -118,9 +117,14 @@ def train_sae(settings:SAESettings, model_name:str, d_in:int,
     "Train an SAE; killed, the same call goes on from its last checkpoint"
     s, work = settings, Path(work)
     work.mkdir(parents=True, exist_ok=True)
+    held = hold(work/'.lock', work)
+    try: return _train(s, model_name, d_in, activations, work, bos)
+    finally: held.release()
+
+def _train(s, model_name, d_in, activations, work, bos):
     about = dict(asdict(s), model=model_name, d_in=d_in)
     if not (work/'settings.json').exists(): _write(work/'settings.json', about)
-    same_settings(json.loads((work/'settings.json').read_text()), about, f'{work} holds another training')
+    same_settings(read_json(work/'settings.json'), about, f'{work} holds another training')
     if (work/'sae').exists(): return work/'sae'
     torch.manual_seed(s.seed)
     metadata = SAEMetadata(model_name=model_name, hook_name=f'blocks.{s.layer}.hook_resid_post', hf_hook_name=f'model.layers.{s.layer}', context_size=s.context, prepend_bos=bos)
@@ -131,7 +135,7 @@ def train_sae(settings:SAESettings, model_name:str, d_in:int,
     trainer.work = work
     if (work/'old').exists() and not (work/'last').exists(): (work/'next').rename(work/'last') # killed between two renames
     if (work/'last').exists():
-        trainer.load_trainer_state(work/'last'); sae.load_state_dict(load_file(work/'last'/'sae_weights.safetensors'))
+        trainer.load_trainer_state(work/'last'); sae.load_state_dict(read_tensors(work/'last'/'sae_weights.safetensors'))
         trainer.data_provider = mixing_buffer(16*s.batch, s.batch, activations(trainer.n_training_samples))
     trainer.fit(); sae.save_inference_model(work/'part'); (work/'part').rename(work/'sae')
     return work/'sae'
@@ -141,8 +145,11 @@ def train_sae(settings:SAESettings, model_name:str, d_in:int,
 def export_sae(folder, # of `train_sae`
                k:int, # active features per token that are wanted
                sample, # (tokens, d) fp32 activations
-               out) -> dict: # threshold and mean active features, before and after
-    "Write an SAE as it is shipped"
+               out, # a folder
+               replace:bool=False # an SAE that lies there: features, explainers and runs may be bound to its weights
+              ) -> dict: # threshold and mean active features, before and after
+    "Write an SAE as it is shipped; raises `ValueError` where another one would be lost"
+    if (Path(out)/'cfg.json').exists() and not replace: raise ValueError(f'{out} holds an SAE already: choose another folder, or give replace=True')
     sae = SAE.load_from_disk(folder)
     pre = torch.relu(sae.process_sae_in(sample) @ sae.W_enc + sae.b_enc)
     threshold = pre.flatten().kthvalue(pre.numel() - k*len(pre)).values
@@ -151,6 +158,7 @@ def export_sae(folder, # of `train_sae`
     sae.half().cfg.dtype = 'float16'
     Path(out).mkdir(parents=True, exist_ok=True)
     sae.save_model(out)
+    shutil.copymode(Path(out)/'cfg.json', Path(out)/'sae_weights.safetensors') # safetensors closes its files to others
     return found
 
 # %% ../nbs/parts/sae_training.ipynb #c3874466

@@ -9,6 +9,7 @@ __all__ = ['seed_for', 'RowSampler', 'draw', 'pad', 'shared_prefix', 'can_share'
 # %% ../nbs/parts/sampling.ipynb #dc4ce3a7
 import hashlib
 import torch
+from .models import context_length
 
 # %% ../nbs/parts/sampling.ipynb #1a139d1a
 def seed_for(seed:int, # of the run
@@ -130,6 +131,9 @@ def new_tokens(model, tokenizer,
     rows, device = len(input_ids), model.device
     if temperature and (seeds is None or len(seeds) != rows): raise ValueError(f'{rows} rows need {rows} seeds, got {0 if seeds is None else len(seeds)}')
     if ends is None: ends = end_ids(model, tokenizer)
+    limit, longest = context_length(model), int(attention_mask.sum(1).max())
+    if limit and longest >= limit: raise ValueError(f'a prompt has {longest} tokens, the model reads {limit}: shorten it')
+    if limit: max_new_tokens = min(max_new_tokens, limit - longest)
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                               eos_token_id=ends or None, suppress_tokens=list(suppress) or None, repetition_penalty=1., no_repeat_ngram_size=0) # else the model's own hold
     sampler = LogitsProcessorList([RowSampler(seeds, temperature, top_p)] if temperature else [])

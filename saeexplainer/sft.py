@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from .files import whole
 from .injection import CARD, ExplainerCard, FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages, save_adapter, without_placeholder
-from .models import load_model
+from .models import load_model, routers
 
 # %% ../nbs/01_sft.ipynb #e90a9003
 def sft_dataset(features, # `Feature`s with an explanation
@@ -180,7 +180,8 @@ def _sft_trainer(preset, rows, eval_rows, reader, card, folder, progress): # mod
     args = one_gpu(SFTConfig(**trainer_settings(preset, model, folder, eval_rows is not None), completion_only_loss=True, packing=False, padding_free=False,
         learning_rate=preset.sft_lr, num_train_epochs=preset.sft_epochs, per_device_train_batch_size=preset.sft_batch,
         gradient_accumulation_steps=preset.sft_accumulation, warmup_steps=preset.sft_warmup, weight_decay=preset.sft_weight_decay))
-    lora = LoraConfig(r=preset.lora_r, lora_alpha=preset.lora_alpha, lora_dropout=preset.lora_dropout, target_modules='all-linear', task_type='CAUSAL_LM')
+    lora = LoraConfig(r=preset.lora_r, lora_alpha=preset.lora_alpha, lora_dropout=preset.lora_dropout, target_modules='all-linear', task_type='CAUSAL_LM',
+                      exclude_modules=routers(model) or None)
     trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer, peft_config=lora,
         data_collator=FeatureCollator(DataCollatorForLanguageModeling(tokenizer.pad_token_id), reader, token),
         callbacks=[Checkpoints(), *([TrainingBar('sft')] if progress else [])])

@@ -6,8 +6,8 @@
 __all__ = ['SCHEMA_VERSION', 'SCHEMA', 'COLUMNS', 'KEYS', 'RunStore']
 
 # %% ../nbs/parts/store.ipynb #492fb827
-import json, sqlite3, threading, time
-from contextlib import contextmanager
+import json, os, sqlite3, threading, time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from .replies import Reply
 
@@ -53,13 +53,20 @@ class _Transactions:
                 yield self._db
                 self._db.execute('COMMIT')
             except BaseException as e:
-                if self._db.in_transaction: self._db.execute('ROLLBACK')
-                if isinstance(e, sqlite3.IntegrityError): raise ValueError(f'the store refuses the row: {e}') from None
-                if isinstance(e, sqlite3.OperationalError): raise OSError(f'cannot write the store {self.path}: {e}') from None
+                if self._db.in_transaction:
+                    with suppress(sqlite3.Error): self._db.execute('ROLLBACK')
+                if isinstance(e, (sqlite3.IntegrityError, sqlite3.ProgrammingError, OverflowError)): raise ValueError(f'the store refuses the row: {e}') from None
+                if isinstance(e, sqlite3.Error): raise OSError(f'cannot write the store {self.path}: {e}') from None
                 raise
 
     def _rows(self, sql, values=()) -> list[tuple]:
-        with self._lock: return self._db.execute(sql, values).fetchall()
+        with self._lock:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.ProgrammingError: # a mistake in here, or a store that is closed
+                raise
+            except sqlite3.Error as e:
+                raise OSError(f'cannot read the store {self.path}: {e}') from None
 
     def close(self): self._db.close()
     def __enter__(self): return self
@@ -72,19 +79,58 @@ class _File(_Transactions):
         self.path, self._lock = Path(path), threading.RLock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._db_bytes(): self._refuse_remains()
+            elif self._is_sqlite() and not self._wal_bytes() and self._cut(): raise self._damaged('')
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             self._use_wal(); self._db.execute('PRAGMA synchronous=NORMAL')
-            version = self._rows('PRAGMA user_version')[0][0]
+            version = self._db.execute('PRAGMA user_version').fetchone()[0]
+            damage = ' '.join(self._db.execute('PRAGMA integrity_check(1)').fetchone()[0].split()) if version in (1, SCHEMA_VERSION) else 'ok'
         except (FileExistsError, NotADirectoryError):
             raise OSError(f'cannot open the store {path}: {self.path.parent} is not a folder') from None
         except (OSError, sqlite3.OperationalError) as e: raise OSError(f'cannot open the store {path}: {e}') from None
-        except sqlite3.DatabaseError: raise ValueError(f'{path} is not a run store (not an SQLite file)') from None
+        except sqlite3.DatabaseError as e:
+            if not self._is_sqlite(): raise ValueError(f'{path} is not a run store (not an SQLite file)') from None
+            damage = str(e)
+            version = None
+        if damage != 'ok':
+            self.close()
+            raise self._damaged(damage)
         if version == 1: self._add_attempts()
         elif version not in (0, SCHEMA_VERSION):
             self.close()
             raise ValueError(f'{path} has store version {version}, this saeexplainer reads version {SCHEMA_VERSION}: '
                              'use the release that wrote it')
-        if version == 0: self._make()
+        if version == 0:
+            try:
+                self._refuse_remains()
+                self._make()
+            except BaseException: # a notebook keeps the traceback, and with it the file
+                self.close()
+                raise
+
+    def _is_sqlite(self) -> bool:
+        with open(self.path, 'rb') as file: return file.read(16) == b'SQLite format 3\0'
+
+    def _cut(self) -> str|None: # None: the file is as long as its first page says
+        with open(self.path, 'rb') as file: head = file.read(32)
+        there = self.path.stat().st_size
+        page = int.from_bytes(head[16:18], 'big')
+        whole = (65536 if page == 1 else page)*int.from_bytes(head[28:32], 'big')
+        return f'{there:,} of its {whole:,} bytes are there' if there < whole else None
+
+    def _damaged(self, how): # the error
+        return ValueError(f'the store {self.path} is damaged ({self._cut() or how[:120]}): put back a copy of it, or begin under another name')
+
+    def _refuse_remains(self): # before a new store
+        "Raise `ValueError` where the remains of a run show that its store is lost, or was copied without its `-wal`"
+        wal = Path(f'{self.path}-wal')
+        if not self._db_bytes() and self._wal_bytes():
+            raise ValueError(f'{wal} is there, but not {self.path.name} that it belongs to: copy both')
+        if trained := sorted(self.path.parent.glob('explainer/*/adapter_config.json')):
+            raise ValueError(f'{self.path} is empty or missing, but {trained[0].parent} is there: put the store back, with the file {wal.name} if there was one, or begin under another name')
+
+    def _db_bytes(self) -> int: return self.path.stat().st_size if self.path.is_file() else 0
+    def _wal_bytes(self) -> int: return os.path.getsize(f'{self.path}-wal') if os.path.exists(f'{self.path}-wal') else 0
 
     def _use_wal(self, seconds:float=60.): # where several processes make the file at once, SQLite does not wait for this lock by itself
         until = time.monotonic() + seconds
@@ -172,17 +218,19 @@ class _Stages(_Views):
     "Which stages are done, and facts about the run"
     def start(self, stage) -> None:
         "Notes that a stage begins, or goes on after an interruption"
-        self.__dict__.setdefault('_began', {})[stage] = time.monotonic() # a clock may be set back in between
+        now = time.time()
+        self.__dict__.setdefault('_began', {})[stage] = time.monotonic()
         with self._write() as db:
             db.execute("INSERT INTO progress VALUES (?, ?, NULL, 0, '{\"attempts\": 1}') ON CONFLICT (stage) DO UPDATE SET "
-                       "detail=json_set(detail, '$.attempts', json_extract(detail, '$.attempts') + 1) WHERE finished IS NULL", [stage, time.time()])
+                       "detail=json_set(detail, '$.attempts', json_extract(detail, '$.attempts') + 1) WHERE finished IS NULL", [stage, now])
 
     def finish(self, stage, **detail) -> None: # facts about the stage, as JSON
         "Notes that a stage is complete; `seconds` counts from its last `start`"
-        now = time.monotonic()
+        now = time.monotonic() # the clock may be set back in between
         with self._write() as db:
-            db.execute('UPDATE progress SET finished=?, seconds=?, detail=json_patch(detail, ?) WHERE stage=? AND finished IS NULL',
+            db.execute('UPDATE progress SET finished=max(?, started), seconds=?, detail=json_patch(detail, ?) WHERE stage=? AND finished IS NULL',
                        [time.time(), now - self.__dict__.get('_began', {}).get(stage, now), json.dumps(detail, default=_plain), stage])
+        self._rows('PRAGMA wal_checkpoint') # what a stage has made is in the main file
 
     def finished(self, stage) -> bool: return bool(self._rows('SELECT 1 FROM progress WHERE stage=? AND finished IS NOT NULL', [stage]))
     def progress(self): return self.table('progress')
@@ -217,21 +265,22 @@ class _Texts(_Stages):
     def unscored(self, stage=None, kind=None): # DataFrame
         "Texts that wait for their score"
         texts = self.texts(stage, kind)
-        return texts[texts.score.isna() & texts.text.notna() & (texts.error != 'empty')].reset_index(drop=True)
+        return texts[texts.score.isna() & texts.text.notna() & texts.error.isna()].reset_index(drop=True)
 
     def put_scores(self, rows) -> int: # (stage, feature, k, kind, j, score), or dicts; returns how many were filled
-        "Scores of stored texts, each exactly once; NaN is recorded as the error 'empty'; raises `ValueError` where there is no such text"
+        "Scores of stored texts, each exactly once; a text for a score is why there is none, and recorded as the error (NaN: 'empty'); raises `ValueError` where there is no such text"
         names = [*KEYS['texts'], 'score']
         rows = [[_plain(row[c] if isinstance(row, dict) else row[i]) for i, c in enumerate(names)] for row in rows]
         where = ' AND '.join(f'{k}=?' for k in KEYS['texts'])
-        waits = "score IS NULL AND text IS NOT NULL AND error IS NOT 'empty'"
+        waits = "score IS NULL AND text IS NOT NULL AND error IS NULL"
         with self._write() as db:
             before = db.total_changes
             for *key, score in rows:
                 if not db.execute(f'SELECT 1 FROM texts WHERE {where}', key).fetchone(): raise ValueError(f'no text {tuple(key)} to score')
                 if score is None: continue
-                if score == score: db.execute(f'UPDATE texts SET score=? WHERE {where} AND {waits}', [score, *key])
-                else: db.execute(f"UPDATE texts SET error='empty' WHERE {where} AND {waits}", key)
+                error = score if isinstance(score, str) else None if score == score else 'empty'
+                if error is None: db.execute(f'UPDATE texts SET score=? WHERE {where} AND {waits}', [score, *key])
+                else: db.execute(f'UPDATE texts SET error=? WHERE {where} AND {waits}', [error, *key])
             return db.total_changes - before
 
 # %% ../nbs/parts/store.ipynb #b71cdfad

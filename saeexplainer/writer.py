@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/parts/writer.ipynb #c9732269
+from .models import context_length
 from .remote import Budget, BudgetSpent, OpenAIWriter
 from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences
 from .sampling import batches, can_share, end_ids, new_tokens, pad, pad_rest, seed_for, shared_prefix
@@ -54,6 +55,10 @@ class _Likelihoods:
             rows.setdefault((ids, same[ids]//most), []).append(i)
             same[ids] += 1
         groups, out = [(ids, of) for (ids, _), of in rows.items()], np.zeros(len(after))
+        limit = context_length(self.model)
+        for ids, of in groups:
+            n = len(ids) + max(len(after[i]) for i in of)
+            if limit and n > limit: raise ValueError(f'a prompt with its answer has {n} tokens, the model reads {limit}: shorten it')
         with tqdm(total=len(after), disable=not progress, desc='log-probabilities', unit='text') as bar:
             for batch in batches([len(ids) + max(len(after[i]) for i in of) for ids, of in groups], max_rows=min(self.batch_size, 32)):
                 of = [i for g in batch for i in groups[g][1]]

@@ -44,6 +44,36 @@ def tiny_model(arch='llama', d=64, n_layers=4, vocab=512, seed=0, **kw):
     return m.eval()
 
 
+WRAPPED = ('gemma3', 'gemma3n', 'gemma4', 'llama4', 'opt', 'mpt', 'bloom')
+
+def save_wrapped(folder, arch, vocab=512, seed=0):
+    "Save a tiny model of a kind whose layers lie elsewhere: Gemma 3 and 4 and Llama 4 as they are published, with a part that reads pictures"
+    import transformers as T
+    torch.manual_seed(seed)
+    ids = dict(vocab_size=vocab, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    text = dict(ids, initializer_range=.1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128, head_dim=16, max_position_embeddings=512)
+    kinds = dict(sliding_window=16, layer_types=['sliding_attention', 'full_attention']*2)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    pictures = dict(image_token_index=7, boi_token_index=8, eoi_token_index=9)
+    per_layer = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=vocab, num_kv_shared_layers=0)
+    if arch == 'gemma3':
+        m = T.Gemma3ForConditionalGeneration(T.Gemma3Config(text_config=text | kinds | dict(query_pre_attn_scalar=16), vision_config=vision, mm_tokens_per_image=4, **pictures))
+    elif arch == 'gemma3n': # its vision part needs another library
+        m = T.Gemma3nForCausalLM(T.Gemma3nTextConfig(**text | kinds | per_layer | dict(altup_num_inputs=2, laurel_rank=8, activation_sparsity_pattern=[0.]*4, intermediate_size=[128]*4)))
+    elif arch == 'gemma4':
+        sight = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+        m = T.Gemma4ForConditionalGeneration(T.Gemma4Config(text_config=text | kinds | per_layer | dict(global_head_dim=16), vision_config=sight, audio_config=None))
+    elif arch == 'llama4':
+        sight = vision | dict(intermediate_size=128, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
+        m = T.Llama4ForConditionalGeneration(T.Llama4Config(text_config=text | dict(intermediate_size_mlp=128, num_local_experts=2, attn_temperature_tuning=False), vision_config=sight, **pictures))
+    elif arch == 'opt': m = T.OPTForCausalLM(T.OPTConfig(**ids, hidden_size=64, num_hidden_layers=4, ffn_dim=128, num_attention_heads=4, max_position_embeddings=512, word_embed_proj_dim=64, dropout=0., init_std=.1))
+    elif arch == 'mpt': m = T.MptForCausalLM(T.MptConfig(**ids, d_model=64, n_heads=4, n_layers=4, max_seq_len=512, initializer_range=.1))
+    elif arch == 'bloom': m = T.BloomForCausalLM(T.BloomConfig(**ids, hidden_size=64, n_layer=4, n_head=4, initializer_range=.1))
+    m.eval().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return m
+
+
 def tiny_sae(folder, architecture='jumprelu', d_in=64, d_sae=512, layer=2, hook='resid_post', seed=0, card=None, model_name=None,
              metadata=None, threshold=(.1, .6), **cfg):
     "Write a random SAE of sae-lens to `folder` (cfg.json, sae_weights.safetensors, card.json if given); returns the folder as a `Path`"

@@ -1,5 +1,5 @@
 "The injection on five architectures, the explainer's folder, and what is refused"
-import dataclasses, http.server, json, threading
+import dataclasses, http.server, json, os, threading
 import pytest, torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
@@ -381,3 +381,16 @@ def test_oracle(made, tmp_path):
     assert oracle_note(preset, 3) == 'ao: layer 3 is off the grid that the oracle was trained on (layers 2, 4, 6)'
     (tmp_path/'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='has no adapter_model.safetensors: it is not a PEFT adapter'): Explainer.from_oracle(tmp_path/'empty', preset, reader)
+
+
+def test_an_adapter_can_be_read_by_others(made, tmp_path):
+    "What the umask allows, although safetensors closes what it writes"
+    before = os.umask(0o022)
+    try: Explainer.from_pretrained(made[2]/'sft', trainable=True).save(tmp_path/'x')
+    finally: os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path/'x').iterdir()} == {0o644}
+
+
+def test_home_directory_in_an_explainers_path(made, monkeypatch):
+    monkeypatch.setenv('HOME', str(made[2]))
+    assert Explainer.from_pretrained('~/sft').card.stage == 'sft'

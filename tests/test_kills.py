@@ -42,40 +42,45 @@ def attempt(work, moments): # whether it came to its end
         os._exit(1)
 
 def compare(work, seed, longest): # how often it was killed
-    assert attempt(lambda: work('whole'), 0)
+    work('whole') # in this process, so that its forks find everything imported
     draw, kills = random.Random(seed), 0
-    while not attempt(lambda: work('killed'), draw.randint(1, longest)): kills += 1
+    while not attempt(lambda: work('killed'), draw.randint(1, longest + kills)): kills += 1
     return kills
 '''
 
 
-def kills_of(work:str, seed:int, longest:int) -> int:
-    "Do `work`, an expression of `name`, once in peace and once in processes that are killed"
-    done = subprocess.run([sys.executable, '-c', f'{HARNESS}\nprint(compare(lambda name: {work}, {seed}, {longest}))'], capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize('n, kind', [(0, 'parquet'), (2, 'jsonl')], ids=['explained', 'verified'])
-def test_a_whole_dictionary(world, tmp_path, n, kind):
+@pytest.fixture(scope='module')
+def done(world, tmp_path_factory):
+    "Folder of what came out, and how often each work was killed"
     folder, file, _ = world
-    kills = kills_of(f'explain_dictionary(load_preset({str(file)!r}), {str(folder/"sft")!r}, {str(tmp_path)!r} + f"/{{name}}.{kind}", n={n}, progress=False)', seed=3, longest=16)
-    assert kills >= 3
-    whole, killed = (tmp_path/f'{name}.{kind}' for name in ('whole', 'killed'))
-    assert {f.name for f in tmp_path.iterdir()} == {whole.name, killed.name}
+    out = tmp_path_factory.mktemp('kills')
+    (out/'corpus').mkdir()
+    for i in range(12): (out/'corpus'/f'{i:02}.txt').write_text(' '.join(SENTENCES[(i + j) % len(SENTENCES)] for j in range(2 + i % 4)))
+    script = HARNESS + f'''
+import json
+out, preset = {str(out)!r}, load_preset({str(file)!r}, batch_tokens=150, corpus={str(out/"corpus")!r})
+def explained(name): explain_dictionary(preset, {str(folder/"sft")!r}, f'{{out}}/explained/{{name}}.parquet', progress=False)
+def verified(name): explain_dictionary(preset, {str(folder/"sft")!r}, f'{{out}}/verified/{{name}}.jsonl', n=2, progress=False)
+def read(name): build_features(preset, out=f'{{out}}/{{name}}/features.parquet', save_every=0, progress=False)
+print(json.dumps([compare(explained, 3, 16), compare(verified, 3, 16), compare(read, 4, 8)]))
+'''
+    made = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert made.returncode == 0, made.stderr
+    return out, dict(zip(('explained', 'verified', 'read'), json.loads(made.stdout.splitlines()[-1])))
+
+
+@pytest.mark.parametrize('work, kind', [('explained', 'parquet'), ('verified', 'jsonl')])
+def test_a_whole_dictionary(done, work, kind):
+    out, kills = done
+    whole, killed = (out/work/f'{name}.{kind}' for name in ('whole', 'killed'))
+    assert kills[work] >= 3 and {f.name for f in (out/work).iterdir()} == {whole.name, killed.name}
     if kind == 'jsonl': assert killed.read_bytes() == whole.read_bytes()
     else: assert pq.read_table(killed).equals(pq.read_table(whole))
 
 
-def test_a_pass_over_a_corpus(world, tmp_path):
-    _, file, _ = world
-    (tmp_path/'corpus').mkdir()
-    for i in range(12): (tmp_path/'corpus'/f'{i:02}.txt').write_text(' '.join(SENTENCES[(i + j) % len(SENTENCES)] for j in range(2 + i % 4)))
-    preset = f'load_preset({str(file)!r}, batch_tokens=150, corpus={str(tmp_path/"corpus")!r})'
-    kills = kills_of(f'build_features({preset}, out={str(tmp_path)!r} + f"/{{name}}/features.parquet", save_every=0, progress=False)', seed=4, longest=8)
-    assert kills >= 3
-    whole, killed = (tmp_path/name for name in ('whole', 'killed'))
-    assert {f.name for f in killed.iterdir()} == {f.name for f in whole.iterdir()} == {'features.parquet', 'features.json'}
+def test_a_pass_over_a_corpus(done):
+    out, kills = done
+    whole, killed = (out/name for name in ('whole', 'killed'))
+    assert kills['read'] >= 3 and {f.name for f in killed.iterdir()} == {f.name for f in whole.iterdir()} == {'features.parquet', 'features.json'}
     assert pq.read_table(killed/'features.parquet').equals(pq.read_table(whole/'features.parquet'))
     assert json.loads((killed/'features.json').read_text()) == json.loads((whole/'features.json').read_text())

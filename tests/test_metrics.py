@@ -388,6 +388,17 @@ def test_of_an_empty_explanation_nothing_is_written(machine):
     assert empty.texts == [None, None] and np.isnan(empty.scores).all() and empty.best is None and empty.reached(-1.) == 0 and full.texts[0] is not None
 
 
+def test_an_overlong_text_is_counted_and_the_others_are_measured(machine, store):
+    long = 'it rains '*599 + 'it rains'
+    writer = Scripted(lambda r, schema, choices: choices[0] if choices else json.dumps({name: [long if name != 'neutral' and j == 0 else f'a cat {j}' for j in range(p['minItems'])] for name, p in schema['properties'].items()}))
+    table = evaluate(evaluation(machine, store, writer, writer, evaluation_writer='capable'), {'label': EXPLANATIONS['label']}, progress=False)
+    texts = store.texts('label')
+    assert (texts.error[texts.text == long] == 'too long').all() and texts.score[texts.text != long].notna().all() and (texts.text == long).sum() == 6
+    assert table.loc[('label', 'generative'), 'failures'] == 3 and table.loc[('label', 'gap'), 'failures'] == 3 and table.loc[('label', 'gap'), 'n'] == 3
+    found, = verify(machine.target, writer, [(3, 'rain')], load_preset('smollm2-135m', **PRESET, evaluation_writer='capable'), 2)
+    assert found.texts == [long, 'a cat 1'] and np.isnan(found.scores).tolist() == [True, False] and found.best == 1
+
+
 def test_comparisons_are_over_features_with_both_values():
     rows = [('a', 1, 'gap', 1.), ('a', 2, 'gap', nan), ('a', 3, 'gap', 2.), ('b', 1, 'gap', 3.), ('b', 2, 'gap', 9.), ('b', 3, 'gap', 4.)]
     table = compare(pd.DataFrame(rows, columns=['stage', 'feature', 'metric', 'value']), [('b', 'a')])

@@ -251,3 +251,28 @@ def test_pairs_are_not_built_too_early(world, store):
 def test_a_feature_that_does_not_exist_is_refused(world, store):
     preset, reader, explainer, _ = world
     with pytest.raises(ValueError, match='there is no feature 9999'): sample_candidates(store, explainer, reader, [9999], preset)
+
+
+def test_an_overlong_text_is_recorded_and_the_round_ends(world, store):
+    "A writer that ignores max_tokens: its text has an error, the others their scores, and a run that was stuck on it goes on"
+    preset, _, _, target = world
+    put(store, {1: ['rain', 'sea', 'fog']})
+    write_texts(store, Scripted(lambda r: 'it rains ' + 'and rains '*600 if 'sea' in r.prompt and r.seed % 2 else f'it rains {r.seed % 7}'), preset)
+    store.put_texts([('round1', 2, 0, 'preference', 0, 'it rains '*600, None, None), ('round1', 2, 0, 'preference', 1, 'it rains', None, None)])
+    score_candidates(store, target, preset)
+    texts = store.texts('round1')
+    long = texts['text'].str.len() > 2000
+    assert long.sum() >= 1 and (texts['error'][long] == 'too long').all() and texts['score'][long].isna().all()
+    assert texts['score'][~long].notna().all() and texts['error'][~long].isna().all()
+    assert not len(store.unscored('round1')) and score_candidates(store, target, preset) == 0
+    assert candidate_rewards(store, preset)['reward'].notna().sum() == 3 - sum(long[texts.feature == 1].groupby(texts.k).all())
+
+
+def test_what_float16_cannot_hold_ends_the_stage_and_nothing_is_stored(world, store):
+    preset, reader, _, _ = world
+    model = tiny_model()
+    model.model.embed_tokens.weight.data.mul_(1e6)
+    put(store, {1: ['rain', 'sea', 'fog']})
+    write_texts(store, Scripted(lambda r: 'it rains'), preset)
+    with pytest.raises(ValueError, match='is not finite in float16: use dtype bfloat16'): score_candidates(store, Target(model.half(), tiny_tokenizer(), reader), preset)
+    assert len(store.unscored('round1')) == 6 and store.texts('round1')['error'].isna().all()

@@ -251,7 +251,7 @@ def test_a_dataset_does_not_say_where_its_text_is(tmp_path):
     file.write_text('{"n": 1}\n')
     with pytest.raises(ValueError, match=r"no column 'text', and none of its columns \(n\) hold text"): list(corpus_documents(str(file)))
     file.write_text('{"n": ')
-    with pytest.raises(ValueError, match='cannot read the dataset .*rows.jsonl: '): list(corpus_documents(str(file)))
+    with pytest.raises(ValueError, match='rows.jsonl is not a readable jsonl file: line 1 is not JSON'): list(corpus_documents(str(file)))
 
 
 def test_no_such_corpus():

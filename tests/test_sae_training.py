@@ -57,6 +57,31 @@ def test_training_goes_on_where_it_was_killed(tmp_path):
     assert train_sae(SETTINGS, 'tiny', 16, None, tmp_path) == trained # finished: nothing is read
     with pytest.raises(ValueError, match=r'holds another training \(k: 4 there, 8 here\)'): train_sae(SAESettings(layer=1, features=64, k=8, steps=130, batch=32, context=8), 'tiny', 16, endless(acts), tmp_path)
     found = export_sae(trained, 4, acts[:2000], tmp_path/'out')
+    weights = (tmp_path/'out'/'sae_weights.safetensors').read_bytes()
+    with pytest.raises(ValueError, match='out holds an SAE already: choose another folder, or give replace=True'): export_sae(trained, 8, acts[:2000], tmp_path/'out')
+    assert (tmp_path/'out'/'sae_weights.safetensors').read_bytes() == weights
+    assert export_sae(trained, 4, acts[:2000], tmp_path/'out', replace=True) == found
     reader = FeatureReader.load(tmp_path/'out')
     measured = reconstruction(reader, acts[2000:4000])
     assert abs(found['l0_set'] - 4) < .05 and abs(measured['l0'] - 4) < .4 and measured['fvu'] < .8 and (reader.n_features, reader.layer) == (64, 1)
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    from saeexplainer.files import hold
+    held = hold(tmp_path/'.lock', tmp_path)
+    with pytest.raises(RuntimeError, match='another process is working on'): train_sae(SETTINGS, 'tiny', 16, None, tmp_path)
+    held.release()
+
+
+def test_run_all_of_the_recipes_replaces_nothing_that_is_shipped():
+    "In JupyterLab no cell is skipped: where a recipe writes to data/, a constant that is False stands before it"
+    from pathlib import Path
+    recipes = Path(__file__).parent.parent/'nbs'/'recipes'
+    for name in ('train_sae', 'layer_saes', 'build_features', 'second_writer'):
+        cells = [''.join(c['source']) for c in json.loads((recipes/f'{name}.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        assert sum(c.count('REPLACE_SHIPPED = False') for c in cells) == 1 and sum(c.count('REPLACE_SHIPPED') for c in cells) == 2, name
+    from saeexplainer.presets import data_dir
+    train = next(''.join(c['source']) for c in json.loads((recipes/'train_sae.ipynb').read_text(encoding='utf-8'))['cells'] if 'REPLACE_SHIPPED = False' in ''.join(c['source']))
+    made = dict(EMBEDDED='x', SAESettings=SAESettings, Path=Path, data_dir=data_dir)
+    exec(train, made)
+    assert data_dir().resolve() not in Path(made['home']).resolve().parents

@@ -89,3 +89,12 @@ def test_a_shared_beginning_changes_nothing(kind, more):
     again = new_tokens(model, tokenizer, **pad_rest(rows*2, common, 0), **more, shared=common)
     assert again[:5] == apart and again[5:9] == apart[:4] and again[9] != apart[4] and max(read) <= 5*(21 - common) # equal rows are computed once
     assert shared_prefix(model, rows, more=10**6) == (0 if window else 12) and shared_prefix(model, rows[:1], 4) == 0 and shared_prefix(model, [start, start], 4) == (11 if window is None or window >= 16 else 0)
+
+
+@pytest.mark.parametrize('arch', ('llama', 'gpt2'))
+def test_the_context_is_not_passed(arch):
+    "A prompt that fills it is an error; one near its end gets fewer new tokens, and says that they were cut"
+    model, tokenizer = tiny_model(arch, n_layers=2), tiny_tokenizer()
+    with pytest.raises(ValueError, match='a prompt has 512 tokens, the model reads 512: shorten it'): sample(model, tokenizer, **pad([[20], [20]*512], 0, left=True), seeds=[1, 2])
+    out = new_tokens(model, tokenizer, **pad([[20]*508], 0), seeds=[1], max_new_tokens=64, ends=[])
+    assert len(out[0][0]) == 4 and out[0][1]

@@ -209,6 +209,14 @@ def test_a_text_without_tokens_is_told_from_one_that_waits(store):
     assert store.put_scores([('round1', 0, 0, 'preference', 0, 4.), ('round1', 1, 0, 'preference', 0, 4.)]) == 0 # neither is scored later
 
 
+def test_why_a_text_has_no_score(store):
+    store.put_texts(texts(2))
+    assert store.put_scores([('round1', 0, 0, 'preference', 0, 'too long'), ('round1', 0, 0, 'preference', 1, 2.)]) == 2
+    t = store.texts()
+    assert t.error.tolist() == ['too long', None, None, None] and t.score.notna().tolist() == [False, True, False, False] and len(store.unscored()) == 2
+    assert store.put_scores([('round1', 0, 0, 'preference', 0, 4.), ('round1', 0, 0, 'preference', 1, 'empty')]) == 0 # neither is written over
+
+
 def test_a_score_needs_its_text(store):
     store.put_texts(texts(1))
     with pytest.raises(ValueError, match=r"no text \('round1', 7, 0, 'preference', 0\) to score"):
@@ -287,3 +295,141 @@ def test_threads_share_a_store(store):
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(8) as pool: new = list(pool.map(lambda i: store.put_metrics([('sft', i % 50, 'input', 1.)]), range(200)))
     assert sum(new) == 50 == store.count('metrics')
+
+
+# ---- damage
+
+def grown(path, n=400): # a store of some pages, closed
+    with RunStore(path) as store:
+        store.put_texts(texts(n))
+        store.put_replies([(f'key {i}', Request('x'*200, seed=i), Reply('y'*200)) for i in range(n)], 'w', 's')
+    return path
+
+
+def reads(path): # everything, as a resumed run would
+    with RunStore(path) as store: return [len(store.table(t)) for t in KEYS], len(store.replies([f'key {i}' for i in range(400)])), store.accounts()
+
+
+@pytest.mark.parametrize('share', [.02, .3, .5, .9, .999])
+def test_a_store_that_was_cut_off_says_so(tmp_path, share):
+    path = grown(tmp_path/'store.sqlite')
+    size = path.stat().st_size
+    os.truncate(path, int(share*size))
+    with pytest.raises(ValueError) as e: RunStore(path)
+    assert str(e.value) == f'the store {path} is damaged ({int(share*size):,} of its {size:,} bytes are there): put back a copy of it, or begin under another name'
+
+
+def test_damaged_pages_are_one_line_that_names_the_file(tmp_path):
+    whole, rng, seen = grown(tmp_path/'whole.sqlite').read_bytes(), np.random.default_rng(0), 0
+    for i in range(40):
+        path, bad = tmp_path/f'{i}.sqlite', bytearray(whole)
+        page = int(rng.integers(1, len(whole)//4096))*4096
+        bad[page:page + 64] = rng.bytes(64) # the head of a page
+        path.write_bytes(bad)
+        try: reads(path)
+        except (ValueError, OSError) as e:
+            seen += 1
+            assert str(path) in str(e) and '\n' not in str(e)
+    assert seen > 35 # the others hit what is not read
+
+
+def test_a_key_that_has_changed_is_noticed(tmp_path):
+    path = grown(tmp_path/'store.sqlite')
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'key 123', b'key 1#3', 1))
+    with pytest.raises(ValueError, match='store.sqlite is damaged '): RunStore(path)
+
+
+def test_damage_found_while_it_is_read_or_written_names_the_file(tmp_path):
+    path = grown(tmp_path/'store.sqlite')
+    with RunStore(path) as store:
+        with open(path, 'r+b') as file:
+            file.seek(4096)
+            file.write(os.urandom(path.stat().st_size - 4096))
+        store._db.execute('PRAGMA shrink_memory') # what it has read before
+        for act in (store.texts, store.accounts, lambda: store.put_texts(texts(900)), lambda: store.put_replies([('new', Request('x'), Reply('y'))])):
+            with pytest.raises(OSError, match=f'the store {path}: '): act()
+
+
+def test_numbers_that_sqlite_cannot_hold_are_refused(store):
+    with pytest.raises(ValueError, match='the store refuses the row: Python int too large'): store.end_attempt(store.begin_attempt('a', 'w', 's', 1, 1.), 'delivered', .1, 10**30, 1)
+    with pytest.raises(ValueError, match='the store refuses the row'): store.put_metrics([('sft', 1, 'input', object())])
+
+
+# ---- half of a store
+
+def left_behind(path): # a process that is killed with rows in the -wal
+    code = '''
+        import os, signal, sys
+        from saeexplainer.store import RunStore
+        RunStore(sys.argv[1]).put_explanations([('sft', 1, 0, 'ships')])
+        os.kill(os.getpid(), signal.SIGKILL)
+    '''
+    start(code, path).communicate(timeout=240)
+    assert path.stat().st_size and path.with_name(path.name + '-wal').stat().st_size
+
+
+def test_the_wal_without_its_store_is_noticed_and_kept(tmp_path):
+    path, wal = tmp_path/'store.sqlite', tmp_path/'store.sqlite-wal'
+    left_behind(path)
+    main, size = path.read_bytes(), wal.stat().st_size
+    for lost in (path.unlink, path.touch):
+        lost()
+        with pytest.raises(ValueError, match=f'{wal} is there, but not store.sqlite that it belongs to: copy both'): RunStore(path)
+    assert wal.stat().st_size == size
+    path.write_bytes(main)
+    with RunStore(path) as store: assert store.count('explanations') == 1 # nothing was lost by it
+
+
+@pytest.mark.parametrize('lost', ['-wal', ''])
+def test_an_empty_store_beside_adapters_is_not_begun_anew(tmp_path, lost):
+    path = tmp_path/'store.sqlite'
+    left_behind(path)
+    (tmp_path/'explainer/sft').mkdir(parents=True)
+    (tmp_path/'explainer/sft/adapter_config.json').write_text('{}')
+    for part in {'-wal': ['-wal'], '': ['', '-wal']}[lost]: (tmp_path/f'store.sqlite{part}').unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='store.sqlite is empty or missing, but .*explainer/sft is there: put the store back'): RunStore(path)
+    assert path.exists() == (lost == '-wal')
+
+
+def test_a_finished_stage_is_in_the_main_file(tmp_path):
+    with RunStore(tmp_path/'store.sqlite') as store:
+        store.start('sft')
+        store.put_explanations([('sft', 1, 0, 'ships')])
+        store.finish('sft')
+        (tmp_path/'copy.sqlite').write_bytes(store.path.read_bytes()) # without its -wal
+    with RunStore(tmp_path/'copy.sqlite') as copy: assert copy.finished('sft') and copy.count('explanations') == 1
+
+
+def test_a_clock_that_is_set_back(store, monkeypatch):
+    store.start('sft')
+    now = time.time()
+    monkeypatch.setattr(time, 'time', lambda: now - 86_400)
+    store.finish('sft')
+    p = store.progress().iloc[0]
+    assert 0 <= p.seconds < 60 and p.finished >= p.started
+
+
+# ---- the end of an attempt and its reply
+
+def test_an_attempt_ends_with_its_reply_or_not_at_all(store):
+    store.put_replies([('a', Request('x'), Reply('y'))], 'w', 's', (store.begin_attempt('a', 'w', 's', 900, .01), 'delivered', .5, 100, 10, .002))
+    assert store.spent() == (1, 110, .002) and store.answered('w')
+    two = store.begin_attempt('b', 'w', 's', 900, .01)
+    with pytest.raises(ValueError): store.put_replies([('b', Request('x'), Reply('y', cost=1.))], 'w', 's', (two, 'delivered', .5, 10**30, 10, .002))
+    assert not store.replies(['b']) and store.accounts()['w']['s']['attempts'] == {'delivered': 1, 'under way': 1}
+
+
+def test_a_part_of_the_usage_that_is_missing_counts_at_its_most(store):
+    for i, tokens in enumerate([(100, None), (None, 10), (None, None)]):
+        store.end_attempt(store.begin_attempt(f'{i}', 'w', 's', 900, .01), 'delivered', .1, *tokens)
+    assert store.spent() == (3, 2700, pytest.approx(.03)) and store.accounts()['w']['s']['perhaps_billed'] == pytest.approx(.03)
+
+
+def test_who_was_answered_after_a_request(store):
+    lost, other = (store.begin_attempt(k, 'w', 's', 9, 0.) for k in 'ab')
+    store.end_attempt(lost, '500', .1, 0, 0, 0.)
+    assert not store.answered_after('a', 'w')
+    store.end_attempt(other, 'delivered', .1, 1, 1, 0.)
+    assert store.answered_after('a', 'w') and not store.answered_after('b', 'w') and not store.answered_after('a', 'v')

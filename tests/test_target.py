@@ -1,6 +1,6 @@
 "saeexplainer.target: early exit, reading and steering on five tiny architectures, and what bad input is told"
 import copy, math
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer import models, target as T
 from saeexplainer.models import weights_sha256
@@ -198,6 +198,81 @@ def test_reading_errors(llama):
     with pytest.raises(ValueError, match='2 texts and 3 features: one feature per text'): llama.max_acts(['a', 'b'], [1, 2, 3])
     with pytest.raises(ValueError, match='there is no feature 512: this SAE has features 0 to 511'): llama.max_acts(['a'], 512)
     with pytest.raises(ValueError, match=r'text 1 has \d+ tokens, the model reads 512: split it'): llama.max_acts(['a', 'z y '*600], 1)
+
+
+@pytest.mark.parametrize('arch', ('llama', 'gpt2'))
+def test_a_text_that_cannot_be_read_is_its_own_error(lms, tokenizer, readers, arch):
+    "Too long for the context, or with a token beyond the vocabulary: the others are scored"
+    target = Target(lms[arch], tokenizer, readers['resid_post', 2])
+    texts = ['The cat', 'the cat sat on the mat and '*100, '', 'park', '<|im_end|>']
+    alone = target.max_acts(['The cat', 'park'], 3).tolist()
+    assert target.scores(texts, 3) == target.scores(pd.Series(texts, index=range(5, 10)), [3]*5) == [pytest.approx(alone[0]), 'too long', 'empty', pytest.approx(alone[1]), 'empty']
+    assert target.scores([], 3) == [] and target.scores(texts[1:3], 3) == ['too long', 'empty']
+    longest = 511 # and BOS
+    fits = tokenizer.decode([tokenizer('a')['input_ids'][0]]*longest)
+    assert len(tokenise(tokenizer, [fits])[0].ids) == 512 and isinstance(target.scores([fits], 3)[0], float) and target.scores([fits + 'a'], 3) == ['too long']
+    more = tiny_tokenizer(); more.add_tokens(['<extra>'], special_tokens=True)
+    while len(more) <= 512: more.add_tokens([f'<extra{len(more)}>'])
+    last = [t for t, i in more.get_added_vocab().items() if i == 512][0]
+    other = Target(lms[arch], more, readers['resid_post', 2])
+    assert other.scores([f'The cat {last}', 'The cat'], 3) == ['unknown token', pytest.approx(alone[0])]
+    with pytest.raises(ValueError, match='text 0 has token 512, the model knows 512'): other.max_acts([f'The cat {last}'], 3)
+
+
+@pytest.mark.parametrize('dtype, cure', [('float16', 'in float16: use dtype bfloat16'), ('float32', 'in float32: are its weights damaged')])
+@pytest.mark.parametrize('architecture', ('standard', 'jumprelu', 'topk'))
+def test_a_stream_that_is_not_finite_is_an_error(tokenizer, tmp_path, dtype, cure, architecture):
+    "Not a text without tokens (NaN), and not a feature that is silent (0, as TopK would have it)"
+    model = tiny_model()
+    model.model.embed_tokens.weight.data.mul_(1e6 if dtype == 'float16' else torch.inf)
+    target = Target(model.to(getattr(torch, dtype)), tokenizer, FeatureReader.load(tiny_sae(tmp_path, architecture)))
+    for read in (target.max_acts, target.scores, target.activations):
+        with pytest.raises(ValueError, match=f'residual stream of .* at layer 2 is not finite {cure}'): read(['The cat', ''], 3)
+    with pytest.raises(ValueError, match='is not finite'): target.steering_value(3, .1, PROMPTS)
+
+
+def test_a_damaged_sae_is_an_error(lms, tokenizer, tmp_path):
+    reader = FeatureReader.load(tiny_sae(tmp_path))
+    reader.sae.W_enc.data[:, 7] = math.nan
+    target = Target(lms['llama'], tokenizer, reader)
+    with pytest.raises(ValueError, match="feature 7 is not finite where the residual stream is: are the SAE's weights damaged"): target.max_acts(['The cat'], 7)
+    assert np.isfinite(target.max_acts(['The cat'], 8)).all()
+
+
+@pytest.mark.parametrize('features', [1.7, '5', np.zeros(512, bool), [True, False], [1., 2.], None, [[1, 2], [3, 4]]], ids=str)
+def test_what_is_no_feature_is_refused(llama, features):
+    for read in (llama.max_acts, llama.activations, llama.scores):
+        with pytest.raises(ValueError): read(['The cat', 'A'], features)
+
+
+@pytest.mark.parametrize('texts', ['The cat', b'The cat', ['The cat', None], ['a', math.nan], [5], [['a', 'b']], ['half \ud83d emoji']], ids=str)
+def test_what_is_no_list_of_texts_is_refused(llama, texts):
+    for read in (llama.max_acts, llama.activations, llama.scores, lambda t, f: llama.generate(t), lambda t, f: llama.steering_value(f, .1, t)):
+        with pytest.raises(ValueError, match='one text .* was given for a list of texts|is no text but|has half a character'): read(texts, 5)
+
+
+def test_texts_and_features_of_pandas_and_numpy(llama):
+    table = pd.DataFrame(dict(text=TEXTS, feature=[1, 2, 3, 4, 5])).iloc[[0, 2, 4]]
+    wanted = llama.max_acts([TEXTS[i] for i in (0, 2, 4)], [1, 3, 5])
+    for texts, features in ((table.text, table.feature), (table.text.to_numpy(), table.feature.to_numpy()), (tuple(table.text), torch.tensor([1, 3, 5])), (iter(table.text), (1, 3, 5))):
+        np.testing.assert_array_equal(llama.max_acts(texts, features), wanted)
+    assert [r.tokens for r in llama.activations(table.text, 3)] == [r.tokens for r in llama.activations(list(table.text), 3)]
+
+
+def test_prompts_that_are_too_long(llama, lms, tokenizer, readers):
+    for target in (llama, Target(lms['gpt2'], tokenizer, readers['resid_post', 2])):
+        long = 'the cat sat on the mat and '*100
+        with pytest.raises(ValueError, match=r'prompt 1 has \d+ tokens and 25 are to follow, the model reads 512'): target.generate(['We', long])
+        with pytest.raises(ValueError, match=r'prompt 0 has \d+ tokens, the model reads 512'): target.steering_value(3, .1, [long])
+        assert len(target.generate(['We'], max_new_tokens=511 - len(tokenizer('We')['input_ids']), temperature=0)) == 1
+        with pytest.raises(ValueError, match='prompt 0 has'): target.generate(['We'], max_new_tokens=512)
+
+
+def test_an_sae_with_bos_and_a_tokenizer_without(lms, tmp_path, capfd):
+    nobos = tiny_tokenizer(); nobos.bos_token = None
+    for bos, said in ((True, True), (False, False), (None, False)):
+        Target(lms['llama'], nobos, FeatureReader.load(tiny_sae(tmp_path/str(bos), metadata={'prepend_bos': bos})))
+        assert ('this tokenizer has no such token' in capfd.readouterr().err) == said
 
 
 def test_progress(llama, capfd):
@@ -418,3 +493,35 @@ def test_saes_of_other_models_are_refused(preset, tmp_path, lms, tokenizer):
 def test_names_that_go_together(tmp_path):
     reader = FeatureReader.load(tiny_sae(tmp_path/'sae', model_name='gemma-2-9b'))
     for name in ('google/gemma-2-9b', 'google/gemma-2-9b-it', 'org/Gemma-2-9B'): T.check_model_name(name, reader)
+
+
+SAME = [('google/gemma-2-9b-it', 'gemma-2-9b'), ('openai-community/gpt2', 'gpt2-small'), ('gpt2', 'https://huggingface.co/gpt2'), ('meta-llama/Meta-Llama-3.1-8B', 'meta-llama/Llama-3.1-8B-Instruct'),
+        ('mistralai/Mistral-7B-v0.1', 'mistral-7b'), ('mistralai/Mistral-7B-Instruct-v0.1', 'mistral-7b'), ('roneneldan/TinyStories-1Layer-21M', 'tiny-stories-1L-21M'), ('Qwen/Qwen3-8B-Base', 'qwen3-8b'),
+        ('EleutherAI/pythia-70m-deduped', 'https://huggingface.co/EleutherAI/pythia-70m-deduped'), ('google/gemma-3-4b-pt', 'google/gemma-3-4b-it'), ('smollm2-135m-instruct', 'SmolLM2-135M')]
+OTHERS = [('EleutherAI/pythia-70m', 'pythia-70m-deduped'), ('EleutherAI/pythia-70m-deduped', 'pythia-70m'), ('mistralai/Mistral-7B-v0.3', 'mistral-7b'), ('gpt2-medium', 'gpt2-small'), ('gpt2-medium', 'gpt2'),
+          ('distilgpt2', 'gpt2'), ('google/gemma-2-2b', 'gemma-2-9b'), ('meta-llama/Llama-3.1-8B', 'meta-llama/Llama-3.2-8B'), ('me/it', 'gemma-2-9b'), ('EleutherAI/pythia-160m-seed1', 'pythia-160m')]
+UNSURE = [('unsloth/gemma-2-9b-bnb-4bit', 'gemma-2-9b'), ('me/gemma-2-9b-medicine', 'gemma-2-9b'), ('google/gemma-2-9b', 'me/gemma-2-9b-tuned')]
+
+
+@pytest.mark.parametrize('kind, name, known', [(k, *pair) for k, pairs in dict(same=SAME, others=OTHERS, unsure=UNSURE).items() for pair in pairs])
+def test_names_of_models(tmp_path, kind, name, known, capfd):
+    reader = FeatureReader.load(tiny_sae(tmp_path, model_name=known))
+    if kind == 'others':
+        with pytest.raises(ValueError, match=f"this SAE is for the model '{known}', not for '{name}'.*`sae_model: {name}`"): T.check_model_name(name, reader)
+    else: T.check_model_name(name, reader)
+    assert ('its activations mean something only if their weights are the same' in capfd.readouterr().err) == (kind == 'unsure')
+
+
+def test_presets_go_with_their_saes(capfd):
+    "Nothing is refused or said of the models that the presets name"
+    from types import SimpleNamespace as N
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    from saeexplainer.presets import presets
+    releases, seen = get_pretrained_saes_directory(), 0
+    for name in presets():
+        p = load_preset(name)
+        if (release := p.sae.split(':')[0]) not in releases: continue
+        reader = N(sae=N(cfg=N(metadata=N(model_name=releases[release].model))))
+        for model in (p.target, p.explainer): T.check_model_name(model, reader)
+        seen += 1
+    assert seen > 5 and capfd.readouterr().err == ''

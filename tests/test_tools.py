@@ -152,13 +152,13 @@ def test_a_cell_that_writes_to_stderr_is_caught(project):
 
 def test_cells_run_in_a_kernel_in_the_notebooks_folder(project):
     cells = ['from pathlib import Path\nfrom IPython import get_ipython', 'type(get_ipython()).__name__, Path.cwd().name',
-             'import asyncio\nawait asyncio.sleep(.01, "awaited")', 'print("first")\ndisplay("second")\nprint("third")']
+             'import asyncio, time\nawait asyncio.sleep(.01, "awaited")', 'print("first")\ndisplay("second")\nprint("third")\ntime.sleep(1)\nprint("fourth")']
     write(project/'nbs/parts/kernel.ipynb', notebook(cells))
     code, said = tool(project, 'check_notebooks', '--update', 'nbs/parts/kernel.ipynb')
     assert code == 0, said
     outputs = [o['outputs'] for o in json.loads((project/'nbs/parts/kernel.ipynb').read_text())['cells'][1:]]
     assert outputs[1][0]['data']['text/plain'] == ["('ZMQInteractiveShell', 'parts')"] and outputs[2][0]['data']['text/plain'] == ["'awaited'"]
-    assert [''.join(o.get('text') or o['data']['text/plain']) for o in outputs[3]] == ['first\n', "'second'", 'third\n']
+    assert [''.join(o.get('text') or o['data']['text/plain']) for o in outputs[3]] == ['first\n', "'second'", 'third\nfourth\n']
 
 FIGURES = ['from saeexplainer.plots import Figure, style',
            'with style():\n    fig = Figure(figsize=(4, 3))\n    fig.subplots().plot([0, 1, 4, 9])\nfig', 'import matplotlib.pyplot as plt',

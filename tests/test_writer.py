@@ -179,3 +179,9 @@ def test_a_tokenizer_without_chat_template():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match='has no chat template: take an instruction-tuned model as the writer'):
         LocalWriter(tiny_model(n_layers=2), tokenizer).write([Request('a')])
+
+
+def test_a_prompt_longer_than_the_context(local):
+    long = Request('rain and sea '*600, max_tokens=4)
+    with pytest.raises(ValueError, match=r'a prompt has \d+ tokens, the model reads 512: shorten it'): local.write([long])
+    with pytest.raises(ValueError, match=r'a prompt with its answer has \d+ tokens, the model reads 512: shorten it'): local.write([long], choices=['A', 'B'])

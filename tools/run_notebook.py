@@ -25,6 +25,15 @@ def stderr_of(cell):
     "Return what a cell wrote to stderr"
     return ''.join(o.text for o in cell.outputs if o.output_type == 'stream' and o.name == 'stderr')
 
+def joined(outputs):
+    "Return the outputs of a cell with each stream in one piece: it arrives in several, as time has it"
+    whole = []
+    for output in outputs:
+        same = whole and output.output_type == whole[-1].output_type == 'stream' and output.name == whole[-1].name
+        if same: whole[-1].text += output.text
+        else: whole.append(output)
+    return whole
+
 def kernel_end(client):
     "Return in words how a dead kernel ended"
     code = asyncio.run(client.km.provisioner.poll()) or 0
@@ -39,6 +48,7 @@ def run_cells(client, skip_flags):
             try: client.execute_cell(cell, index)
             except DeadKernelError: return [*wrong, f'cell {cell.id}: its kernel {kernel_end(client)}\n{cell.source}']
             except CellExecutionError as error: return [*wrong, f'cell {cell.id}: {strip_ansi(str(error))}']
+            cell.outputs = joined(cell.outputs)
             if said := stderr_of(cell): wrong.append(f'cell {cell.id} writes to stderr: {said}')
     return wrong
 
@@ -47,7 +57,8 @@ def run(source, target, flags=()):
     cfg = get_config()
     nb = nbformat.read(source, as_version=4)
     client = NotebookClient(nb, kernel_name=KERNEL['name'], timeout=None, startup_timeout=300, iopub_timeout=60, raise_on_iopub_timeout=True,
-                            store_widget_state=False, record_timing=False, shutdown_kernel='immediate', resources={'metadata': {'path': str(source.parent)}})
+                            store_widget_state=False, record_timing=False, shutdown_kernel='immediate',
+                            resources={'metadata': {'path': str(source.parent)}})
     wrong = run_cells(client, set(cfg.tst_flags.split()) - set(flags))
     if wrong:
         print('\n'.join(wrong), file=sys.stderr)
