@@ -282,7 +282,7 @@ def explorer_view(x:FeatureExplorer, most:int=200): # of features in the list
                        tooltip='How far steering moves the next-token distribution: 0 not at all, 2 very far; negative: the feature is clamped below zero')
     steer_seed, steer_button, steered = w.IntText(value=0, description='Seed', layout=w.Layout(width='12em')), w.Button(description='Continue'), shown()
     seed, draw_button = w.IntText(value=0, description='Seed', layout=w.Layout(width='12em')), w.Button(description='Draw four')
-    claim, verify_button, verdict = w.Combobox(description='To test', placeholder="empty: the explainer's explanation; or choose one, or write your own", ensure_option=False, layout=wide), w.Button(description='Verify'), shown()
+    claim, verify_button, verdict = w.Combobox(description='To test', placeholder="empty: the explainer's explanation; or choose one, or write your own", ensure_option=False, layout=w.Layout(flex='1')), w.Button(description='Verify'), shown()
 
     def guarded(work, busy='', needs=(), status=status): # a handler; what it says while it works, what must be loaded for it, and where; a failure is a line, not a traceback
         def handler(*_):

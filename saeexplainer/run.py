@@ -124,7 +124,8 @@ def check_model(name:str, # `EMBEDDED`, a hub id or a folder
     from saeexplainer.models import EMBEDDED, embedded_model_dir, load_tokenizer
     source = embedded_model_dir() if name == EMBEDDED else Path(name).expanduser()
     is_path = name.startswith(('.', '/', '~')) or name.count('/') > 1
-    if name != EMBEDDED and not source.is_dir() and (is_path or not name):
+    if not name: raise ValueError(f"{field}: 'local:' names no model")
+    if name != EMBEDDED and not source.is_dir() and is_path:
         raise FileNotFoundError(f'{field}: there is no folder {name!r}')
     if source.is_dir() and not any(source.glob('*.safetensors')):
         raise FileNotFoundError(f'{field}: {source} holds no model: weights are read from .safetensors files only')
