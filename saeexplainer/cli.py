@@ -23,7 +23,8 @@ from rich.text import Text
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode='rich', help='Say what SAE features mean, and let the target model judge.',
                   epilog='A first look: [b]saeexplainer explain --random 5[/b]. What is there and what is missing: [b]saeexplainer doctor[/b].')
 _examples = lambda *lines: 'Examples:\n\n' + '\n\n'.join(f'[b]{line}[/b]' for line in lines) # below a command's help
-out = Console(highlight=False, force_jupyter=False) # in a notebook too: one text, not a page for each line
+# in a notebook, whose kernel asks for colours: text as in a file, and not a page for each line
+out = Console(highlight=False, force_jupyter=False, force_terminal=False if 'ipykernel' in sys.modules else None)
 JSON = Annotated[bool, typer.Option('--json', help='print JSON')]
 
 def _version(wanted:bool):
