@@ -44,7 +44,8 @@ app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=Fal
                   context_settings=dict(help_option_names=['--help', '-h']),
                   epilog='A first look: [b]saeexplainer explain --random 5[/b]. What is there and what is missing: [b]saeexplainer doctor[/b].')
 _examples = lambda *lines: 'Examples:\n\n' + '\n\n'.join(f'[b]{line}[/b]' for line in lines) # below a command's help
-out = Console(highlight=False)
+# in a notebook, whose kernel asks for colours: text as in a file, and not a page for each line
+out = Console(highlight=False, force_jupyter=False, force_terminal=False if 'ipykernel' in sys.modules else None)
 
 def tell(text):
     "Print a line: a terminal wraps it, a file or another program gets it whole"
