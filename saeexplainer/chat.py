@@ -11,12 +11,13 @@ import re, sys, time
 from contextlib import contextmanager
 
 # %% ../nbs/parts/chat.ipynb #42250ea9
-RENDER_SECONDS = 5. # of processor time
+RENDER_SECONDS = 5. # of processor time, for one rendering
 THINKING_OFF = dict(enable_thinking=False, thinking=False)
 
 @contextmanager
-def bounded(seconds:float=RENDER_SECONDS):
-    "Raise `TimeoutError` in Python code that this thread executes within, once it has taken so much processor time"
+def bounded():
+    "Raise `TimeoutError` in Python code that this thread executes within, once it has taken `RENDER_SECONDS`"
+    seconds = RENDER_SECONDS
     end = time.thread_time() + seconds
     def watch(frame, event, arg):
         if time.thread_time() > end: raise TimeoutError(f'no end after {seconds:.0f} s')
