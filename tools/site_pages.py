@@ -13,7 +13,7 @@ from nbdev.process import NBProcessor
 from nbmarkdown import LINK, output_markdown
 
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
-ORDER = dict(parts='files models presets plan features corpus saes reading target store sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
+ORDER = dict(parts='files models presets plan features corpus saes reading target store chat sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
              recipes='your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'.split())
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
