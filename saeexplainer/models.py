@@ -178,7 +178,9 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
         model, report = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                              ignore_mismatched_sizes=True, output_loading_info=True, **settings)
     check_complete(name, report)
-    if model.base_model is model: model.base_model_prefix = 'model' # Llama 4 has another name for its backbone than it says
+    if model.base_model is model: # Llama 4 has another name for its backbone than it says
+        model.base_model_prefix = 'model'
+        model.config.router_aux_loss_coef = 0. # trl cannot compute it for this one; the routers are not trained
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     model = model.to(device).eval().requires_grad_(False)
     if dtype == torch.float16: check_finite(model)
