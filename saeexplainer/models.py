@@ -178,6 +178,9 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
         model, report = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                              ignore_mismatched_sizes=True, output_loading_info=True, **settings)
     check_complete(name, report)
+    if model.base_model is model: # Llama 4 has another name for its backbone than it says
+        model.base_model_prefix = 'model'
+        model.config.router_aux_loss_coef = 0. # trl cannot compute it for this one; the routers are not trained
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     model = model.to(device).eval().requires_grad_(False)
     if dtype == torch.float16: check_finite(model)
@@ -206,7 +209,7 @@ def _contiguous(head, args): return (args[0].contiguous(), *args[1:])
 def backbone(model) -> torch.nn.Module: # a causal LM, with or without PEFT around it
     "The model without its LM head"
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    body = getattr(base, 'model', base) if base.base_model is base else base.base_model # Llama 4 has another name for it than it says
+    body = getattr(base, 'model', base) if base.base_model is base else base.base_model
     return getattr(body, 'decoder', body) # OPT's head calls the decoder inside
 
 def decoder_layers(model) -> torch.nn.ModuleList:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .models import EMBEDDED, backbone, context_length, decoder_layers, load_model, stream_of, weights_sha256, with_stream
+from .models import EMBEDDED, backbone, context_length, decoder_layers, load_model, model_source, stream_of, weights_sha256, with_stream
 from .sampling import batches, pad, sample, seed_for
 from .saes import FeatureReader, decoder_step, feature_indices
 
@@ -161,6 +161,7 @@ def plain_name(name:str) -> str:
 def check_model_name(name:str, reader): # raises `ValueError` for the name of another model
     "The model's name against the one in the SAE's metadata; a base model and its instruct twin pass, and so does a folder"
     known = reader.sae.cfg.metadata.model_name
+    if name != EMBEDDED: model_source(name) # a folder that does not exist is said to be missing
     if not known or Path(name).expanduser().exists(): return
     longer, shorter = sorted((plain_name(name), plain_name(known)), key=len, reverse=True)
     more = longer.replace(shorter, '', 1) if shorter else longer

@@ -67,7 +67,7 @@ def save_wrapped(folder, arch, vocab=512, seed=0):
         sight = vision | dict(intermediate_size=128, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
         m = T.Llama4ForConditionalGeneration(T.Llama4Config(text_config=text | dict(intermediate_size_mlp=128, num_local_experts=2, attn_temperature_tuning=False), vision_config=sight, **pictures))
     elif arch == 'opt': m = T.OPTForCausalLM(T.OPTConfig(**ids, hidden_size=64, num_hidden_layers=4, ffn_dim=128, num_attention_heads=4, max_position_embeddings=512, word_embed_proj_dim=64, dropout=0., init_std=.1))
-    elif arch == 'mpt': m = T.MptForCausalLM(T.MptConfig(**ids, d_model=64, n_heads=4, n_layers=4, max_seq_len=512, initializer_range=.1))
+    elif arch == 'mpt': m = T.MptForCausalLM(T.MptConfig(**ids, d_model=64, n_heads=4, n_layers=4, max_seq_len=1024, initializer_range=.1))
     elif arch == 'bloom': m = T.BloomForCausalLM(T.BloomConfig(**ids, hidden_size=64, n_layer=4, n_head=4, initializer_range=.1))
     m.eval().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
