@@ -216,9 +216,11 @@ def span(*hours) -> str:
 
 def memory_of(preset) -> str: # '' where it is not known
     "Return what the memory of a run is made of, as text behind the sum"
-    from saeexplainer.presets import memory_parts
+    from saeexplainer.presets import MEASURED, memory_parts
     parts = memory_parts(preset)
-    return f" at the peak ({', '.join(f'{name} {gigabytes(n)}' for name, n in parts.items())})" if parts else ''
+    if not parts: return ''
+    reckoned = f"{gigabytes(sum(parts.values()))} reckoned: {', '.join(f'{name} {gigabytes(n)}' for name, n in parts.items())}"
+    return f" at the peak ({'measured; ' if preset.name in MEASURED else ''}{reckoned})"
 
 def show_plan(preset, folder:Path, as_json:bool):
     "What a run takes, and what it would begin with: nothing is fetched or loaded for it"
