@@ -28,6 +28,7 @@ def main():
     card = ExplainerCard(preset.explainer, preset.template, preset.placeholder, 1, 1., d, 'random directions', '0'*64, 9, preset.target, preset.source, chat_template=preset.chat_template)
     explainer = Explainer(model, tokenizer, card)
     model.generation_config.eos_token_id = explainer.placeholder_id # is never drawn: every row goes to its full length
+    tokenizer.chat_template = None # its end of turn would end a row too
     directions, rows = torch.randn(a.features, d, generator=torch.Generator().manual_seed(0)), a.features * a.k
     ids = torch.tensor([explainer.prompt], device=model.device)
 

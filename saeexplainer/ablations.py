@@ -26,7 +26,9 @@ def stage_figure(metrics, # rows stage, feature, metric, value
         fig = Figure(figsize=(WIDTH, .75 + .27*len(stages)))
         for i, (ax, (name, title)) in enumerate(zip(fig.subplots(1, len(PANELS), sharey=True), PANELS.items())):
             interval_plot(ax, table[table.index.get_level_values('metric') == name].droplevel('metric').reindex(stages), 1 if name == 'gap' else 100)
-            if name == 'output': ax.axvline(100*chance, color='k', ls=':', lw=1)
+            if name == 'output':
+                ax.axvline(100*chance, color='k', ls=':', lw=1)
+                ax.text(100*chance, 1, 'chance', transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7)
             ax.set_xlabel(title)
             if name != 'gap': ax.set_xlim(left=0)
             if i: ax.tick_params(left=False)
@@ -157,16 +159,16 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
     from saeexplainer.metrics import bootstrap_ci
     from saeexplainer.plots import MARKS, Figure, WIDTH, color, named, style
     with style():
-        fig = Figure(figsize=(WIDTH, 2.3))
+        fig, dotted = Figure(figsize=(WIDTH, 2.3)), []
         for ax, metric in zip(fig.subplots(1, len(panels)), panels):
             scale = 1 if metric == 'gap' else 100
             for j, stage in enumerate(stages):
                 x = np.arange(len(names)) + .16*(j - (len(stages)-1)/2)
                 cis = [bootstrap_ci(arms[(arms.arm == a) & (arms.stage == stage) & (arms.metric == metric)].value) for a in names]
                 ax.errorbar(x, [scale*c.mean for c in cis], [[scale*(c.mean - c.low) for c in cis], [scale*(c.high - c.mean) for c in cis]], fmt=MARKS.get(stage, 'o') + '-', ms=4, lw=1, color=color(stage), label=named(stage))
-            if metric == 'output': ax.axhline(100*chance, color='k', ls=':', lw=1)
+            if metric == 'output': dotted.append(ax.axhline(100*chance, color='k', ls=':', lw=1, label='chance'))
             ax.set(xticks=range(len(names)), xticklabels=names.values(), xlim=(-.5, len(names) - .5), title=PANELS[metric])
             if metric != 'gap': ax.set_ylim(bottom=0)
         fig.supxlabel(xlabel, fontsize=9)
-        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc='outside right center')
+        fig.legend(handles=[*fig.axes[0].get_legend_handles_labels()[0], *dotted], loc='outside right center')
     return fig

@@ -44,7 +44,8 @@ app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=Fal
                   context_settings=dict(help_option_names=['--help', '-h']),
                   epilog='A first look: [b]saeexplainer explain --random 5[/b]. What is there and what is missing: [b]saeexplainer doctor[/b].')
 _examples = lambda *lines: 'Examples:\n\n' + '\n\n'.join(f'[b]{line}[/b]' for line in lines) # below a command's help
-out = Console(highlight=False)
+# in a notebook, whose kernel asks for colours: text as in a file, and not a page for each line
+out = Console(highlight=False, force_jupyter=False, force_terminal=False if 'ipykernel' in sys.modules else None)
 
 def tell(text):
     "Print a line: a terminal wraps it, a file or another program gets it whole"
@@ -397,7 +398,7 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
                      anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False, settings: Setting = None, as_json: JSON = False):
     "What is known of a preset's features; fetched from Neuronpedia or read from a corpus where there is nothing yet"
     from collections import Counter
-    from saeexplainer.features import features_file
+    from saeexplainer.features import features_file, unused
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, settings=settings, **{k: v for k, v in dict(corpus=corpus, corpus_tokens=tokens).items() if v is not None})
     reads, there = corpus is not None or tokens is not None, features_file(chosen).exists()
@@ -408,8 +409,7 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
     if not shown:
         counts = Counter(f.status for f in features)
         if as_json: return print(json.dumps(counts))
-        tell(f"{len(features)} features: " + ', '.join(f'{n} {s}' for s, n in counts.items()))
-        if not counts['ok'] + counts['unlabelled']: tell('none of them can be used: dense features fire on too many tokens, dead ones on none (see `density` in the glossary)')
+        tell(f"{len(features)} features: " + ', '.join(f'{n} {s}' for s, n in counts.items()) + unused(counts))
         return
     if as_json: return print(json.dumps([dict(id=str(f.id), explanation=f.explanation, status=f.status, max_act=number(f.max_act), density=number(f.density), contexts=list(map(str, f.contexts))) for f in shown], indent=1))
     for f in shown:
@@ -429,8 +429,9 @@ def make_features(preset): # what came of it, to print
 
 def known_features(preset, names): # list of Feature: all of them, or without a file those that are named
     "The features of a preset's file; where there is none, those that are named, from Neuronpedia's API"
-    from saeexplainer.features import features_file, load_features, neuronpedia_feature
+    from saeexplainer.features import check_sae_of, features_file, load_features, neuronpedia_feature
     file = features_file(preset)
+    check_sae_of(preset)
     if file.exists() or preset.corpus or not names: return load_features(preset)
     ids = dict.fromkeys(feature_of(preset, name) for name in names)
     try: return [neuronpedia_feature(i, label_model=preset.label_model) for i in ids]

@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 
 # %% ../nbs/03_dpo.ipynb #d85ed534
+from .files import check_tensors
 from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages, without_placeholder
 from .models import weights_sha256
 from .sampling import seed_for
-from .sft import Checkpoints, TrainingBar, claim, finish, labels_only, last_checkpoint, one_gpu, quiet, same_settings, take_over, train_to_the_end, trainer_settings
+from .sft import Checkpoints, Finite, TrainingBar, answer_rows, claim, finish, labels_only, last_checkpoint, one_gpu, quiet, read_training, row_length, same_settings, say_endless, take_over, train_to_the_end, trainer_settings
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
@@ -53,16 +54,25 @@ def dpo_trainer(preset, rows, # of `preference_dataset`
                 folder, # of the checkpoints
                 round:int=1, progress:bool=False): # trl.DPOTrainer, ready to train
     "trl's `DPOTrainer`, with the feature's direction in policy and reference"
+    from datasets import Dataset
     from transformers import PrinterCallback
     from trl import DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     # where checkpoints look up the base model's config; a name that is no folder would be looked up on the hub
     explainer.model.peft_config['default'].base_model_name_or_path = explainer.model.config.name_or_path
+    class Prepared(DPOTrainer):
+        "For rows that are token ids already"
+        def _prepare_dataset(self, dataset, *args, **kwargs): return dataset
+    say_endless(explainer.tokenizer)
+    longest = row_length(preset, explainer.model)
+    answers = [row[side][0]['content'] for row in rows for side in ('chosen', 'rejected')]
+    prompt, said = answer_rows(explainer.tokenizer, explainer.model, explainer.card, answers, longest)
+    ids = Dataset.from_list([dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, feature=f) for chosen, rejected, f in zip(said[::2], said[1::2], rows['feature'])])
     with quiet():
-        inner = DataCollatorForPreference(explainer.tokenizer.pad_token_id, max_length=preset.max_length)
-        trainer = DPOTrainer(explainer.model, args=dpo_config(preset, explainer.model, folder, round), train_dataset=rows,
+        inner = DataCollatorForPreference(explainer.tokenizer.pad_token_id, max_length=longest)
+        trainer = Prepared(explainer.model, args=dpo_config(preset, explainer.model, folder, round), train_dataset=ids,
             processing_class=explainer.tokenizer, data_collator=FeatureCollator(inner, reader, explainer.placeholder_id, copies=2),
-            callbacks=[Checkpoints(), *([TrainingBar(f'dpo round {round}')] if progress else [])])
+            callbacks=[Checkpoints(), Finite(f'dpo_lr {preset.dpo_lr[round-1]:g}'), *([TrainingBar(f'dpo round {round}')] if progress else [])])
     trainer.remove_callback(PrinterCallback)
     if preset.dpo_loss == 'sigmoid_norm':
         lengths = [len(ids) for side in ('chosen_ids', 'rejected_ids') for ids in trainer.train_dataset[side]]
@@ -83,7 +93,7 @@ def step0_loss(trainer, # of `dpo_trainer`, before its first step
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).item()
     trainer.loss_weights, trainer._total_train_tokens = weights, 0
     trainer._metrics['train'].clear()
-    if abs(loss - math.log(2)) > 1e-3:
+    if not abs(loss - math.log(2)) <= 1e-3: # NaN too
         raise RuntimeError(f'the loss before the first step is {loss:.4f}, not ln 2: the reference is not the previous stage')
     return loss
 
@@ -104,7 +114,7 @@ class DPOResult:
     @classmethod
     def load(cls, folder) -> 'DPOResult':
         "The result of a round that was finished"
-        saved = json.loads((Path(folder)/'training.json').read_text())
+        saved = read_training(folder, round=int, pairs=int, step0_loss=int|float)
         return cls(Path(folder), log=pd.DataFrame(saved['log']), **{k: saved[k] for k in ('round', 'pairs', 'step0_loss', 'seconds')})
 
 # %% ../nbs/03_dpo.ipynb #e87daf57
@@ -122,7 +132,7 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
     settings = _settings(preset, card, rows, previous, round)
     take_over(like, out, settings)
     if (out/CARD).exists():
-        same_settings(json.loads((out/'training.json').read_text())['settings'], settings, f'{out} holds a finished round')
+        same_settings(read_training(out)['settings'], settings, f'{out} holds a finished round')
         return DPOResult.load(out)
     claim(out/'checkpoints', settings)
     explainer = Explainer.from_pretrained(previous, reader=reader, trainable=True, device=preset.device)
@@ -138,6 +148,7 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
 
 # %% ../nbs/03_dpo.ipynb #1f34a19a
 def _settings(preset, card, rows, previous, round) -> dict: # JSON: what makes two trainings the same
+    check_tensors(Path(previous)/'adapter_model.safetensors')
     names = 'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight max_length seed'.split()
     about = {k: v for k, v in dataclasses.asdict(card).items() if k != 'versions'}
     return {**{k: getattr(preset, k) for k in names}, 'beta': preset.dpo_beta[round-1], 'lr': preset.dpo_lr[round-1],

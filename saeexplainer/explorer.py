@@ -123,9 +123,10 @@ class FeatureExplorer:
                  results=None, # folder of a run's report, whose explanations are shown; None: those that are shipped with the preset
                  explainer=None, # folder or hub id of the explainer that draws; None: the shipped one
                  target=None): # `Target`, where it is loaded already
-        from saeexplainer.features import load_features
+        from saeexplainer.features import check_sae_of, load_features
         from saeexplainer.presets import load_preset
         self.preset = load_preset(preset) if isinstance(preset, (str, Path)) else preset
+        check_sae_of(self.preset)
         self.features = [f for f in load_features(self.preset) if f.status not in ('dead', 'incomplete')]
         if not self.features: raise ValueError(f'{self.preset.name} has no features that fire: saeexplainer features {self.preset.called}')
         self.known, self.drawn, self._explainer, self._clamps = {f.index: f for f in self.features}, {}, explainer, {}
@@ -281,7 +282,7 @@ def explorer_view(x:FeatureExplorer, most:int=200): # of features in the list
                        tooltip='How far steering moves the next-token distribution: 0 not at all, 2 very far; negative: the feature is clamped below zero')
     steer_seed, steer_button, steered = w.IntText(value=0, description='Seed', layout=w.Layout(width='12em')), w.Button(description='Continue'), shown()
     seed, draw_button = w.IntText(value=0, description='Seed', layout=w.Layout(width='12em')), w.Button(description='Draw four')
-    claim, verify_button, verdict = w.Combobox(description='To test', placeholder="empty: the explainer's explanation; or choose one, or write your own", ensure_option=False, layout=wide), w.Button(description='Verify'), shown()
+    claim, verify_button, verdict = w.Combobox(description='To test', placeholder="empty: the explainer's explanation; or choose one, or write your own", ensure_option=False, layout=w.Layout(flex='1')), w.Button(description='Verify'), shown()
 
     def guarded(work, busy='', needs=(), status=status): # a handler; what it says while it works, what must be loaded for it, and where; a failure is a line, not a traceback
         def handler(*_):

@@ -226,8 +226,13 @@ def _json_rows(lines, note): # of an open file; yields dicts
 def _parquet_rows(file):
     import pyarrow.parquet as pq
     with pq.ParquetFile(file) as table:
+        kept = (table.schema_arrow.pandas_metadata or {}).get('index_columns', [])
+        ranges = {i['name']: range(i['start'], i['stop'], i['step']) for i in kept if isinstance(i, dict) and i['name']} # an index that pandas does not write as a column
+        number = 0
         for batch in table.iter_batches(1024):
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield {name: values[number] for name, values in ranges.items()} | row
+                number += 1
 
 TABLES = ('.csv', '.tsv', '.json', '.jsonl', '.parquet')
 

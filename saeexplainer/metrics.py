@@ -9,7 +9,7 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
            'neutral_subject', 'explanation_key', 'distinct_explanations', 'write_evaluation_texts', 'score_texts',
            'max_acts', 'Verified', 'verify', 'control_features', 'calibrate', 'usable_targets', 'steer', 'steered_sets',
            'judge_prompt', 'judge_locally', 'judge_by_letter', 'judge', 'control_cases', 'judge_controls', 'Evaluation',
-           'output_features', 'feature_values', 'summary', 'compare', 'stage_table', 'agreement', 'evaluate']
+           'output_features', 'feature_values', 'summary', 'compare', 'p_text', 'stage_table', 'agreement', 'evaluate']
 
 # %% ../nbs/04_metrics.ipynb #7e16d3d8
 import functools, hashlib, itertools, json, re
@@ -620,6 +620,10 @@ def compare(metrics, # columns stage, feature, metric, value
             rows.append(dict(stage=stage, baseline=baseline, metric=name, n=ci.n, difference=ci.mean, low=ci.low, high=ci.high, p=sign_flip(difference)))
     index = ['stage', 'baseline', 'metric']
     return pd.DataFrame(rows, columns=[*index, 'n', 'difference', 'low', 'high', 'p']).set_index(index)
+
+def p_text(p:float) -> str:
+    "A p value with three decimals, or what it lies below"
+    return '-' if np.isnan(p) else '< 0.001' if p < .0005 else f'{p:.3f}'
 
 def stage_table(summary) -> pd.DataFrame: # one row per stage, 'mean [low, high]' as text; shares in per cent
     "The summary as a table to read, in the layout of the paper's Table 1"

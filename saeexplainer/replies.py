@@ -22,7 +22,7 @@ class Request:
     max_tokens: int = 64 # new tokens at most
     temperature: float = .8 # 0: greedy
     top_p: float = .95
-    seed: int = 0 # the randomness of this reply depends on it alone
+    seed: int = 0 # the randomness of this reply depends on it alone; with 16 bits on a GPU also on the batch it is in
     system: str|None = None # system turn, where there is one
 
 # %% ../nbs/parts/replies.ipynb #85939869

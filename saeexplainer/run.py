@@ -124,7 +124,8 @@ def check_model(name:str, # `EMBEDDED`, a hub id or a folder
     from saeexplainer.models import EMBEDDED, embedded_model_dir, load_tokenizer
     source = embedded_model_dir() if name == EMBEDDED else Path(name).expanduser()
     is_path = name.startswith(('.', '/', '~')) or name.count('/') > 1
-    if name != EMBEDDED and not source.is_dir() and (is_path or not name):
+    if not name: raise ValueError(f"{field}: 'local:' names no model")
+    if name != EMBEDDED and not source.is_dir() and is_path:
         raise FileNotFoundError(f'{field}: there is no folder {name!r}')
     if source.is_dir() and not any(source.glob('*.safetensors')):
         raise FileNotFoundError(f'{field}: {source} holds no model: weights are read from .safetensors files only')
@@ -296,7 +297,8 @@ class Run:
     @cached_property
     def splits(self) -> dict: # test, sft, validation, preference1, ... -> indices
         "Disjoint: test features from the front of a random order, all others from its back, so that a smaller run takes part of what a larger one takes"
-        from saeexplainer.features import split_features
+        from collections import Counter
+        from saeexplainer.features import split_features, unused
         p, alive = self.preset, [f.id for f in self.features.values() if f.status in ('ok', 'unlabelled')]
         order = [i.index for i in split_features(alive, dict(all=len(alive)), p.seed)['all']]
         parts, left = {'test': order[:p.n_test]}, order[p.n_test:][::-1]
@@ -307,7 +309,7 @@ class Run:
             parts[name], left = [left[k] for k in usable], left[usable[-1]+1:] if usable else left
         if any(len(parts[name]) < n for name, n in (sizes | {'test': p.n_test}).items()):
             raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in ({'test': p.n_test} | sizes).items())} features are wanted, there are {len(alive)}, "
-                             f"{sum(self.features[i].status=='ok' for i in order)} of them with a label")
+                             f"{sum(self.features[i].status=='ok' for i in order)} of them with a label{unused(Counter(f.status for f in self.features.values()))}")
         return parts
 
     def preference_features(self, round:int) -> list[int]:

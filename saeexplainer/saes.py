@@ -147,6 +147,8 @@ def check_config(file): # a cfg.json in sae-lens' own format, of any version
         if type(cfg.get(name)) is not int or cfg[name] < 1: raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
     for name in ('metadata', 'activation_fn_kwargs'):
         if not isinstance(cfg.get(name) or {}, dict): raise ValueError(f'{file}: {name} is {cfg[name]!r}, not an object')
+    for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm'):
+        if cfg.get(name) not in (None, True, False) or type(cfg.get(name)) is int: raise ValueError(f'{file}: {name} is {cfg[name]!r}, neither true nor false')
     function = cfg.get('activation_fn') or cfg.get('activation_fn_str') or 'relu'
     kind = 'topk' if function == 'topk' else cfg.get('architecture') or 'standard'
     if function not in ('relu', 'topk'): raise ValueError(f'{file}: its activation function is {function!r}, which sae-lens no longer has: it would be read as ReLU')

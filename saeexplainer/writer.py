@@ -6,7 +6,7 @@
 __all__ = ['chat_ids', 'LocalWriter', 'writer_for']
 
 # %% ../nbs/parts/writer.ipynb #f004dcf3
-import json, os, re
+import json, math, os, re
 from collections import Counter
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/parts/writer.ipynb #c9732269
+from .chat import as_text, encode, prompt_ids
 from .models import context_length
 from .remote import Budget, BudgetSpent, OpenAIWriter
 from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences
@@ -27,38 +28,39 @@ def chat_ids(tokenizer, request:Request) -> list[int]: # token ids
     "A request as the model's own chat turns, up to where its answer begins"
     if not tokenizer.chat_template:
         raise ValueError(f'{tokenizer.name_or_path} has no chat template: take an instruction-tuned model as the writer')
-    turns = ([{'role': 'system', 'content': request.system}] if request.system else []) + [{'role': 'user', 'content': request.prompt}]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)['input_ids']
+    said = [('system', request.system)] if request.system else []
+    return prompt_ids(tokenizer, [dict(role=role, content=as_text(tokenizer, text)) for role, text in [*said, ('user', request.prompt)]])
 
 # %% ../nbs/parts/writer.ipynb #bab766f0
 class _Likelihoods:
     "Log-probabilities under `self.model`"
     def _context(self, context) -> list[int]: # text or token ids -> token ids, at least one
-        ids = self.tokenizer(context)['input_ids'] if isinstance(context, str) else list(context)
+        ids = encode(self.tokenizer, as_text(self.tokenizer, context), add_special_tokens=True) if isinstance(context, str) else list(context)
         if ids: return ids
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if start is None: raise ValueError(f'{self.tokenizer.name_or_path} has no BOS token: give a context that is not empty')
         return [start]
 
+    @property
+    def _limit(self): return context_length(self.model) or math.inf # tokens that the model reads
+
     @torch.no_grad()
     def log_probs(self, contexts, # list of str, or of token ids
                   continuations, # list of str
                   progress:bool=False) -> np.ndarray: # (n,) float64
-        "log P(continuation | context), summed over the continuation's tokens; 0 for an empty continuation. Equal contexts are computed once"
+        "log P(continuation | context), summed over the continuation's tokens; 0 for an empty continuation, NaN beyond the model's context. Equal contexts are computed once"
         from tqdm.auto import tqdm
         if len(contexts) != len(continuations): raise ValueError(f'{len(contexts)} contexts but {len(continuations)} continuations')
-        after = [self.tokenizer(c, add_special_tokens=False)['input_ids'] for c in continuations]
-        rows, same, most = {}, Counter(), 16 if can_share(self.model) else 1 # context -> its rows, at most so many
+        after = [encode(self.tokenizer, as_text(self.tokenizer, c)) for c in continuations]
+        rows, same, most, out = {}, Counter(), 16 if can_share(self.model) else 1, np.zeros(len(after)) # context -> its rows, at most so many
         for i, context in enumerate(contexts):
             ids = tuple(self._context(context))
+            if len(ids) + len(after[i]) - 1 > self._limit: # the last token is not read
+                out[i] = np.nan
+                continue
             rows.setdefault((ids, same[ids]//most), []).append(i)
             same[ids] += 1
-        groups, out = [(ids, of) for (ids, _), of in rows.items()], np.zeros(len(after))
-        limit = context_length(self.model)
-        for ids, of in groups:
-            n = len(ids) + max(len(after[i]) for i in of)
-            if limit and n > limit: raise ValueError(f'a prompt with its answer has {n} tokens, the model reads {limit}: shorten it')
+        groups = [(ids, of) for (ids, _), of in rows.items()]
         with tqdm(total=len(after), disable=not progress, desc='log-probabilities', unit='text') as bar:
             for batch in batches([len(ids) + max(len(after[i]) for i in of) for ids, of in groups], max_rows=min(self.batch_size, 32)):
                 of = [i for g in batch for i in groups[g][1]]
@@ -95,7 +97,7 @@ class _Lists:
         limits, prompt_tokens, new, ends = [max(1, r.max_tokens//max(1, sum(sizes.values()))) for r in requests], [0]*len(requests), [0]*len(requests), [*self._quotes, *end_ids(self.model, self.tokenizer)]
         for name, n in sizes.items():
             for j in range(n):
-                begun = [p + self.tokenizer(_open_string(l, name), add_special_tokens=False)['input_ids'] for p, l in zip(prompts, lists)]
+                begun = [p + encode(self.tokenizer, as_text(self.tokenizer, _open_string(l, name))) for p, l in zip(prompts, lists)]
                 seeds = [seed_for(r.seed, 'string', name, j) for r in requests]
                 for rows, out in self._generate(begun, requests, seeds, limits, ends):
                     for i, (ids, _) in zip(rows, out):
@@ -149,7 +151,15 @@ class LocalWriter(_Likelihoods, _Lists):
         return [copy(k) for k in keys]
 
     def _answer(self, requests, schema, choices): # lists of (position, Reply)
-        prompts = [chat_ids(self.tokenizer, r) for r in requests]
+        prompts, read = [chat_ids(self.tokenizer, r) for r in requests], max((len(encode(self.tokenizer, as_text(self.tokenizer, c))) for c in choices or ()), default=1)
+        fits = [i for i, p in enumerate(prompts) if len(p) + read - 1 <= self._limit]
+        if len(fits) < len(prompts):
+            yield [(i, Reply(outcome='rejected', error=f'the prompt has {len(p)} tokens, {self.name} reads {self._limit}', prompt_tokens=len(p), cost=0.))
+                   for i, p in enumerate(prompts) if i not in set(fits)]
+            for done in self._write([prompts[i] for i in fits], [requests[i] for i in fits], schema, choices): yield [(fits[i], reply) for i, reply in done]
+        else: yield from self._write(prompts, requests, schema, choices)
+
+    def _write(self, prompts, requests, schema, choices): # lists of (position, Reply)
         sizes = list_sizes(schema)
         if choices is not None or (sizes and set(sizes) == set(schema['properties'])):
             for at in range(0, len(prompts), self.batch_size):
@@ -163,8 +173,11 @@ class LocalWriter(_Likelihoods, _Lists):
                        for i, text, (ids, cut) in zip(rows, texts, out)]
 
     def _generate(self, prompts, requests, seeds, limits, ends=None): # (positions, `new_tokens`) of each batch
-        kinds = [(limit, r.temperature, r.top_p) for limit, r in zip(limits, requests)]
-        for kind in dict.fromkeys(kinds):
+        room = [self._limit + 1 - len(p) for p in prompts] # the last token is not read
+        full = [i for i, n in enumerate(room) if n < 1]
+        if full: yield full, [([], True) for _ in full]
+        kinds = [(min(limit, n), r.temperature, r.top_p) if n >= 1 else None for limit, n, r in zip(limits, room, requests)]
+        for kind in dict.fromkeys(k for k in kinds if k):
             of = [i for i, k in enumerate(kinds) if k == kind]
             for batch in batches([len(prompts[i]) for i in of], self.batch_size):
                 rows = [of[b] for b in batch]

@@ -84,6 +84,57 @@ def test_other_settings_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match=r"--out must end in .jsonl or .parquet, not 'all.txt'"): explain_dictionary(preset, folder/'sft', tmp_path/'all.txt')
 
 
+def test_verified_rows_of_other_settings_are_refused(world, tmp_path):
+    "Everything that texts and scores depend on; what an earlier version did not write down is taken as it is"
+    from dataclasses import replace
+    from saeexplainer.dictionaries import _explained_with, _verified_with
+    folder, _, preset = world
+    reader = FeatureReader.load(preset)
+    said, known = _explained_with(preset, folder/'sft', reader), {1: 2.}
+    Rows(tmp_path/'x.part', said | _verified_with(preset, 2, known)).close()
+    for field, value in dict(text_temperature=5., text_tokens=2, text_top_p=.5, success=.9, dtype='bfloat16', target='other', text_form='list', seed=1, evaluation_writer='local:x', sae_bos=False).items():
+        with pytest.raises(ValueError, match='x.part was begun with .*: remove it, or choose another --out'): Rows(tmp_path/'x.part', said | _verified_with(replace(preset, **{field: value}), 2, known))
+    for n, acts in ((3, known), (2, {1: 3.})):
+        with pytest.raises(ValueError, match='was begun with (n|max_acts)'): Rows(tmp_path/'x.part', said | _verified_with(preset, n, acts))
+    Rows(tmp_path/'x.part', said | _verified_with(replace(preset, batch_size=1, n_sft=9, writer_url='http://x/v1'), 2, known)).close() # nothing that a row depends on
+    bare = _explained_with(preset, 'untrained', reader)
+    assert bare['adapter_sha256'] is None and _explained_with(replace(preset, template='Feature {placeholder}?'), 'untrained', reader) != bare
+    Rows(tmp_path/'old.part', dict(preset='tiny')).close()
+    Rows(tmp_path/'old.part', said).close()
+    (tmp_path/'x.part').write_text('{"sett\n')
+    with pytest.raises(ValueError, match='x.part does not say what it is part of'): Rows(tmp_path/'x.part', said)
+
+
+def test_killed_between_the_file_and_its_parts(world, tmp_path, monkeypatch):
+    folder, _, preset = world
+    for kind in ('jsonl', 'parquet'):
+        out, parts = tmp_path/f'all.{kind}', [tmp_path/f'all.{kind}.{part}.part' for part in ('explained', 'verified')]
+        kept = {}
+        unlink = type(out).unlink
+        with monkeypatch.context() as m: # the parts as they are when the file is whole
+            m.setattr(type(out), 'unlink', lambda self, missing_ok=False: kept.setdefault(self.name, self.read_bytes()) and False if self in parts else unlink(self, missing_ok))
+            done = explain_dictionary(preset, folder/'sft', out, n=2, progress=False)
+        assert out.exists() and all(part.exists() for part in parts)
+        whole = out.read_bytes()
+        with pytest.raises(ValueError, match='was begun with n 2, not 3'): explain_dictionary(preset, folder/'sft', out, n=3, progress=False)
+        assert explain_dictionary(preset, folder/'sft', out, n=2, progress=False) == done and out.read_bytes() == whole and not list(tmp_path.glob('*.part'))
+        with pytest.raises(ValueError, match='exists: remove it'): explain_dictionary(preset, folder/'sft', out, n=2, progress=False)
+        parts[0].write_bytes(b''.join(kept[parts[0].name].splitlines(True)[:9])) # rows of another work, and the file is somebody else's
+        with pytest.raises(ValueError, match='exists, and is not what .* is part of'): explain_dictionary(preset, folder/'sft', out, progress=False)
+        assert parts[0].exists() and out.read_bytes() == whole
+        parts[0].unlink()
+
+
+def test_texts_that_were_not_made_reach_nothing_known(world):
+    "No text is no miss"
+    from saeexplainer.dictionaries import _verdict
+    from saeexplainer.metrics import Verified
+    preset = world[2]
+    none = _verdict(Verified(3, [None, ''], np.array([np.nan, np.nan])), 2., preset)
+    assert none['reached'] is None and none['score'] is None and none['unmade'] == 2
+    assert _verdict(Verified(3, ['a', None], np.array([.5, np.nan])), 2., preset)['reached'] == 0
+
+
 def test_two_processes_do_not_write_one_file(world, tmp_path):
     folder, file, preset = world
     settings = dict(a=1)
@@ -125,6 +176,72 @@ def test_what_evaluate_reads(world, tmp_path):
     (tmp_path/'c.jsonl').write_text('{"feature": 1\n'); (tmp_path/'d.jsonl').write_text('{"id": 1}\n'); (tmp_path/'e.txt').write_text('')
     for name, says in (('c.jsonl', 'is not a readable jsonl file'), ('d.jsonl', 'has the columns id: it needs feature and explanation'), ('e.txt', 'must be .csv, .tsv, .parquet, .json or .jsonl, all but .parquet also as .gz')):
         with pytest.raises(ValueError, match=says): read_explanations(tmp_path/name)
+
+
+def written(file): # what is read of a file, or what is said of it
+    try: return dict(zip(*read_explanations(file).to_dict('list').values()))
+    except ValueError as e:
+        assert str(file) in str(e) and '\n' not in str(e)
+        return str(e)
+
+
+def test_explanations_stay_with_their_features(tmp_path):
+    "However a table was filtered, sorted or shuffled before it was written"
+    frame = pd.DataFrame(dict(feature=[10, 20, 30, 40], explanation=['ten', 'twenty', None, 'forty'], score=1.))
+    right = {'10': 'ten', '20': 'twenty', '30': None, '40': 'forty'}
+    neuronpedia = frame.rename(columns=dict(feature='index', explanation='description')).assign(modelId='m', layer='s')
+    for i, change in enumerate((lambda f: f, lambda f: f.sample(frac=1, random_state=1), lambda f: f.iloc[::-1], lambda f: f[f.index != 1], lambda f: f.set_index(f.columns[0]),
+                                lambda f: f.astype({f.columns[0]: 'category'}), lambda f: f.astype({f.columns[0]: float}))):
+        change(frame).to_parquet(tmp_path/'x.parquet')
+        found = written(tmp_path/'x.parquet')
+        assert found == {name: right[name] for name in found} and len(found) == (3 if i == 3 else 4)
+        change(neuronpedia).to_parquet(tmp_path/'n.parquet')
+        assert written(tmp_path/'n.parquet') == {f'm/s/{name}': text for name, text in found.items()}
+    for name, save in (('x.json', dict(orient='records')), ('x.jsonl', dict(orient='records', lines=True))):
+        frame.sample(frac=1, random_state=1).to_json(tmp_path/name, **save)
+        assert written(tmp_path/name) == right
+
+
+TEXTS = [('feature,explanation\n5,"a, b"\n6,\n', 'utf-8'), ('Feature;Explanation\r\n5;a, b\r\n6;\r\n;\r\n;\r\n', 'utf-8-sig'), ('FEATURE\texplanation \n5\ta, b\n6\t\n', 'utf-16'),
+         ('sep=;\nexplanation;feature;note\na, b;5;x\n;6\n', 'utf-8'), ('feature,explanation,,\n5.0,"a, b",,\n006,,,\n,,,\n', 'utf-8'), ('"feature","explanation"\n" 5 ","a, b"\n\n6,"  "\n', 'utf-8')]
+
+@pytest.mark.parametrize('text, encoding', TEXTS)
+def test_tables_as_spreadsheets_save_them(tmp_path, text, encoding):
+    import gzip
+    for name in ('x.csv', 'X.CSV', 'x.tsv', 'x.csv.gz'):
+        data = text.encode(encoding)
+        (tmp_path/name).write_bytes(gzip.compress(data) if name.endswith('.gz') else data)
+        assert written(tmp_path/name) == {'5': 'a, b', '6': None}, name
+
+
+def test_the_windows_encoding_is_read_and_said(tmp_path, capsys):
+    (tmp_path/'x.csv').write_bytes('feature,explanation\n5,the word \u201cis\u201d \u2013 caf\u00e9\n'.encode('cp1252'))
+    assert written(tmp_path/'x.csv') == {'5': 'the word \u201cis\u201d \u2013 caf\u00e9'} and 'x.csv is not UTF-8: it is read as Windows-1252' in capsys.readouterr().err
+
+
+REFUSED = {'bare.csv': ('feature,explanation\n5,the word has, as a verb\n6,b, c\n', "line 2 has 3 fields, the header 2: a text that holds ',' must stand in quotes"),
+           'some.csv': ('feature,explanation\n5,a\n6,b, c\n', 'line 3 has 3 fields'), 'open.csv': ('feature,explanation\n5,"a\n6,b\n', 'are the quotes of a text closed, and doubled inside it'),
+           'empty.csv': ('', 'it is empty'), 'names.csv': ('id,text\n5,a\n', 'has the columns id, text: it needs feature and explanation'), 'blank.csv': ('feature,explanation\n5,a\n,b\n', "row 2: '' is no feature"),
+           'part.csv': ('feature,explanation\n1.7,a\n', "row 1: '1.7' is no feature, which is an index or model/source/index"), 'minus.csv': ('feature,explanation\n-1,a\n', "'-1' is no feature"),
+           'true.jsonl': ('{"feature": true, "explanation": "a"}', "'True' is no feature"), 'number.jsonl': ('{"feature": 5, "explanation": 7}', 'row 1: the explanation is 7, not a text'),
+           'list.json': ('[1, 2]', 'holds 1, not a row with names'), 'object.json': ('{"5": "a"}', 'has the columns 5: it needs feature and explanation'), 'cut.json': ('[{"feature": 5,', 'line 1 is not JSON'),
+           'deep.json': ('['*100_000, 'it is nested too deeply'), 'x.parquet': ('PAR1', 'is not a readable parquet file'), 'x.jsonl.gz': ('no', 'is not a readable jsonl file'),
+           'twice.csv': ('feature,explanation\n5,a\n5.0,b\n', 'explains 5 more than once: keep one'), 'two_names.csv': ('feature,explanation\n5,a\nsmollm2-135m/9-res-4k/5,b\n', 'explains 5 more than once, as 5 and as smollm2-135m/9-res-4k/5'),
+           'zeros.csv': ('feature,explanation\nm/s/5,a\n m/s/005,b\n', 'explains m/s/5 more than once')}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_tables_that_would_lose_something_are_refused(tmp_path, name):
+    text, says = REFUSED[name]
+    (tmp_path/name).write_text(text)
+    assert says in written(tmp_path/name)
+
+
+def test_lists_and_half_characters_in_json(tmp_path, capsys):
+    (tmp_path/'list.jsonl').write_text('\n[{"feature": 5, "explanation": "a"},\n {"feature": 6, "explanation": null}]')
+    (tmp_path/'lines.json').write_text('\ufeff{"feature": 5, "explanation": "a"}\n{"feature": "6"  , "explanation": ""}\n', encoding='utf-8')
+    for name in ('list.jsonl', 'lines.json'): assert written(tmp_path/name) == {'5': 'a', '6': None}
+    (tmp_path/'half.jsonl').write_text('{"feature": 5, "explanation": "half \\ud83d emoji"}\n{"feature": 6, "explanation": "whole \\ud83d\\ude00"}\n')
+    assert written(tmp_path/'half.jsonl') == {'5': 'half ? emoji', '6': 'whole \U0001f600'} and "half.jsonl: 1 lines held half characters, which are read as '?'" in capsys.readouterr().err
 
 
 def test_a_dictionary_can_be_evaluated(world, tmp_path, capsys, monkeypatch):

@@ -33,7 +33,7 @@ def test_explorer_in_jupyterlab(lab, tmp_path):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = open_browser(p)
-        page = browser.new_page(viewport=dict(width=1200, height=1000))
+        page = browser.new_page(viewport=dict(width=1200, height=1300))
         page.goto(lab)
         page.locator('.jp-CodeCell').first.click(timeout=60_000)
         page.keyboard.press('Shift+Enter')

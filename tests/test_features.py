@@ -150,6 +150,78 @@ def test_contexts_stay_in_arrow(tmp_path):
     assert lazy < 30e6 and tuples > 20*lazy, (lazy, tuples)
 
 
+BROKEN = [(dict(index=[3, 3]), 'has feature 3 twice: keep one row of each'), (dict(index=[1, -1]), 'has a row whose index is -1'), (dict(index=[1, None]), 'float64|double in its column index|has a row whose index is None'),
+          (dict(max_act=[8., math.inf]), 'the strongest activation of feature 1 is inf: it is a number from 0'), (dict(max_act=[8., -1.]), 'the strongest activation of feature 1 is -1.0'),
+          (dict(status=['ok', 'good']), "the status of feature 1 is 'good': there are ok, unlabelled, dead, dense, incomplete"), (dict(explanation=[7, 8]), 'has int64 in its column explanation: it needs string'),
+          (dict(max_act=['8', '9']), 'in its column max_act: it needs float'), (dict(words=['a', 'b']), 'in its column words: it needs list<'), (dict(contexts=[[dict(source='t')]]*2), 'in its column contexts'),
+          *((dict(contexts=[[], [dict(source='t', tokens=['a', 'b'], values=[0., 1.], peak=0), dict(source='t', **bad)]]), 'a context of feature 1 has its peak outside its tokens, or not as many tokens as values')
+            for bad in (dict(tokens=['a', 'b'], values=[0., 1.], peak=2), dict(tokens=['a', 'b'], values=[0., 1.], peak=-1), dict(tokens=[], values=[], peak=0), dict(tokens=['a'], values=[0., 1.], peak=0), dict(tokens=None, values=[1.], peak=0))),
+          (dict(contexts=[[], [dict(source='t', tokens=['a', None], values=[0., 1.], peak=0)]]), 'contexts in which a token or a value is missing')]
+
+@pytest.mark.parametrize('columns, says', BROKEN, ids=[says[:40] for _, says in BROKEN])
+def test_a_table_that_others_wrote_is_checked(tmp_path, columns, says):
+    plain = dict(index=[0, 1], density=[.1, .1], max_act=[8., 8.], status=['ok', 'ok'], explanation=['x', 'y'], words=[[], []], contexts=[[dict(source='t', tokens=['a'], values=[1.], peak=0)]]*2)
+    pd.DataFrame(plain).to_parquet(tmp_path/'features.parquet')
+    assert [f.explanation for f in load_features(preset_with(tmp_path/'features.parquet'))] == ['x', 'y']
+    pd.DataFrame(plain | columns).to_parquet(tmp_path/'features.parquet')
+    with pytest.raises(ValueError, match=says) as e: load_features(preset_with(tmp_path/'features.parquet'))
+    assert 'features.parquet' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_what_is_missing_in_a_table(tmp_path):
+    "Blank labels are none, unknown activations are NaN, whoever is not named is unnamed"
+    said = [[dict(text='a', model=None, type=None), dict(text=None, model='m', type='t'), dict(text='  ', model='m', type='t')], [], None]
+    pd.DataFrame(dict(index=[0, 1, 2], density=[.1, None, .1], max_act=[8., np.nan, 1.], status='ok', explanation=['a', '  ', None], words=[[], [], None], explanations=said, contexts=[[], [], None])).to_parquet(tmp_path/'features.parquet')
+    a, b, c = load_features(preset_with(tmp_path/'features.parquet'))
+    assert a.explanations == (Explanation('a', 'unnamed'),) and (a.explanation, a.status) == ('a', 'ok')
+    assert (b.explanation, b.status) == (c.explanation, c.status) == (None, 'unlabelled') and math.isnan(b.max_act) and math.isnan(b.density) and len(c.contexts) == 0
+
+
+def test_labels_that_others_wrote(tmp_path):
+    save_features([row(0, 'x', said=[Explanation('x', 'm')]), row(1)], tmp_path/'features.parquet')
+    def labels(frame, model=None):
+        pd.DataFrame(frame).to_parquet(tmp_path/'labels.parquet')
+        return [f.explanations for f in load_features(preset_with(tmp_path/'features.parquet', label_model=model))]
+    assert labels(dict(index=[0, 1], text=['a', 'b'], model='mine'), 'mine') == [(Explanation('x', 'm'), Explanation('a', 'mine')), (Explanation('b', 'mine'),)] # without type
+    assert labels(dict(index=[0, 1, 1], text=['  ', None, 'b'], model=['mine', 'mine', None], type='t')) == [(Explanation('x', 'm'),), (Explanation('b', 'unnamed', 't'),)]
+    with pytest.raises(ValueError, match='labels.parquet lacks the columns index, text, model: .*; it has feature, explanation'): labels(dict(feature=[0], explanation=['x']))
+    with pytest.raises(ValueError, match='labels.parquet has int64 in its column text: it needs string'): labels(dict(index=[0], text=[7], model='m'))
+    with pytest.raises(ValueError, match='labels.parquet has double in its column index: it needs int32'): labels(dict(index=[0, None], text=['a', 'b'], model='m'))
+    (tmp_path/'labels.parquet').write_text('no')
+    with pytest.raises(ValueError, match='labels.parquet is not a readable table of labels'): load_features(preset_with(tmp_path/'features.parquet'))
+    with pytest.raises(ValueError, match='feature 1 has the explanation 7, not a text'): save_features([row(1, 7)], tmp_path/'other.parquet')
+    with pytest.raises(ValueError, match='a context has 1 tokens, 1 values and its peak at 3'): save_features([{**row(1), 'contexts': [dict(source='t', tokens=['a'], values=[1.], peak=3)]}], tmp_path/'other.parquet')
+    save_features([row(1, 'half \ud83d', said=[Explanation('half \ud83d', 'm')])], tmp_path/'half'/'features.parquet')
+    assert load_features(preset_with(tmp_path/'half'/'features.parquet'))[0].explanation == 'half ?'
+
+
+def test_a_card_that_is_none(tmp_path):
+    save_features([row(0)], tmp_path/'features.parquet')
+    for text in ('[1]', '{', ''):
+        (tmp_path/'features.json').write_text(text)
+        with pytest.raises(ValueError, match='features.json'): F.card_of(tmp_path/'features.parquet')
+
+
+def test_an_sae_that_was_trained_again_is_noticed(tmp_path, monkeypatch):
+    "Its features are those of the old one, also where nothing but the table is looked at"
+    from helpers import tiny_sae
+    from saeexplainer.explorer import FeatureExplorer
+    from saeexplainer.saes import FeatureReader
+    preset = preset_with(save_features([row(0, 'x')], tmp_path/'features.parquet'), sae=str(tiny_sae(tmp_path/'sae')))
+    F.check_sae_of(preset) # no card: nothing is known of it
+    (tmp_path/'features.json').write_text(json.dumps(dict(sae_sha256=FeatureReader.load(tmp_path/'sae').sha256)))
+    F.check_sae_of(preset)
+    tiny_sae(tmp_path/'sae', seed=1)
+    for look in (lambda: F.check_sae_of(preset), lambda: FeatureExplorer(preset)):
+        with pytest.raises(ValueError, match='features.parquet was read from an SAE with hash .*, this one has .*: make it again with `saeexplainer features PRESET --anew`'): look()
+    F.check_sae_of(dataclasses.replace(preset, sae='no/such/folder'))
+
+
+def test_dense_features_alone_are_explained():
+    assert F.unused(dict(dense=256)) == F.unused(dict(dense=9, dead=1)) == '; dense features fire on more than 3% of the tokens, and no stage uses them'
+    assert F.unused(dict(dense=256, unlabelled=1)) == F.unused(dict(dead=3)) == F.unused({}) == ''
+
+
 # lines
 
 @pytest.mark.parametrize('peak, n', [(0, 100), (5, 100), (20, 100), (50, 100), (87, 100), (88, 100), (99, 100), (0, 1), (3, 4), (31, 32), (32, 33)])
@@ -172,16 +244,31 @@ def test_of_each_text_the_strongest():
 BAD = ['{"index": 1', 'null', '[]', '{}', *map(json.dumps, [dict(index=-1), dict(index=None), dict(index=True), dict(index='1.5'), dict(index=2**31)])]
 
 @pytest.mark.parametrize('kind, more', [
-    ('features', [dict(index=1), stats(1, None), stats(1, 'x'), stats(1, math.nan), stats(1, math.inf), {**stats(1), 'frac_nonzero': 'x'}]),
-    ('explanations', [dict(index=1), {**label(1, ''), 'description': 7}, {**label(1, 'x'), 'index': 'one'}]),
+    ('features', [dict(index=1), stats(1, None), stats(1, 'x'), stats(1, math.nan), stats(1, math.inf), stats(1, -1.), {**stats(1), 'frac_nonzero': 'x'}]),
+    ('explanations', [dict(index=1), {**label(1, ''), 'description': 7}, label(1, 'x', 7), label(1, 'x', ['m']), {**label(1, 'x'), 'typeName': 7}, {**label(1, 'x'), 'index': 'one'}]),
     ('activations', [dict(index=1, tokens=['a'], values=[1., 2.]), dict(index=1, tokens=[], values=[]), dict(index=1, tokens=[3], values=[1.]), dict(index=1, tokens=None, values=[1.]),
-                     dict(index=1, tokens=['a'], values=[None]), dict(index=1, tokens=['a'], values=[math.nan])])])
+                     dict(index=1, tokens=['a'], values=[None]), dict(index=1, tokens=['a'], values=[math.nan]), dict(index=1, tokens=['a'], values=[10**400])])])
 def test_malformed_lines_are_counted(kind, more):
     good = dict(features=stats, explanations=lambda i: label(i, 'x'), activations=activation)[kind](1)
     lines = [json.dumps(good), *BAD, '', ' \n', *map(json.dumps, more), b'\xff\xfe{', json.dumps({**good, 'index': 2}).encode()]
     table = shard_table(lines, kind)
     assert table['index'].to_pylist() == [1, 2]
     assert table.schema.metadata == {b'rows': str(len(lines)-2).encode(), b'bad': str(len(lines)-4).encode()}
+
+
+def test_half_characters_cost_themselves(tmp_path):
+    "JSON can spell half of an emoji, and no file can hold it"
+    files = source()
+    files[f'{AT}explanations/batch-0.jsonl.gz'][2]['description'] = 'cut \ud83d'
+    files[f'{AT}explanations/batch-0.jsonl.gz'][3]['description'] = 'whole \U0001f600'
+    cut, whole = (int(files[f'{AT}explanations/batch-0.jsonl.gz'][i]['index']) for i in (2, 3))
+    files[f'{AT}activations/batch-0.jsonl.gz'][1]['tokens'][50] = '\udfff'
+    files[f'{AT}activations/batch-0.jsonl.gz'].append('["deep", ' + '['*100_000)
+    with Neuronpedia(files) as server: e = export(server, tmp_path)
+    features = loaded(tmp_path)
+    assert (features[cut].explanation, features[whole].explanation) == ('cut ?', 'whole \U0001f600') and features[0].contexts[0].tokens[20] == '?'
+    assert (e.n_features, e.mended_rows, e.bad_rows) == (13, 2, 1) and "2 lines with half a character, read as '?'" in str(e)
+    assert json.loads((tmp_path/'features.json').read_text())['mended_rows'] == 2
 
 
 def test_forms_of_a_line():
@@ -368,6 +455,85 @@ def test_a_killed_export_goes_on(tmp_path):
     assert pq.read_table(tmp_path/'features.parquet').equals(pq.read_table(tmp_path/'whole/features.parquet'))
 
 
+def test_one_export_at_a_time(tmp_path):
+    from saeexplainer.files import making
+    with Neuronpedia(source()) as server:
+        with making(tmp_path/'features.parquet'):
+            with pytest.raises(RuntimeError, match='another process is working on .*features.parquet: wait for it, or stop it'): export(server, tmp_path)
+        assert export(server, tmp_path).n_features == 13 and {f.name for f in tmp_path.iterdir()} == {'features.parquet', 'features.json', 'shards'}
+        shard = next((tmp_path/'shards'/'features').iterdir())
+        shard.write_bytes(shard.read_bytes()[:50]) # a disk that was full
+        (shard.parent/'batch-7.parquet.01234567.part').touch() # of an export that was killed
+        assert export(server, tmp_path).n_features == 13 and len(server.asked()) == 8 and not list(tmp_path.rglob('*.part'))
+
+
+class Endless(Neuronpedia):
+    "Listings without an end, answers that drip or swell"
+    kind, pages = 'same', 0
+    def listing(self, prefix='', **query):
+        self.pages += 1
+        item = f'<Contents><Key>{prefix}features/batch-{self.pages}.jsonl.gz</Key></Contents>'
+        token = dict(same='t', new=f't{self.pages}', empty=f't{self.pages}')[self.kind]
+        return f'<ListBucketResult>{"" if self.kind == "empty" else item}<NextContinuationToken>{token}</NextContinuationToken></ListBucketResult>'.encode()
+
+
+@pytest.mark.parametrize('kind', ['same', 'new', 'empty'])
+def test_a_listing_without_an_end(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(F, 'MOST_FILES', 1000)
+    with Endless() as server:
+        server.kind = kind
+        with pytest.raises(ValueError, match='is not the store: its list of files under v1/m/s/ does not end'): export(server, tmp_path)
+        assert server.pages <= 12
+
+
+def test_a_listing_of_strange_names(tmp_path):
+    class Strange(Neuronpedia):
+        names = '<Key>v1/m/s/features/batch-0.jsonl.gz</Key>', '<Key>v1</Key>', '<Key>../../etc/passwd</Key>'
+        def listing(self, **query): return f'<ListBucketResult>{"".join(f"<Contents>{n}</Contents>" for n in self.names)}</ListBucketResult>'.encode()
+    with Strange({f'{AT}features/batch-0.jsonl.gz': [stats(0)]}) as server:
+        assert export(server, tmp_path).keys == ('v1/m/s/features/batch-0.jsonl.gz',)
+        server.names = ('<Size>3</Size>',)
+        with pytest.raises(ValueError, match='is not the store: it does not name its files as S3 does'): export(server, tmp_path)
+
+
+class Slow(Neuronpedia):
+    "A body of which a piece comes every now and then"
+    def answer(self, request):
+        request.send_response(200)
+        request.end_headers()
+        self.log.append((request.path, {}, 0.))
+        while not self.ended.is_set():
+            try: request.wfile.write(self.piece)
+            except OSError: return
+            self.ended.wait(self.pause)
+
+
+@pytest.mark.parametrize('piece, pause, says', [(b' ', .01, 'its answer does not come to an end'), (b' '*2**20, 0., 'its answer is larger than 67 MB')])
+def test_answers_without_an_end(monkeypatch, tmp_path, piece, pause, says):
+    monkeypatch.setattr(F, 'TIMEOUT', (1, .2)); monkeypatch.setattr(F, '_wait_turn', lambda s: None)
+    if not pause: monkeypatch.setattr(F, 'TIMEOUT', (1, 60))
+    with Slow() as server:
+        server.piece, server.pause = piece, pause
+        for ask in (lambda: neuronpedia_feature('m/s/7', api=server.url), lambda: export(server, tmp_path)):
+            with pytest.raises(ConnectionError, match=f'cannot be read: {says}'): ask()
+
+
+def test_files_without_an_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(F, 'LONGEST_LINE', 4000); monkeypatch.setattr(F, 'MOST_LINES', 50)
+    files = source()
+    files[f'{AT}features/batch-0.jsonl.gz'].insert(1, '{"index": "' + 'x'*9000 + '"}')
+    with Neuronpedia(files) as server:
+        e = export(server, tmp_path/'long', n_contexts=0)
+        assert (e.n_features, e.bad_rows, e.rows) == (13, 3, 29) # the pieces of a line that is too long are malformed
+        monkeypatch.setattr(F, 'MOST_LINES', 8)
+        with pytest.raises(ConnectionError, match='features/batch-0.jsonl.gz: it does not come to an end'): export(server, tmp_path/'many', n_contexts=0)
+
+
+def test_who_is_asked_for_too_much_patience_does_not_wait(monkeypatch):
+    response = type('Response', (), dict(headers={'Retry-After': '86400'}))
+    assert F._Patient().get_retry_after(response) == 120. and F._Patient().get_retry_after(type('Response', (), dict(headers={}))) is None
+
+
 # the API
 
 ANSWER = dict(modelId='m', layer='s', index='7', maxActApprox=8.5, frac_nonzero=.002, source=dict(saelensRelease='r'),
@@ -388,6 +554,15 @@ def test_one_feature(monkeypatch):
         assert len(neuronpedia_feature('m/s/7', n_contexts=1).contexts) == 1
         with pytest.raises(ValueError, match='Neuronpedia has no feature m/s/10'): neuronpedia_feature('m/s/10')
         assert not any('x-api-key' in {k.lower() for k in headers} for _, headers, _ in server.log)
+
+
+def test_what_is_malformed_in_an_answer_is_left_out(monkeypatch, capsys):
+    "As in the bulk files: one null does not hide a feature"
+    bad = [dict(index='7', tokens=['a'], values=[None]), dict(index='7', tokens=None, values=[1.])]
+    answer = {**ANSWER, 'activations': [*bad, *ANSWER['activations']], 'explanations': [dict(description=7), dict(description='x', explanationModelName=7), *ANSWER['explanations'], dict(description='half \ud83d')]}
+    with Neuronpedia(features={'m/s/7': answer}) as server: f = neuronpedia_feature('m/s/7', api=server.url)
+    assert f.explanation == 'parks' and len(f.contexts) == 2 and f.explanations[-1] == Explanation('half ?', 'unnamed')
+    assert capsys.readouterr().err.splitlines() == ['2 of 6 explanations of m/s/7 are malformed and left out', '2 of 5 activations of m/s/7 are malformed and left out']
 
 
 @pytest.mark.parametrize('answer', [[], 'x', dict(index='7'), {**ANSWER, 'activations': [dict(tokens=['a'], values=[])]}])

@@ -1,11 +1,11 @@
 "The injection on five architectures, the explainer's folder, and what is refused"
-import dataclasses, http.server, json, os, threading
+import dataclasses, http.server, json, os, shutil, threading
 import pytest, torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, explanation_prompt, oracle_layers, oracle_note,
-                                    placeholder_id, prompt_messages, save_adapter)
+from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, adapter_sha256, explanation_prompt, oracle_layers, oracle_note,
+                                    placeholder_id, prompt_messages, save_adapter, without_placeholder)
 from saeexplainer import models
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
@@ -187,7 +187,7 @@ def test_collator_for_sft_and_dpo(tmp_path):
     collate = FeatureCollator(DataCollatorForPreference(0), reader, TOKEN, copies=2)
     dpo = collate([dict(prompt_ids=PROMPT, chosen_ids=[9]*i, rejected_ids=[8]*i, feature=i) for i in (3, 5)])
     assert torch.equal(dpo['feature_vector'], reader.directions([3, 5, 3, 5])) and len(dpo['input_ids']) == 4
-    with pytest.raises(AssertionError, match='exactly one placeholder'):
+    with pytest.raises(ValueError, match='exactly one placeholder'):
         FeatureCollator(DataCollatorForLanguageModeling(0), reader, TOKEN)([dict(input_ids=[9, 9], labels=[9, 9], feature=1)])
 
 
@@ -394,3 +394,81 @@ def test_an_adapter_can_be_read_by_others(made, tmp_path):
 def test_home_directory_in_an_explainers_path(made, monkeypatch):
     monkeypatch.setenv('HOME', str(made[2]))
     assert Explainer.from_pretrained('~/sft').card.stage == 'sft'
+
+
+# ---- adapters that do not fit, and files that are damaged
+
+def changed(d, to, how): # a copy of the saved explainer whose tensors are changed
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(d/'sft', to)
+    save_file(how(load_file(to/'adapter_model.safetensors')), to/'adapter_model.safetensors', metadata={'format': 'pt'})
+    return to
+
+MISFITS = {'renamed': (lambda s: {k.replace('model.model.', 'model.language_model.model.'): t for k, t in s.items()}, r'does not fit .*: \d+ of its tensors are missing, \d+ are for no layer'),
+           'half of it': (lambda s: {k: t for i, (k, t) in enumerate(s.items()) if i % 2}, r'does not fit .*: \d+ of its tensors are missing, 0 are for no layer'),
+           'nothing': (lambda s: {}, r'does not fit .*: \d+ of its tensors are missing'),
+           'more': (lambda s: {**s, next(iter(s)).replace('layers.0', 'layers.9'): next(iter(s.values())).clone()}, 'does not fit .*: 0 of its tensors are missing, 1 are for no layer'),
+           'another width': (lambda s: {k: t[:, :32].contiguous() for k, t in s.items()}, 'does not fit .*size mismatch'),
+           'not finite': (lambda s: {k: t * float('nan') for k, t in s.items()}, r'adapter_model.safetensors has numbers that are not finite')}
+
+@pytest.mark.parametrize('what', MISFITS)
+@pytest.mark.parametrize('way', ['merged', 'trainable', 'oracle'])
+def test_an_adapter_that_does_not_fit_is_refused(made, tmp_path, what, way):
+    preset, reader, d = made
+    how, says = MISFITS[what]
+    folder = changed(d, tmp_path/'x', how)
+    with pytest.raises(ValueError, match=says) as e:
+        if way == 'oracle': Explainer.from_oracle(folder, dataclasses.replace(preset, placeholder=PLACEHOLDER), reader)
+        else: Explainer.from_pretrained(folder, reader, trainable=way == 'trainable')
+    assert '\n' not in str(e.value) and len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize('name, content, says', [
+    ('adapter_model.safetensors', b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 15\n', 'run `git lfs pull`'), ('adapter_model.safetensors', b'', 'is empty'),
+    ('adapter_config.json', b'{}', 'has the peft_type None'), ('adapter_config.json', b'{"peft_type": "NOSUCH"}', "has the peft_type 'NOSUCH'"),
+    ('adapter_config.json', b'[]', 'holds'), ('adapter_config.json', b'{"peft_type": "LORA", "r"', 'is not JSON'), ('adapter_config.json', b'{"peft_type": "LORA", "r": "four"}', 'does not fit'),
+    (CARD, b'[]', 'is not an explainer card'), (CARD, b'', 'is not an explainer card'), (CARD, b'\xff\xfe', 'is not an explainer card')])
+def test_damaged_files_of_an_explainer(made, tmp_path, name, content, says):
+    preset, reader, d = made
+    shutil.copytree(d/'sft', tmp_path/'x')
+    (tmp_path/'x'/name).write_bytes(content)
+    with pytest.raises(ValueError, match=says) as e: Explainer.from_pretrained(tmp_path/'x', reader)
+    assert str(tmp_path/'x') in str(e.value) and '\n' not in str(e.value)
+    if name == 'adapter_model.safetensors':
+        with pytest.raises(ValueError, match=says): adapter_sha256(tmp_path/'x')
+
+
+@pytest.mark.parametrize('change, says', [(dict(layer='1'), "layer is '1', not int"), (dict(coefficient='big'), "coefficient is 'big', not float"), (dict(layer=True), 'layer is True, not int'),
+                                          (dict(template=None), 'template is None, not str'), (dict(chat_template=5), 'chat_template is 5'), (dict(versions=[]), r'versions is \[\], not dict'),
+                                          (dict(coefficient=float('nan')), 'coefficient of the injection is nan')])
+def test_a_card_of_other_types(made, tmp_path, change, says):
+    preset, reader, d = made
+    shutil.copytree(d/'sft', tmp_path/'x')
+    (tmp_path/'x'/CARD).write_text(json.dumps(json.loads((d/'sft'/CARD).read_text()) | change))
+    with pytest.raises(ValueError, match=says): Explainer.from_pretrained(tmp_path/'x')
+    whole = ExplainerCard.load(d/'sft')
+    dataclasses.replace(whole, coefficient=1).save(tmp_path/'x') # a whole number is a number
+    assert ExplainerCard.load(tmp_path/'x') == whole
+
+
+def test_placeholder_of_nothing():
+    for blank in ('', ' ', '\n'):
+        for refuses in (lambda: placeholder_id(TOKENIZER, blank), lambda: prompt_messages(TEMPLATE, blank), lambda: without_placeholder('a label', blank)):
+            with pytest.raises(ValueError, match='the placeholder is .*, which is no token: choose a reserved token'): refuses()
+
+
+def test_placeholder_that_the_model_does_not_know(made, tmp_path):
+    "Added to the tokenizer, not to the embedding"
+    preset, reader, d = made
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(['<here>', *(f'<filler{i}>' for i in range(600))])
+    tokenizer.add_tokens(['<place>'])
+    tiny_model().save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='token .* is not in the embedding of .*, which has 512 rows: it was added to the tokenizer'):
+        Explainer.from_preset(dataclasses.replace(preset, explainer=str(tmp_path), placeholder='<place>'), reader)
+
+
+def test_a_prompt_longer_than_the_model(made):
+    preset, reader, d = made
+    e = Explainer.from_pretrained(d/'sft')
+    with pytest.raises(ValueError, match='more than the 512 that .* reads: shorten the prompt, or ask for fewer tokens'): e.explain(reader.directions([1]), max_new_tokens=600)

@@ -244,6 +244,29 @@ def test_dataset_files(tmp_path):
         assert list(corpus_documents(str(tmp_path/name))) == [(name, 'first text'), (name, 'second text')]
 
 
+def test_corpora_as_they_are_brought(tmp_path):
+    right = ['first text, with a comma', 'second text']
+    rows = [dict(text=text, title='t', n=1) for text in right]
+    files = {'list.json': json.dumps(rows), 'strings.json': json.dumps(right), 'lines.json': '\n'.join(map(json.dumps, rows)), 'semicolon.csv': 'text;n\n' + ';1\n'.join(right) + ';1\n;\n',
+             'tab.tsv': 'n\ttext\n' + ''.join(f'1\t{text}\n' for text in right), 'UPPER.CSV': 'Title,text\na,"first text, with a comma"\nb,second text\n', 'rows[1].jsonl': '\n'.join(map(json.dumps, rows))}
+    for name, text in files.items():
+        for encoding in ('utf-8', 'utf-8-sig', 'utf-16'):
+            (tmp_path/name).write_text(text, encoding=encoding)
+            assert [text for _, text in corpus_documents(str(tmp_path/name))] == right, (name, encoding)
+    (tmp_path/'half.jsonl').write_text('{"text": "half \\ud83d"}\n')
+    assert list(corpus_documents(str(tmp_path/'half.jsonl'))) == [('half.jsonl', 'half ?')]
+    for name, encoding in (('mark.txt', 'utf-8-sig'), ('wide.txt', 'utf-16'), ('notes [1].txt', 'utf-8'), ('LOUD.TXT', 'utf-8')):
+        (tmp_path/'texts').mkdir(exist_ok=True)
+        (tmp_path/'texts'/name).write_text('text\nof a file', encoding=encoding)
+        assert list(corpus_documents(str(tmp_path/'texts'/name))) == [(name, 'text\nof a file')]
+    assert len(list(corpus_documents(str(tmp_path/'texts')))) == 4
+    for name in ('page.html', 'PAGE.HTM', 'paper.pdf'):
+        (tmp_path/name).write_text('<p>no')
+        with pytest.raises(ValueError, match=f'{name} is no plain text: take the text out of it first'): list(corpus_documents(str(tmp_path/name)))
+    (tmp_path/'bare.csv').write_text('text\nfirst text, with a comma\n')
+    with pytest.raises(ValueError, match="bare.csv is not a readable csv file: line 2 has 2 fields, the header 1: a text that holds ',' must stand in quotes"): list(corpus_documents(str(tmp_path/'bare.csv')))
+
+
 def test_a_dataset_does_not_say_where_its_text_is(tmp_path):
     file = tmp_path/'rows.jsonl'
     file.write_text('{"title": "a", "body": "b", "n": 1}\n')
@@ -271,6 +294,9 @@ def test_build_features(target, tmp_path, monkeypatch):
     assert len(table) == card['features'] == sum(card['status'].values()) == 64 and card['sae_sha256'] == target.reader.sha256
     assert card['tokens'] == sum(s['tokens'] for s in card['sources']) >= 300 and card['made_by'] == 'saeexplainer features smollm2-135m'
     assert line.startswith('64 features read on ') and str(out) in line
+    from saeexplainer.files import making
+    with making(out):
+        with pytest.raises(RuntimeError, match='another process is working on .*features.parquet: wait for it, or stop it'): build_features(preset, progress=False, corpus=f'{tmp_path}/*.txt', out=out)
     with pytest.raises(ValueError, match='the preset mine names no corpus: say which to read'): build_features(replace(preset, name='mine', corpus=None))
 
 

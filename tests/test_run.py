@@ -296,6 +296,7 @@ def test_a_correction_goes_on_where_nothing_depends_on_it(world):
 @pytest.mark.parametrize('fields, said', [
     (dict(evaluation_writer='local:/nope'), "evaluation_writer: there is no folder '/nope'"),
     (dict(writer='local:/nope/at/all'), 'writer: there is no folder'),
+    (dict(writer='local:'), "writer: 'local:' names no model"),
     (dict(writer='local:{bare}'), 'writer: .*has no chat template'),
     (dict(evaluation_writer='local:{empty}'), 'holds no model: weights are read from .safetensors'),
     (dict(target='{empty}'), 'target: .*holds no model'),

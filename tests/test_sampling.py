@@ -2,7 +2,7 @@
 import functools
 import pytest
 import torch
-from saeexplainer.sampling import RowSampler, batches, new_tokens, pad, pad_rest, sample, seed_for, shared_prefix
+from saeexplainer.sampling import RowSampler, batches, end_ids, in_float32, new_tokens, pad, pad_rest, sample, seed_for, shared_prefix
 from helpers import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 
@@ -91,10 +91,46 @@ def test_a_shared_beginning_changes_nothing(kind, more):
     assert shared_prefix(model, rows, more=10**6) == (0 if window else 12) and shared_prefix(model, rows[:1], 4) == 0 and shared_prefix(model, [start, start], 4) == (11 if window is None or window >= 16 else 0)
 
 
-@pytest.mark.parametrize('arch', ('llama', 'gpt2'))
-def test_the_context_is_not_passed(arch):
-    "A prompt that fills it is an error; one near its end gets fewer new tokens, and says that they were cut"
-    model, tokenizer = tiny_model(arch, n_layers=2), tiny_tokenizer()
-    with pytest.raises(ValueError, match='a prompt has 512 tokens, the model reads 512: shorten it'): sample(model, tokenizer, **pad([[20], [20]*512], 0, left=True), seeds=[1, 2])
-    out = new_tokens(model, tokenizer, **pad([[20]*508], 0), seeds=[1], max_new_tokens=64, ends=[])
-    assert len(out[0][0]) == 4 and out[0][1]
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_sixteen_bits_in_company_and_alone(dtype):
+    "Draws of a model whose weights have 16 bits: they are computed in 32, and the weights are what they were"
+    model, tokenizer = tiny_model(n_layers=3, d=128).to(dtype), tiny_tokenizer()
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    rows, how = [list(range(6, 6 + n)) for n in (3, 9, 30, 4, 17, 8)], dict(max_new_tokens=24)
+    together = new_tokens(model, tokenizer, **pad(rows, 0, left=True), seeds=range(6), **how)
+    assert together == [new_tokens(model, tokenizer, **pad([row], 0, left=True), seeds=[i], **how)[0] for i, row in enumerate(rows)]
+    assert together == new_tokens(tiny_model(n_layers=3, d=128).to(dtype).float(), tokenizer, **pad(rows, 0, left=True), seeds=range(6), **how)
+    assert all(torch.equal(p, before[n]) and p.dtype == before[n].dtype for n, p in model.state_dict().items())
+    with pytest.raises(RuntimeError):
+        with in_float32(model):
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+            raise RuntimeError('in the middle')
+    assert {p.dtype for p in model.parameters()} == {dtype} and model.lm_head.weight.dtype == dtype
+
+
+def test_tied_weights_stay_tied():
+    model = tiny_model(tie_word_embeddings=True).bfloat16()
+    with in_float32(model): assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr() and model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_turn_ends_where_the_template_ends_it():
+    "The tokenizer's eos is </s>, turns end in <|im_end|>"
+    model, tokenizer = tiny_model(n_layers=2), tiny_tokenizer()
+    assert tokenizer.convert_ids_to_tokens(end_ids(model, tokenizer)) == ['</s>', '<|im_end|>']
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    model.lm_head.bias.data[4] = 100. # says nothing but <|im_end|>
+    assert new_tokens(model, tokenizer, **pad([[5, 6]], 0), temperature=0, max_new_tokens=8) == [([4], False)]
+    tokenizer.chat_template = None
+    assert end_ids(model, tokenizer) == [2]
+    tokenizer.chat_template = '{{ 1/0 }}' # of a model that is not asked in turns
+    assert end_ids(model, tokenizer) == [2]
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_what_does_not_fit_into_the_context(kind):
+    model, tokenizer = tiny_model(kind, n_layers=2), tiny_tokenizer()
+    full = pad([[7]*500], 0)
+    assert len(new_tokens(model, tokenizer, **full, temperature=0, max_new_tokens=13, ends=[])[0][0]) == 13 # the last one is not read
+    with pytest.raises(ValueError, match='500 tokens and 14 new ones are more than the 512'): new_tokens(model, tokenizer, **full, temperature=0, max_new_tokens=14)
+    with pytest.raises(ValueError, match='token 600 is not in the embedding'): new_tokens(model, tokenizer, **pad([[600]], 0), temperature=0)

@@ -256,3 +256,122 @@ def test_scoring_labels_only_changes_nothing(here):
         found.append((loss.item(), {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}))
     (a, grads), (b, others) = found
     assert abs(a - b) < 1e-4 and grads.keys() == others.keys() and all(torch.allclose(g, others[n], atol=1e-3) for n, g in grads.items())
+
+
+# ---- what the template puts around a label, and what a label may spell
+
+def shipped(name): # a chat template of trl
+    import trl
+    return (Path(trl.__file__).parent/'chat_templates'/f'{name}.jinja').read_text(encoding='utf-8')
+
+SPELT = 'the token <|im_end|> at the end'
+
+def learned(here, tmp_path, template, label, **more): # what an explainer says that was trained on one label, to the limit of 48 tokens
+    preset = tiny_preset(here, sft_epochs=60., sft_batch=12, lora_r=16, lora_alpha=32, lora_dropout=0., chat_template=template, **more)
+    reader, labelled = FeatureReader.load(preset.sae), features()
+    for f in labelled: f.explanation = label
+    train_sft(preset, labelled, reader, tmp_path/'sft', progress=False)
+    e = Explainer.from_pretrained(tmp_path/'sft', reader)
+    return e, e.explain(reader.directions([1]), max_new_tokens=48)
+
+
+@pytest.mark.parametrize('name', ['qwen3', 'qwen3_5_think', 'gptoss'])
+def test_only_the_label_is_said(here, tmp_path, name):
+    "Neither what the template puts before an answer, nor a second answer behind the end of its turn, which is not the tokenizer's eos"
+    template = shipped(name)
+    if name == 'gptoss': template = template.replace('<|return|>', '<|im_end|>')
+    e, said = learned(here, tmp_path, template, 'the word nation')
+    assert said == ['the word nation'] and e.tokenizer.eos_token == '</s>'
+    shown = e.tokenizer.decode(e.prompt)
+    assert shown.endswith({'qwen3': '</think>\n\n', 'qwen3_5_think': '</think>\n\n', 'gptoss': '<|message|>'}[name])
+
+
+def test_a_control_token_in_a_label_is_text(here, tmp_path):
+    e, said = learned(here, tmp_path, None, SPELT)
+    assert said == [SPELT]
+
+
+def test_a_template_that_ends_nothing_is_said(here, tmp_path, capsys):
+    preset = tiny_preset(here, sft_epochs=1., chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    train_sft(preset, features(), FeatureReader.load(preset.sae), tmp_path/'sft', progress=False)
+    assert capsys.readouterr().err.count('the chat_template puts no end token behind an answer') == 1
+
+
+@pytest.mark.parametrize('template, says', [("{{ messages[0]['content'] }}", 'does not write the content of an answer as it is'), ('{{ 1/0 }}', 'ZeroDivisionError'), ('{% for', 'TemplateSyntaxError')])
+def test_a_template_that_cannot_be_trained_with(here, tmp_path, template, says):
+    preset = tiny_preset(here, chat_template=template)
+    with pytest.raises(ValueError, match=f'chat_template.*{says}'): train_sft(preset, features(), FeatureReader.load(preset.sae), tmp_path/'sft', progress=False)
+
+
+def test_a_prompt_that_fills_a_row(here, tmp_path):
+    preset = tiny_preset(here, max_length=9)
+    with pytest.raises(ValueError, match=r'the prompt has \d+ tokens and max_length is 9: nothing is left'): train_sft(preset, features(), FeatureReader.load(preset.sae), tmp_path/'sft', progress=False)
+
+
+@pytest.mark.parametrize('arch', ['gpt2', 'llama'])
+def test_a_label_longer_than_the_model(tmp_path, arch):
+    preset, long = tiny_preset(tmp_path, arch, sft_epochs=1.), features()
+    long[2].explanation = 'rain '*1500
+    result = train_sft(preset, long, FeatureReader.load(preset.sae), tmp_path/'sft', progress=False)
+    assert all(l == l for l in result.losses) and preset.max_length > 512
+
+
+# ---- trainings that fail
+
+def test_a_training_that_turns_nan(here, tmp_path):
+    "It stops with a line that names the learning rate, and leaves no adapter"
+    for _ in range(2): # and when it is begun again
+        with pytest.raises(ValueError, match=r'the loss is nan after step \d+, with sft_lr 1e\+300: take a lower one'): train(here, tmp_path/'sft', sft_lr=1e300)
+    assert not (tmp_path/'sft'/CARD).exists() and not (tmp_path/'sft'/'adapter_model.safetensors').exists()
+    with pytest.raises(ValueError, match='numbers that are not finite|the loss is'): train(here, tmp_path/'one', sft_lr=1e300, sft_epochs=1/3, sft_warmup=0.) # one step: its loss is from before
+
+
+FULL = '''
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_sft import train
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try: train({folder!r}, {out!r})
+except OSError as e: print('OSError:', e)
+'''
+
+@pytest.mark.parametrize('limit', [3_000, 20_000, 60_000, 100_000, 150_000])
+def test_a_full_disk(here, whole, tmp_path, limit):
+    "Wherever in a checkpoint it happens: one line; and with room again the training ends as if nothing had been"
+    code = FULL.format(tests=str(Path(__file__).parent), limit=limit, folder=str(here), out=str(tmp_path/'out'))
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    said = done.stdout.strip().splitlines()
+    assert done.returncode == 0 and len(said) == 1 and said[0].startswith('OSError:'), done.stdout + done.stderr[-1000:]
+    assert 'could not be written' in said[0] and 'is the disk full?' in said[0] and str(tmp_path/'out') in said[0]
+    assert not (tmp_path/'out'/CARD).exists()
+    resumed = train(here, tmp_path/'out')
+    assert resumed.losses == whole.losses and same(adapter(resumed.folder), adapter(whole.folder))
+
+
+def test_a_checkpoint_with_a_turned_byte_is_passed_over(here, whole, tmp_path):
+    killed(here, tmp_path/'out', 'step', 9)
+    folder = tmp_path/'out'/'checkpoints'
+    newest, older = sorted(folder.glob('checkpoint-*'), key=lambda c: -int(c.name.split('-')[1]))
+    data = bytearray((newest/'optimizer.pt').read_bytes())
+    data[len(data)//2] ^= 64
+    (newest/'optimizer.pt').write_bytes(data)
+    listed = json.loads((older/'files.json').read_text())
+    (older/'files.json').write_text(json.dumps({name: size for name, (size, _) in listed.items()})) # as it was written by earlier versions
+    assert last_checkpoint(folder) == str(older) and not newest.exists()
+    resumed = train(here, tmp_path/'out')
+    assert resumed.losses == whole.losses and same(adapter(resumed.folder), adapter(whole.folder))
+
+
+@pytest.mark.parametrize('content', ['', '[1]', '{"settings": {}, "log": [', '{}', '{"settings": {}, "log": [], "seconds": "1"}'])
+def test_a_damaged_log(here, whole, tmp_path, content):
+    import shutil
+    shutil.copytree(whole.folder, tmp_path/'sft')
+    (tmp_path/'sft'/'training.json').write_text(content)
+    for load in (lambda: train(here, tmp_path/'sft'), lambda: SFTResult.load(tmp_path/'sft')):
+        with pytest.raises(ValueError, match='training.json') as e: load()
+        assert '\n' not in str(e.value)
+    (tmp_path/'c').mkdir()
+    (tmp_path/'c'/'settings.json').write_text('{"lr"')
+    (tmp_path/'c'/'checkpoint-1').mkdir()
+    with pytest.raises(ValueError, match='settings.json is not JSON'): claim(tmp_path/'c', dict(lr=1))
+    assert (tmp_path/'c'/'checkpoint-1').exists() # nothing is thrown away

@@ -65,6 +65,20 @@ def test_a_formula_that_is_not_seen_as_one_stops_the_build():
     assert on_page_content('<pre><code>echo $$</code></pre>', page) == '<pre><code>echo $$</code></pre>'
     assert interval('+5.0 [1.7, -8.1], p 0.003') == '+5.0&nbsp;[1.7,&nbsp;-8.1], p 0.003' and interval('array [1, 2]') == 'array [1, 2]'
 
+def test_words_are_searched_and_code_is_not(site):
+    entries = json.loads((site/'search/search_index.json').read_text(encoding='utf-8'))['docs']
+    texts = [o['text'] for o in entries]
+    assert not [o['location'] for o in entries if re.search(r'<pre><code>(import|from|def|class|with) ', o['text'])]
+    assert any('hard negative' in o for o in texts) and sum(map(len, texts)) < 700_000
+    boosted = {o['location'].partition('#')[0] for o in entries if o.get('boost', 1) > 1}
+    assert boosted > {'index.html', 'glossary.html', 'recipes/your_own_sae.html'} and not any(o.startswith('parts/') for o in boosted)
+
+def test_pages_lead_to_the_repository_and_to_their_notebooks(site):
+    code = 'https://github.com/saeexplainer/saeexplainer'
+    for page, source in {'metrics.html': 'nbs/04_metrics.ipynb', 'parts/store.html': 'nbs/parts/store.ipynb', 'contributing.html': 'CONTRIBUTING.md'}.items():
+        text = (site/page).read_text(encoding='utf-8')
+        assert f'href="{code}/blob/main/{source}"' in text and f'<a href="{code}" ' in text and (ROOT/source).is_file()
+
 @pytest.mark.skipif(CHROMIUM is None, reason='no Chromium is installed: the pages are not opened in a browser')
 def test_pages_in_a_browser(site, url):
     from playwright.sync_api import sync_playwright

@@ -230,4 +230,8 @@ def test_kinds_and_numbers_of_outputs():
     assert cell_difference(cell(said), cell(said)) is None
     assert cell_difference(cell(said), cell()) == '1 outputs are now 0'
     assert cell_difference(cell(said), cell(shown)) == 'stream is now execute_result'
-    assert cell_difference(cell(said, tags=['live']), cell(tags=['live'])) is None
+    other = dict(output_type='stream', text=['b'])
+    assert cell_difference(cell(said), cell(other)) == "'a' is now 'b'" and cell_difference(cell(said, tags=['live']), cell(other, tags=['live'])) is None
+    assert cell_difference(cell(said, tags=['live']), cell(tags=['live'])) == '1 outputs are now 0'
+    figure = dict(output_type='execute_result', data={'text/plain': ['a'], 'image/png': ''})
+    assert cell_difference(cell(shown, tags=['live']), cell(figure, tags=['live'])) == "['text/plain'] is now ['image/png', 'text/plain']"

@@ -181,7 +181,54 @@ def test_a_tokenizer_without_chat_template():
         LocalWriter(tiny_model(n_layers=2), tokenizer).write([Request('a')])
 
 
-def test_a_prompt_longer_than_the_context(local):
-    long = Request('rain and sea '*600, max_tokens=4)
-    with pytest.raises(ValueError, match=r'a prompt has \d+ tokens, the model reads 512: shorten it'): local.write([long])
-    with pytest.raises(ValueError, match=r'a prompt with its answer has \d+ tokens, the model reads 512: shorten it'): local.write([long], choices=['A', 'B'])
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_a_prompt_longer_than_the_context_is_an_outcome(kind, tmp_path):
+    "The other requests have the replies that they have alone; the outcome is remembered like any other"
+    with RunStore(tmp_path/'s.sqlite') as store:
+        writer = LocalWriter(tiny_model(kind, n_layers=2), tiny_tokenizer(), batch_size=2, store=store)
+        alone = LocalWriter(writer.model, writer.tokenizer)
+        short, long, near = Request('word', max_tokens=5), Request('word '*600, max_tokens=5), Request('word '*90, max_tokens=450)
+        near_tokens = len(chat_ids(writer.tokenizer, near))
+        assert near_tokens < 512 < near_tokens + 450
+        for schema in (None, text_schema({'samples': 2})):
+            one, two, three, four = writer.write([short, long, near, replace(short, seed=3)], schema=schema)
+            assert two.outcome == 'rejected' and two.text is None and 'tokens, local:' in two.error and two.error.endswith('reads 512')
+            assert [one, four] == alone.write([short, replace(short, seed=3)], schema=schema)
+            assert three == alone.write([near], schema=schema)[0]
+            if schema is None: assert three.cut or three.completion_tokens <= 513 - near_tokens # ends where the context does
+        assert writer.write([long])[0].cached
+        one, two = writer.write([short, long], choices=['A', 'B'])
+        assert one.outcome == 'ok' and two.outcome == 'rejected' and two.scores is None
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_no_log_probability_beyond_the_context(kind):
+    writer = LocalWriter(tiny_model(kind, n_layers=2), tiny_tokenizer())
+    found = writer.log_probs(['The cat', 'word '*600, 'The cat'], [' sat', ' sat', ' sat'*600])
+    np.testing.assert_allclose(found[0], by_hand(writer, 'The cat', ' sat'), atol=1e-4)
+    assert np.isnan(found[1:]).all()
+
+
+def test_control_tokens_of_an_explanation_do_not_end_the_users_turn(local):
+    t = local.tokenizer
+    said = 'Write one sentence that contains the token <|im_end|> or </s>.'
+    ids = chat_ids(t, Request(said, system='No <s> here.'))
+    assert said in t.decode(ids) and 'No <s> here.' in t.decode(ids)
+    assert [t.convert_ids_to_tokens(i) for i in ids if i < 6] == ['<|im_start|>', '<|im_end|>']*2 + ['<|im_start|>']
+    reply, = local.write([Request(said, max_tokens=4)])
+    assert reply.prompt_tokens == len(chat_ids(t, Request(said)))
+    texts = local.log_probs(['a <|im_end|> b'], [' the </s>'])
+    plain = lambda text: [i for i in local._context(text)]
+    assert not {2, 4} & {*plain('a <|im_end|> b')} and np.isfinite(texts).all()
+
+
+def test_a_writer_that_thinks_is_asked_not_to():
+    from pathlib import Path
+    import trl
+    for name, end in (('qwen3', '<think>\n\n</think>\n\n'), ('qwen3_5_think', '<think>\n\n</think>\n\n'), ('nemotron_3_nano', '<think></think>'), ('gptoss', '<|channel|>final<|message|>')):
+        t = tiny_tokenizer(chat=(Path(trl.__file__).parent/'chat_templates'/f'{name}.jinja').read_text(encoding='utf-8'))
+        assert t.decode(chat_ids(t, Request('a'))).endswith(end)
+
+
+def test_a_template_that_fails_is_one_line():
+    with pytest.raises(ValueError, match='the chat_template of .* fails .ZeroDivisionError'): LocalWriter(tiny_model(n_layers=2), tiny_tokenizer(chat='{{ 1/0 }}')).write([Request('a')])

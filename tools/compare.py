@@ -32,22 +32,28 @@ def figure_difference(old, new):
     share = (levels > LEVELS).mean()
     if share > SHARE: return f'figure differs in {share:.2%} of its pixels'
 
-def output_difference(old, new):
-    "What differs between two outputs of a cell, or None"
+def kind_difference(old, new):
+    "What differs between the kinds of two outputs of a cell, or None"
     if old['output_type'] != new['output_type']: return f'{old["output_type"]} is now {new["output_type"]}'
     if old['output_type'] == 'error': return 'an error is stored'
+    kinds = [sorted(o.get('data', [])) for o in (old, new)]
+    if kinds[0] != kinds[1]: return f'{kinds[0]} is now {kinds[1]}'
+
+def output_difference(old, new):
+    "What differs between two outputs of a cell, or None"
+    if why := kind_difference(old, new): return why
     if old['output_type'] == 'stream': return text_difference(_text(old['text']), _text(new['text']))
     old, new = old['data'], new['data']
-    if set(old) != set(new): return f'{sorted(old)} is now {sorted(new)}'
     for kind in old:
         differ = figure_difference if kind == 'image/png' else text_difference
         if why := differ(_text(old[kind]), _text(new[kind])): return why
 
 def cell_difference(old, new):
-    "What differs between the outputs of a cell in two runs, or None; a cell tagged `live` is not held to its outputs"
-    if old['cell_type'] != 'code' or 'live' in old['metadata'].get('tags', []): return None
+    "What differs between the outputs of a cell in two runs, or None; a cell tagged `live` is held to their kinds only"
+    if old['cell_type'] != 'code': return None
+    differ = kind_difference if 'live' in old['metadata'].get('tags', []) else output_difference
     old, new = old['outputs'], new['outputs']
     if len(old) != len(new): return f'{len(old)} outputs are now {len(new)}'
-    return next((why for a, b in zip(old, new) if (why := output_difference(a, b))), None)
+    return next((why for a, b in zip(old, new) if (why := differ(a, b))), None)
 
 def _text(o): return o if isinstance(o, str) else ''.join(o) if isinstance(o, list) else str(o)

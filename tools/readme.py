@@ -1,5 +1,5 @@
 """Write README.md from nbs/index.ipynb, with nbdev's own processors; `nbdev_readme` does the same through Quarto, which pip cannot install."""
-import posixpath, re, shutil
+import posixpath, re, shutil, textwrap
 
 from nbdev import processors
 from nbdev.config import get_config
@@ -11,7 +11,15 @@ from nbmarkdown import LINK, output_markdown
 PROCESSORS = 'insert_warning strip_ansi hide_line filter_stream_ rm_header_dash rm_export clean_magics hide_'.split()
 DIRECTIVE = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*))?\n?', re.M)
 
-def indented(text): return '\n'.join(f'    {o}'.rstrip() for o in text.rstrip().splitlines())
+WIDTH = 96 # columns of a code block on a repository's page
+
+def wrapped(line):
+    "Return a line of output in lines that a page shows whole, the later ones indented"
+    if len(line) <= WIDTH: return [line]
+    indent = line[:len(line) - len(line.lstrip())]
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent + '    ', break_long_words=False, break_on_hyphens=False, replace_whitespace=False)
+
+def indented(text): return '\n'.join(f'    {o}'.rstrip() for line in text.rstrip().splitlines() for o in wrapped(line))
 
 def cell_markdown(cell, links, images):
     "The pieces of Markdown that a cell turns into; `links` rewrites the links of prose"

@@ -14,6 +14,7 @@ from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.process import extract_directives
 
+WIDGET = 'application/vnd.jupyter.widget-view+json'
 KERNEL = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
 
 def skipped(cell, skip_flags):
@@ -25,10 +26,11 @@ def stderr_of(cell):
     "Return what a cell wrote to stderr"
     return ''.join(o.text for o in cell.outputs if o.output_type == 'stream' and o.name == 'stderr')
 
-def joined(outputs):
-    "Return the outputs of a cell with each stream in one piece: it arrives in several, as time has it"
+def kept(outputs):
+    "Return the outputs of a cell that outlive its kernel: no widgets, which are progress bars, and each stream in one piece, not in as many as time has it"
     whole = []
     for output in outputs:
+        if WIDGET in output.get('data', {}) and 'text/html' not in output.data: continue
         same = whole and output.output_type == whole[-1].output_type == 'stream' and output.name == whole[-1].name
         if same: whole[-1].text += output.text
         else: whole.append(output)
@@ -48,7 +50,7 @@ def run_cells(client, skip_flags):
             try: client.execute_cell(cell, index)
             except DeadKernelError: return [*wrong, f'cell {cell.id}: its kernel {kernel_end(client)}\n{cell.source}']
             except CellExecutionError as error: return [*wrong, f'cell {cell.id}: {strip_ansi(str(error))}']
-            cell.outputs = joined(cell.outputs)
+            cell.outputs = kept(cell.outputs)
             if said := stderr_of(cell): wrong.append(f'cell {cell.id} writes to stderr: {said}')
     return wrong
 

@@ -13,7 +13,7 @@ from nbdev.process import NBProcessor
 from nbmarkdown import LINK, output_markdown
 
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
-ORDER = dict(parts='files models presets plan features corpus saes reading target store sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
+ORDER = dict(parts='files models presets plan features corpus saes reading target store chat sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
              recipes='your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'.split())
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
@@ -35,7 +35,8 @@ def params_of(thing): # [(name, inspect.Parameter)]; none for what Python itself
     except (TypeError, ValueError): return []
 
 def parameters(thing):
-    "The table of parameters: name, type, default, what it is"
+    "The table of parameters: name, type, default, what it is; none of a constructor that another library documents"
+    if inspect.isclass(thing) and getattr(thing.__init__, '__module__', '').split('.')[0] not in ('', cfg.lib_name): return ''
     fields = {f.name: f for f in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else {}
     params, rows = params_of(thing), []
     said = docments(thing, full=True) if params or not inspect.isclass(thing) else {}
@@ -111,6 +112,11 @@ def page(file, to, links):
             if said.get('output') != 'false': parts += [output_markdown(o, to.with_name(f'{to.stem}_files')/f'{cell.id}-{i}.png', literal, said.get('fig-cap', heading)) for i, o in enumerate(cell.get('outputs', []))]
     return '\n\n'.join(p for p in parts if p)
 
+def front_matter(source, name=''):
+    "What the hook and the search are told of a page: the file it is made from, and that a way in counts more than a part"
+    boost = 4 if name.startswith('recipes/') else 2 if name.startswith(('index', 'glossary')) else 1
+    return f'---\nsource: {source}\nsearch: {{boost: {boost}}}\n---\n\n'
+
 def main(out='_docs'):
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     from mkdocs.commands.build import build
@@ -147,9 +153,9 @@ def main(out='_docs'):
         text = page(f, pages/to[name], links_from(name))
         titles[name] = re.search(r'^# (.+)$', text, re.M)[1]
         (pages/to[name]).parent.mkdir(exist_ok=True)
-        (pages/to[name]).write_text(text + '\n', encoding='utf-8')
+        (pages/to[name]).write_text(front_matter(f.relative_to(cfg.config_path).as_posix(), name) + text + '\n', encoding='utf-8')
     for card, where in CARDS.items():
-        (pages/where).write_text(links_from(f'../{card}')(spaced((cfg.config_path/card).read_text())), encoding='utf-8')
+        (pages/where).write_text(front_matter(card) + links_from(f'../{card}')(spaced((cfg.config_path/card).read_text(encoding='utf-8'))), encoding='utf-8')
 
     of = lambda names: [{titles[n]: to[n]} for n in names]
     rest = lambda folder: [f'{folder}/{n}.ipynb' for n in ORDER[folder]] + [n for n in files if n.startswith(f'{folder}/') and Path(n).stem not in ORDER[folder]]
