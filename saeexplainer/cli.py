@@ -105,12 +105,16 @@ def resolve(name:str, size:str|None=None, settings=(), writer=None, base_url=Non
     return preset
 
 def check_keys(preset, *which): # 'writer', 'evaluation_writer'
-    "Raise `ValueError` now where a writer at a server has no price for a budget in dollars, or no key at OpenAI"
+    "Raise `ValueError` now where a writer at a server has no price for a budget in dollars, no usable address, or no key at OpenAI"
     from saeexplainer.presets import is_local
+    from saeexplainer.remote import api_key, check_address
     asked = [getattr(preset, name) for name in which if not is_local(getattr(preset, name))]
     for model in asked:
         if preset.budget_usd is not None and model not in preset.prices: raise ValueError(f'a budget in dollars needs a price: prices={{{model!r}: (prompt, reply)}} per million tokens')
-    if asked and not (preset.writer_url or os.environ.get('OPENAI_BASE_URL') or os.environ.get('OPENAI_API_KEY')):
+    if not asked: return
+    server = preset.writer_url or os.environ.get('OPENAI_BASE_URL')
+    if server: check_address(server, password=bool(preset.writer_url))
+    if not api_key() and not server:
         raise ValueError(f'no key for {asked[0]}: set OPENAI_API_KEY in the environment, name a server of your own with --base-url, or use --writer local')
 
 def check_name(name:str, option:str='--name') -> str:
@@ -213,9 +217,11 @@ def span(*hours) -> str:
 
 def memory_of(preset) -> str: # '' where it is not known
     "Return what the memory of a run is made of, as text behind the sum"
-    from saeexplainer.presets import memory_parts
+    from saeexplainer.presets import MEASURED, memory_parts
     parts = memory_parts(preset)
-    return f" at the peak ({', '.join(f'{name} {gigabytes(n)}' for name, n in parts.items())})" if parts else ''
+    if not parts: return ''
+    reckoned = f"{gigabytes(sum(parts.values()))} reckoned: {', '.join(f'{name} {gigabytes(n)}' for name, n in parts.items())}"
+    return f" at the peak ({'measured; ' if preset.name in MEASURED else ''}{reckoned})"
 
 def show_plan(preset, folder:Path, as_json:bool):
     "What a run takes, and what it would begin with: nothing is fetched or loaded for it"

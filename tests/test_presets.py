@@ -187,7 +187,7 @@ def test_aliases_are_not_unfolded(tmp_path):
     nested = 'x'
     for _ in range(60): nested = [nested]*9
     for field in ('n_sft', 'steering_kl', 'prices', 'name'):
-        assert len(message(load_preset, 'smollm2-135m', **{field: nested})) < 20_000 and time.monotonic() - begun < 5
+        assert len(message(load_preset, 'smollm2-135m', **{field: nested})) < 1000 and time.monotonic() - begun < 5
 
 
 def test_a_preset_of_a_file_is_called_by_its_file(tmp_path):
