@@ -102,8 +102,8 @@ def _check_preset(folder:Path, preset:Preset, store) -> dict: # field -> (before
     if not store.begun() or (old := _begun_with(folder, store)) is None: return {}
     refused, allowed = _changes(old, _plain(preset), store)
     if refused:
-        raise ValueError(f'{folder} was begun with another preset ({_difference(refused)}): choose another --name; '
-                         f'`--like {folder.name}` takes over what is the same')
+        like = f'; `--like {folder.name}` takes over what is the same' if len(store.progress()) else '' # an evaluation is like no other
+        raise ValueError(f'{folder} was begun with another preset ({_difference(refused)}): choose another --name{like}')
     return allowed
 
 def _difference(changes:dict) -> str: # field -> (before, now)

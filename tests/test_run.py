@@ -293,6 +293,17 @@ def test_a_correction_goes_on_where_nothing_depends_on_it(world):
     with pytest.raises(ValueError, match='dpo_lr'): now(sft_lr=1e-4, dpo_lr=(3e-4, 1e-4))
 
 
+def test_every_field_is_one_that_something_depends_on():
+    "A new field of the preset must be named in the table, or here"
+    from saeexplainer.presets import Preset
+    from saeexplainer.run import _MADE_WITH, _SUBJECT
+    named = set(' '.join([_SUBJECT, *(fields for *_, fields in _MADE_WITH)]).split())
+    free = {'size', 'swap_models', 'corpus', 'corpus_tokens'} # how a run is called, how it is run, and what its features were read on before it
+    by_round = {'dpo_beta', 'dpo_lr'}
+    fixed = {f.name for f in dataclasses.fields(Preset) if f.metadata['fixed']}
+    assert named | free | by_round == fixed and not named & (free | by_round)
+
+
 @pytest.mark.parametrize('fields, said', [
     (dict(evaluation_writer='local:/nope'), "evaluation_writer: there is no folder '/nope'"),
     (dict(writer='local:/nope/at/all'), 'writer: there is no folder'),

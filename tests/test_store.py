@@ -433,3 +433,13 @@ def test_who_was_answered_after_a_request(store):
     assert not store.answered_after('a', 'w')
     store.end_attempt(other, 'delivered', .1, 1, 1, 0.)
     assert store.answered_after('a', 'w') and not store.answered_after('b', 'w') and not store.answered_after('a', 'v')
+
+
+def test_a_clock_that_is_set_back_gives_no_negative_duration(tmp_path, monkeypatch):
+    from saeexplainer import store as module
+    with RunStore(tmp_path/'store.sqlite') as store:
+        store.start('sft')
+        now = module.time.time()
+        monkeypatch.setattr(module.time, 'time', lambda: now - 86_400)
+        store.finish('sft')
+        assert 0 <= store.progress().seconds.item() < 60
