@@ -225,6 +225,7 @@ _WORDS = 'message', 'detail', 'error', 'errors', 'msg', 'error_message', 'error_
 def server_words(body, depth:int=0) -> tuple: # (what it says, its code and type, the parameter that it names); '' where there is none
     "Return what the body of an error says, whatever its form"
     if isinstance(body, str):
+        body = body[:4000]
         page = re.search('<title[^>]*>(.*?)</title>', body, re.I | re.S)
         return ' '.join((page[1] if page else re.sub('<[^>]*>', ' ', body)).split()), '', ''
     if isinstance(body, list) and depth < 6:
@@ -282,7 +283,7 @@ def _json(text): # the text itself where it is none
 def status_trouble(status:int, body, headers, sent, hide=str) -> Trouble: # body: its JSON, or its text
     "What the status and the body of an error mean"
     text, code, param = server_words(body)
-    says = hide(text or ('nothing more' if body in ('', None) else json.dumps(body)))[:2000]
+    says = hide((text or ('nothing more' if body in ('', None) else json.dumps(body)))[:5000])[:2000]
     error = Trouble(str(status), f'error {status}: {" ".join(says.split())[:300]}', retry_after(headers), tokens=LOST if status in TOO_LATE else (0, 0))
     if status == 402 or 'insufficient_quota' in code.split(): return replace(error, stop=BudgetSpent)
     if status in (408, 409, 429) or status >= 500: return error
@@ -296,7 +297,7 @@ def status_trouble(status:int, body, headers, sent, hide=str) -> Trouble: # body
     return replace(error, stop=PermissionError if status in (401, 403) else ValueError)
 
 # %% ../nbs/parts/remote.ipynb #628b0c91
-MOST_BYTES = 8_000_000 # of one reply
+MOST_BYTES = 4_000_000 # of one reply: a million tokens
 
 class TooMuch(ValueError):
     "A reply that was not read to its end"
@@ -467,7 +468,7 @@ class _Asking:
         small = Request('Say yes.', max_tokens=16)
         try:
             got, _, _ = await self.attempt(key, _turns(small), lambda: self.writer.parameters(small, small.max_tokens, small.seed, None), small.max_tokens, _Tally())
-        except (BudgetSpent, OSError, ValueError):
+        except (RuntimeError, OSError, ValueError): # no budget for it, or the call ends
             return False
         return isinstance(got, _Said)
 
@@ -485,12 +486,12 @@ class _Asking:
         message = choice['message']
         text = _text(message.get('content'))
         tokens = tokens_of(reply.get('usage'), text)
-        if error := choice.get('error') or choice.get('finish_reason') == 'error': return Trouble('error', f'an error in the reply: {w.hide(server_words(error)[0] or "no reason is given")[:300]}', tokens=tokens)
+        if error := choice.get('error') or choice.get('finish_reason') == 'error': return Trouble('error', f'an error in the reply: {w.hide(server_words(error)[0][:5000] or "no reason is given")[:300]}', tokens=tokens)
         if len(text) > most_characters(max_tokens): return _Said(outcome='unparsed', error=f'a text of {len(text):,} characters, where {max_tokens} tokens were asked for', tokens=tokens)
         name = reply.get('model')
-        said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name)[:200] if isinstance(name, str) else '', tokens=tokens)
+        said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name[:1000])[:200] if isinstance(name, str) else '', tokens=tokens)
         if self.replayed(reply.get('id'), reply.get('created'), said.text): return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
-        if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(refusal).split())[:300]}')
+        if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(str(refusal)[:5000]).split())[:300]}')
         if choice.get('finish_reason') == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said
 
@@ -498,7 +499,7 @@ class _Asking:
         "What a reply with status 200 means that holds no completion: an error, or another kind of page"
         if isinstance(reply, bytes): reply = reply.decode('utf-8', 'replace')
         words, code, _ = server_words(reply)
-        line = ' '.join(self.writer.hide(words).split())[:200]
+        line = ' '.join(self.writer.hide(words[:5000]).split())[:200]
         if not isinstance(reply, dict) or not reply.get('error'):
             return Trouble('unreadable', 'not the reply of a chat completions server' + (f': {line}' if line else ''), tokens=LOST)
         status = next((int(part) for part in code.split() if re.fullmatch('[45][0-9][0-9]', part)), None)
@@ -731,7 +732,7 @@ class OpenAIWriter(_Model):
         except ImportError: # not installed, and not needed otherwise
             raise ValueError(f'{_proxies("socks") or "a proxy"} names a SOCKS proxy: it needs the package socksio, or unset it') from None
         except Exception as e: # InvalidURL is no ValueError
-            raise ValueError(f'no client for {re.sub("//.*@", "//", self.base_url or "OpenAI")} ({type(e).__name__})' + (f': is the proxy in {_proxies()} an address?' if _proxies() else '')) from None
+            raise ValueError(f'no client for {re.sub("//.*@", "//", self.base_url or "OpenAI")} ({type(e).__name__})' + (f': is the proxy in {_proxies()} an address?' if _proxies() else ': is that an address (--base-url, writer_url or OPENAI_BASE_URL)?')) from None
 
     @property
     def proven(self) -> bool: return self.store.answered(self.name) # it has replied before: what it fails to do now it may do again

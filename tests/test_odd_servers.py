@@ -330,7 +330,7 @@ def flood():
         server = ThreadingHTTPServer(('127.0.0.1', 0), Flood)
         server.daemon_threads, server.parts, server.status, server.headers = True, parts, status, {'Content-Type': 'application/json', 'Connection': 'close'} | headers
         server.url = f'http://127.0.0.1:{server.server_port}/v1'
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[.02], daemon=True).start()
         servers.append(server)
         return server
     yield start
@@ -371,6 +371,14 @@ def test_a_drip_ends_with_the_timeout(flood):
     began = time.monotonic()
     reply, = writer_at(flood(drip), timeout=.5).write(requests(1))
     assert reply.outcome == 'failed' and 'no reply in 0.5 s' in reply.error and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize('status', [200, 400])
+@pytest.mark.parametrize('body', [b'<title>'*500_000, b'<'*3_500_000, b'{"a":'*600_000, json.dumps(dict(detail=[['x'*100]*20]*1500)).encode(), json.dumps(dict(error='e'*3_500_000)).encode()])
+def test_a_long_error_costs_little(flood, body, status):
+    began = time.process_time()
+    with pytest.raises((ValueError, ConnectionError)) as e: writer_at(flood(lambda: [body], status), tries=8).write(requests(1))
+    assert time.process_time() - began < 8 and len(str(e.value)) < 700 # four times
 
 
 @pytest.mark.parametrize('form', [dict(), dict(schema=LISTS), dict(choices=['A', 'B'])])
