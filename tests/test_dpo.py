@@ -192,3 +192,43 @@ def test_killed_between_training_and_saving(run, tmp_path):
     saved = Explainer.from_pretrained(tmp_path/'out', trainable=True, device='cpu').model
     for n, p in saved.named_parameters():
         if n in trained: torch.testing.assert_close(p.float(), trained[n].detach().bfloat16().float())
+
+
+def with_template(preset, sft, to, template): # the previous stage again, with a chat template of its own
+    import dataclasses, shutil
+    from saeexplainer.injection import ExplainerCard
+    shutil.copytree(sft, to)
+    dataclasses.replace(ExplainerCard.load(sft), chat_template=template).save(to)
+    return to
+
+
+def test_what_a_template_puts_before_an_answer_is_prompt(run, tmp_path):
+    import trl
+    preset, reader, sft = tiny_run(run)
+    template = (Path(trl.__file__).parent/'chat_templates'/'qwen3.jinja').read_text(encoding='utf-8')
+    explainer = Explainer.from_pretrained(with_template(preset, sft, tmp_path/'qwen', template), reader=reader, trainable=True, device='cpu')
+    pairs = PAIRS.assign(chosen='the token <|im_end|> at the end')
+    trainer = dpo_trainer(preset, preference_dataset(pairs, explainer.card), reader, explainer, tmp_path/'c')
+    decode, ends = explainer.tokenizer.decode, explainer.tokenizer.convert_tokens_to_ids('<|im_end|>')
+    for row in trainer.train_dataset:
+        assert row['prompt_ids'] == explainer.prompt and decode(row['prompt_ids']).endswith('<think>\n\n</think>\n\n')
+        assert decode(row['chosen_ids']) == 'the token <|im_end|> at the end<|im_end|>\n' and row['chosen_ids'].count(ends) == 1
+        assert decode(row['rejected_ids']) == 'a sea<|im_end|>\n'
+    assert step0_loss(trainer) == torch.tensor(LN2).item()
+
+
+def test_a_round_that_turns_nan(run, tmp_path):
+    preset, reader, sft = tiny_run(run, dpo_lr=(1e300, 1e300))
+    with pytest.raises(ValueError, match=r'the loss is nan after step \d+, with dpo_lr 1e\+300: take a lower one'): train_dpo(preset, PAIRS, reader, sft, tmp_path/'out', progress=False)
+    assert not (tmp_path/'out'/'explainer.json').exists() and not (tmp_path/'out'/'adapter_model.safetensors').exists()
+
+
+def test_a_previous_stage_that_is_damaged(run, tmp_path):
+    import shutil
+    preset, reader, sft = tiny_run(run)
+    data = (sft/'adapter_model.safetensors').read_bytes()
+    for content, says in ((data[:len(data)//2], 'is cut off or damaged'), (b'', 'is empty')):
+        shutil.rmtree(tmp_path/'x', ignore_errors=True)
+        shutil.copytree(sft, tmp_path/'x')
+        (tmp_path/'x'/'adapter_model.safetensors').write_bytes(content)
+        with pytest.raises(ValueError, match=f'adapter_model.safetensors {says}'): train_dpo(preset, PAIRS, reader, tmp_path/'x', tmp_path/'out', progress=False)
