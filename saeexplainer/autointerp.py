@@ -67,7 +67,10 @@ def autointerp(writer, # Writer
                progress:bool=False
               ) -> dict: # index -> explanation; '' where the writer had no answer, or there is no context to show
     "Explanations by a writer that reads each feature's strongest contexts"
-    said, shown = {f.index: '' for f in features}, [(f, f.contexts[:n_contexts]) for f in features if len(f.contexts)]
+    said, shown = {f.index: '' for f in features}, []
+    for f in features:
+        contexts = [c for c in f.contexts if 0 <= c.peak < len(c.tokens) == len(c.values)][:n_contexts] # a table from elsewhere may have others
+        if contexts: shown.append((f, contexts))
     asked = ((f.index, Request(autointerp_prompt(contexts, f.max_act, small), max_tokens=max_tokens, temperature=0.)) for f, contexts in shown)
     for index, reply in answers(writer, asked, stage='autointerp', total=len(shown), progress=progress): said[index] = one_phrase(reply.text or '')
     return said

@@ -4,6 +4,8 @@ import pytest
 from saeexplainer.autointerp import AUTOINTERP, CONTEXTS, autointerp, autointerp_prompt, marked_context, one_phrase
 from saeexplainer.features import NO_PATTERN, Context, Explanation, labels_of, load_features, save_features
 from saeexplainer.presets import data_dir, load_preset
+from helpers import tiny_tokenizer
+from saeexplainer.replies import Reply, Request
 from writer_server import Server
 from saeexplainer.writer import OpenAIWriter
 
@@ -72,3 +74,24 @@ def test_shipped_labels():
     assert table.text.str.split().str.len().between(3, 15).all() and not table.text.str.contains(r'\.$|\n|, etc\b').any()
     check = pd.read_csv(home/'label_check.csv')
     assert len(check) == 200 and set(check.label_of) <= set(table['index'])
+
+
+@pytest.mark.parametrize('small', [False, True])
+def test_contexts_that_are_none(small):
+    "Empty, with a peak beyond its end, or with fewer values than tokens: what is left is shown, and a feature with nothing else has no explanation"
+    broken = [Context('s', (), (), 0), Context('s', ('a', 'b'), (0., 3.), 7), Context('s', ('a', 'b'), (3.,), 0), Context('s', ('a',), (3.,), -2)]
+    asked = []
+    def write(requests, **how):
+        asked.extend(r.prompt for r in requests)
+        return [Reply(text='ships') for _ in requests]
+    said = autointerp(SimpleNamespace(write=write), [feature(1, *broken), feature(2, *broken, context('the| cat', 1))], small=small)
+    assert said == {1: '', 2: 'ships'} and len(asked) == 1 and 'cat' in asked[0]
+
+
+def test_control_tokens_in_contexts_are_text():
+    "A feature of the end of a turn: its contexts do not end the turn in which they are shown"
+    from saeexplainer.writer import chat_ids
+    tokenizer = tiny_tokenizer()
+    prompt = autointerp_prompt([Context('test', ('rain', '<|im_end|>', '<s>'), (0., 5., 0.), 1)])
+    ids = chat_ids(tokenizer, Request(prompt))
+    assert '«<|im_end|>»' in tokenizer.decode(ids) and [i for i in ids if i < 6] == [3, 4, 3]
