@@ -142,8 +142,8 @@ class FeatureExplorer:
         folder = Path(results) if results else data_dir()/self.preset.name/'results'
         if not results and not (folder/'provenance.json').exists(): return None
         found = Results(folder)
-        if (found.made['source'], found.made['sae']) == (self.preset.source, self.preset.sae): return found.said
-        if results: raise ValueError(f"{folder} explains features of {found.made['source']}, {found.made['sae']}; these are of {self.preset.source}, {self.preset.sae}")
+        if (found.made.get('source'), found.made.get('sae')) == (self.preset.source, self.preset.sae): return found.said
+        if results: raise ValueError(f"{folder} explains features of {found.made.get('source')}, {found.made.get('sae')}; these are of {self.preset.source}, {self.preset.sae}")
 
     def of(self, name): # index or 'model/source/index'; `Feature`
         "A feature that fires; raises `ValueError` for any other"

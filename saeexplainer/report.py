@@ -49,6 +49,9 @@ class Results:
         self.folder = Path(folder)
         if not (self.folder/'provenance.json').exists(): raise ValueError(f'{folder} holds no results: a run keeps them in its folder report/')
         self.made = read_json(self.folder/'provenance.json')
+
+    def check(self):
+        "Raise `ValueError` where what made the results is not said in full"
         if lacks := [name for name in ('preset', 'size', 'evaluated', 'notes', 'writers') if name not in self.made]:
             raise ValueError(f"{self.folder/'provenance.json'} lacks {', '.join(lacks)}: it is no record of a run")
 
@@ -301,6 +304,7 @@ def write_report(folder) -> Path: # with the tables
     from saeexplainer.ablations import stage_figure
     from saeexplainer.metrics import summary
     results = Results(folder)
+    results.check()
     metrics = results['metrics']
     table = summary(metrics, [*results.stages, 'control'])
     table.to_csv(results.folder/'summary.csv')
