@@ -35,7 +35,14 @@ WIDTH = 9. # inches of a page
 @contextmanager
 def style():
     "Within, matplotlib draws as the chapters do"
-    with matplotlib.rc_context(STYLE): yield
+    interactive = matplotlib.is_interactive()
+    try:
+        with matplotlib.rc_context(STYLE):
+            try: yield
+            finally: interactive = matplotlib.is_interactive()
+    finally:
+        # a kernel shows figures from the first one on: where that was drawn in here, it goes on to do so
+        matplotlib.interactive(interactive)
 
 def save_figure(fig, name:str, folder='../figures') -> None:
     "Write a figure as PNG and SVG"

@@ -178,6 +178,13 @@ def test_a_figure_has_its_picture_before_pyplot_has_drawn(monkeypatch):
     assert first['text/plain'] == again['text/plain'] == '<Figure size 400x300 with 1 Axes>'
     assert figure_difference(first['image/png'], again['image/png']) is None
 
+def test_a_kernel_goes_on_to_show_figures_after_a_first_one_in_style(monkeypatch):
+    monkeypatch.delenv('MPLBACKEND', raising=False)
+    cells = ['import matplotlib.pyplot as plt\nfrom saeexplainer.plots import style', 'with style(): plt.plot([1, 2])\nNone', 'plt.plot([2, 1])\nNone']
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in cells])
+    NotebookClient(nb, kernel_name='python3', timeout=300, startup_timeout=300).execute()
+    assert [[sorted(o.data) for o in cell.outputs] for cell in nb.cells[1:]] == [[['image/png', 'text/plain']]]*2
+
 def test_a_module_out_of_sync_is_caught(project):
     edit(project/'nbs/00_core.ipynb', lambda o: o['cell1'].update(source=['#| export\n', 'def double(x): return x + x']))
     (project/'tinylab/gone.py').write_text('# the notebook of this module was deleted\n')
