@@ -136,7 +136,8 @@ def test_nothing_of_a_stopped_notebook_goes_on(project):
     write(project/'nbs/hang.ipynb', notebook(['import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(1000)']))
     code, said = tool(project, 'check_notebooks', '--update', 'nbs/hang.ipynb', '--timeout', '20')
     assert code == 1 and 'stopped after 20 seconds' in said
-    with pytest.raises(ProcessLookupError): os.kill(int((project/'nbs/pid').read_text()), 0)
+    state = subprocess.run(['ps', '-o', 'stat=', '-p', (project/'nbs/pid').read_text()], capture_output=True, text=True).stdout.strip()
+    assert state[:1] in ('', 'Z') # gone, or dead and not yet counted so by the system
 
 def test_a_cell_that_writes_to_stderr_is_caught(project):
     cells = ['import os, sys, warnings', 'print("from Python", file=sys.stderr)', 'warnings.warn("old name")', 'os.system("echo from a process >&2")', '1 + 1']
