@@ -79,11 +79,13 @@ _ANSWER = 'Qanswerq' # stands for an answer where a template is tried
 def frame(tokenizer, messages # up to the answer
          ) -> tuple: # (text before the answer, text behind it; None: the template shows no answer)
     "What a chat template puts around an answer to messages"
+    asked = render(tokenizer, messages, add_generation_prompt=True)
+    turns = common_prefix(asked, render(tokenizer, messages))  # without what opens the answer
     whole = render(tokenizer, [*messages, dict(role='assistant', content=_ANSWER)])
     before, found, after = whole.rpartition(_ANSWER)
-    asked = sum(m['content'].count(_ANSWER) for m in messages)
-    if found and whole.count(_ANSWER) == 1 + asked: return before, after
-    return render(tokenizer, messages, add_generation_prompt=True), None
+    once = whole.count(_ANSWER) == 1 + sum(m['content'].count(_ANSWER) for m in messages)
+    if found and once and before.startswith(turns): return before, after
+    return asked, None  # the template shows no answer, or puts it in the place of the question
 
 def prompt_ids(tokenizer, messages) -> list[int]: # token ids
     "Messages as a prompt, up to where the answer begins"

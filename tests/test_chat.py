@@ -98,3 +98,11 @@ def test_a_template_without_answers():
     t = tiny_tokenizer(chat="{{ messages[0]['content'] }}")
     assert t.decode(prompt_ids(t, QUESTION)) == QUESTION[0]['content'] and answer_ends(t) == []
     with pytest.raises(ValueError, match='chat_template of .* does not write the content of an answer as it is'): answer_ids(t, QUESTION, ['x'])
+
+
+def test_a_template_that_puts_the_answer_in_the_place_of_the_question():
+    "Examples, then the last message whoever said it: a writer of base models is asked so"
+    t = tiny_tokenizer(chat="A river:\nThe Danube\n\n{{ messages[-1]['content'].rstrip('.: ') }}:{{ '\\n' }}")
+    messages = [dict(role='user', content='A cat.')]
+    assert t.decode(prompt_ids(t, messages)) == 'A river:\nThe Danube\n\nA cat:\n'
+    with pytest.raises(ValueError, match='nothing can be trained with it'): answer_ids(t, messages, ['Tom'])
