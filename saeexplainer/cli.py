@@ -149,12 +149,12 @@ def presets_command(name: Annotated[Optional[str], typer.Argument(help='show the
             else: tell('    ' + f.metadata['help'])
         return
     found = [(load_preset(p), needs(load_preset(p)) or {}) for p in presets()]
-    found.sort(key=lambda row: row[1].get('memory_gb', float('inf')))
+    found.sort(key=lambda row: (row[0].name != 'smollm2-135m', row[1].get('memory_gb', float('inf')))) # what needs no hub comes first
     if as_json: return print(json.dumps([p.name for p, _ in found]))
     wide = out.width >= 120
     columns = ['preset', 'SAE', *(['target', 'explainer', 'labels'] if wide else []), *(['features'] if out.width >= 76 else []), 'memory', 'disk']
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                  caption='In the order of what they need. features: for SFT / preferences / test. memory: at the peak of a run, expected. '
+                  caption='First the one that is shipped, then in the order of memory. features: for SFT / preferences / test. memory: at the peak of a run, expected. '
                           'disk: what is fetched. `saeexplainer presets NAME` shows every field of one.')
     for column in table.columns: column.no_wrap = True
     last, k = lambda name: name.split('/')[-1], lambda n: f'{n//1000}k' if n >= 1000 and n % 1000 == 0 else str(n)
