@@ -49,7 +49,8 @@ def control_tokens(tokenizer) -> list[str]: # longest first
     return sorted(tokens | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t))
 
 def as_text(tokenizer, text:str) -> str:
-    "The text, with its control tokens marked: to be encoded by `encode`"
+    "The text, with its control tokens marked: to be encoded by `encode`; half of a character, which no tokenizer takes, becomes '?'"
+    text = text.encode('utf-8', 'replace').decode()
     found = [t for t in control_tokens(tokenizer) if t in text]
     if not found: return text
     text = text.replace(MARK, '').replace(UNMARK, '')

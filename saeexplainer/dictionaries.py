@@ -101,7 +101,10 @@ class Rows:
         if not kept: self.add([{'settings': settings}])
 
     def _settings_of(self, kept:bytes) -> dict:
-        try: return dict(json.loads(kept.split(b'\n', 1)[0])['settings'])
+        try:
+            settings = json.loads(kept.split(b'\n', 1)[0])['settings']
+            if not settings or not isinstance(settings, dict): raise ValueError
+            return settings
         except (ValueError, TypeError, KeyError): raise ValueError(f'{self.file} does not say what it is part of: remove it, or choose another --out') from None
 
     def add(self, rows):
@@ -110,9 +113,15 @@ class Rows:
         self.out.flush(); os.fsync(self.out.fileno())
 
     def __iter__(self): # the rows, without the first line
-        with open(self.file, encoding='utf-8') as lines:
+        with open(self.file, 'rb') as lines:
             next(lines)
-            yield from map(json.loads, lines)
+            for number, line in enumerate(lines, 2):
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict): raise ValueError
+                except (ValueError, RecursionError):
+                    raise ValueError(f'{self.file} is damaged in line {number}: remove it and begin again, or choose another --out') from None
+                yield row
 
     def close(self):
         if self.out is not None: self.out.close()
@@ -192,7 +201,7 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     with ExitStack() as held: # a notebook keeps the traceback of an interrupted call, and with it what is not closed
         parts = [explained := held.enter_context(closing(Rows(files[0], settings[0])))]
         clear_parts(out)
-        if sum(1 for _ in explained) < reader.n_features:
+        if len({row.get('index') for row in explained}) < reader.n_features:
             _explained(explained, load_explainer(explainer, preset, reader), reader, preset, lambda i: f'{preset.source}/{i}', progress)
             free_memory()
         if n:
@@ -207,7 +216,9 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
 def _finish(out, parts) -> dict: # the parts as one file, in the order of features; the parts are removed
     import pandas as pd
     rows = {r['index']: r for r in parts[0]}
-    for r in (parts[1] if len(parts) > 1 else ()): rows[r['index']] |= r
+    for r in (parts[1] if len(parts) > 1 else ()):
+        if r['index'] not in rows: raise ValueError(f'{parts[1].file} has a row of feature {r["index"]}, which was not explained: remove it, and run the command again')
+        rows[r['index']] |= r
     table = pd.DataFrame([rows[i] for i in sorted(rows)])
     with whole(out) as part:
         if out.suffix=='.parquet': table.to_parquet(part, index=False)

@@ -146,7 +146,7 @@ def save_features(rows, # dicts with the columns of `FEATURES_SCHEMA`, in any it
     rows, file = iter(rows.to_dict('records') if hasattr(rows, 'to_dict') else rows), Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     schema = FEATURES_SCHEMA.with_metadata({'source': source}) if source else FEATURES_SCHEMA
-    with whole(file) as part, pq.ParquetWriter(part, schema, compression='zstd', compression_level=19) as writer:
+    with whole(file) as part, pq.ParquetWriter(part, schema, compression='zstd', compression_level=19, write_page_checksum=True) as writer:
         while block := list(islice(rows, 4096)): writer.write_table(_table_from([*map(_stored, block)], FEATURES_SCHEMA))
     return file
 
@@ -201,7 +201,7 @@ def _kept(source:str) -> Path: # folder in the user cache, of 'model/source'
 
 def _opened(file, what) -> pa.Table:
     try:
-        with pq.ParquetFile(file) as opened: return opened.read()
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened: return opened.read()
     except Exception as e: raise ValueError(f'{file} is not a readable {what}: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from None
 
 def _fits(found, wanted) -> bool: # Arrow types; whoever wrote the file may have taken wider ones

@@ -9,7 +9,7 @@ __all__ = ['CARD', 'ORACLE_TEMPLATE', 'check_placeholder', 'placeholder_id', 'pr
            'load_explainer', 'shipped_explainer', 'explainer_of']
 
 # %% ../nbs/00_injection.ipynb #be2bf850
-import json, math, shutil, sys, warnings
+import hashlib, json, math, shutil, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -179,6 +179,7 @@ class ExplainerCard:
     stage: str = 'untrained' # or sft, dpo1, dpo2, ...
     model_sha256: str|None = None # of the base model's weights, where they are in a folder
     chat_template: str|None = None # where the tokenizer has none of its own
+    adapter_sha256: str|None = None # of the adapter's two files, once they are saved
     versions: dict = field(default_factory=_versions)
 
 # %% ../nbs/00_injection.ipynb #963659f4
@@ -240,8 +241,14 @@ def save_adapter(model, # PeftModel whose adapter 'default' is saved
     config = json.loads(json.dumps(model.peft_config['default'].to_dict(), sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
     config.update(base_model_name_or_path=card.base_model, inference_mode=True)
     write_json(config, folder/'adapter_config.json', indent=2)
+    card = replace(card, adapter_sha256=_files_sha256(folder))
     shutil.copymode(folder/'adapter_config.json', folder/'adapter_model.safetensors') # safetensors closes its files to others
     card.save(folder)
+
+def _files_sha256(folder) -> str:
+    digest = hashlib.sha256()
+    for name in ('adapter_model.safetensors', 'adapter_config.json'): digest.update((Path(folder)/name).read_bytes())
+    return digest.hexdigest()
 
 def load_adapter(model, # causal LM
                  folder, trainable:bool=False): # PeftModel with the adapter 'default'
@@ -343,6 +350,8 @@ def _from_pretrained(cls, source, # folder or hub id
     card.check_model(model, weights=True)
     if not (folder/'adapter_model.safetensors').exists(): raise FileNotFoundError(f'{folder} has no adapter_model.safetensors: its adapter is missing')
     model = load_adapter(model, folder, trainable)
+    if card.adapter_sha256 not in (None, _files_sha256(folder)):
+        raise ValueError(f'adapter_model.safetensors or adapter_config.json of {folder} is not what was saved there: it is damaged or was changed, so fetch it again')
     return cls(model if trainable else model.merge_and_unload().eval(), tokenizer, card, adapter=folder)
 
 Explainer.from_pretrained = _from_pretrained

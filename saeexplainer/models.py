@@ -177,7 +177,7 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
     with _quiet(name==EMBEDDED), _loading(name, source):
         model, report = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False,
                                                              ignore_mismatched_sizes=True, output_loading_info=True, **settings)
-    check_complete(name, report)
+    check_complete(name, report, model.config.get_text_config().num_hidden_layers)
     if model.base_model is model: # Llama 4 has another name for its backbone than it says
         model.base_model_prefix = 'model'
         model.config.router_aux_loss_coef = 0. # trl cannot compute it for this one; the routers are not trained
@@ -186,8 +186,12 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
     if dtype == torch.float16: check_finite(model)
     return model, load_tokenizer(name)
 
-def check_complete(name, report): # transformers' report of what it loaded
-    "Raise `ValueError` where tensors of the model are not in its checkpoint: transformers fills them at random"
+def check_complete(name, report, n_layers:int): # transformers' report of what it loaded
+    "Raise `ValueError` where tensors of the model are not in its checkpoint, which transformers fills at random, or layers of the checkpoint not in the model"
+    for key in sorted(report['unexpected_keys']):
+        layer = re.fullmatch(r'(?:model\.|language_model\.|transformer\.)*(?:layers|h)\.(\d+)\.self_attn\..*', key)
+        if layer and int(layer[1]) == n_layers:
+            raise ValueError(f"the checkpoint of '{name}' has a layer {n_layers} ({key}), its config.json wants layers 0 to {n_layers - 1} only")
     missing, others = sorted(report['missing_keys']), sorted(report['mismatched_keys'])
     if missing:
         more = f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''
@@ -224,9 +228,10 @@ def routers(model) -> list[str]: # names of modules
     "Linear layers that return more than a product, as Llama 4's routers do: PEFT cannot adapt them"
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith('Router')]
 
-def context_length(model) -> int|None: # None: it has no limit
+def context_length(model # or its configuration
+                  ) -> int|None: # None: it has no limit
     "How many tokens a model reads at most"
-    config = model.config.get_text_config()
+    config = getattr(model, 'config', model).get_text_config()
     found = (getattr(config, name, None) for name in ('max_position_embeddings', 'max_seq_len', 'n_positions'))
     return next((n for n in found if n), None)
 

@@ -158,7 +158,7 @@ def shown(value) -> str:
 def stays_inside(name:str) -> bool:
     "Return whether a name, as a path in a folder, stays in that folder"
     parts = re.split(r'[/\\]', name)
-    return bool(name.strip()) and '\0' not in name and parts[0] != '' and not {'.', '..'} & set(parts) and not re.match('[A-Za-z]:', name)
+    return all(part.strip() and part.isprintable() for part in parts) and not {'.', '..'} & set(parts) and not re.match('[A-Za-z]:', name)
 
 def _kind(hint) -> str: # in words
     if typing.get_origin(hint) is tuple: return 'a list, each item ' + _kind(typing.get_args(hint)[0])

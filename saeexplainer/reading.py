@@ -23,7 +23,7 @@ from .features import BEFORE, DENSE, LENGTH, Context, features_file, save_featur
 from .files import TABLES, clear_parts, encoding_of, making, table_kind, table_rows, whole, write_json
 from .models import cache_dir
 from .sampling import batches, pad
-from .target import Target, residual_stream
+from .target import Target, check_stream, residual_stream
 
 # %% ../nbs/parts/reading.ipynb #8135589b
 def _pieces(text:str, size:int=5000): # documents of about `size` characters; no longer than four times that, even where no paragraph ends
@@ -100,6 +100,9 @@ def window_residuals(target, # `Target`
     for rows in batches([len(w) + len(first) for w in windows], target.batch_size, target.max_tokens):
         batch = pad([[*first, *windows[i]] for i in rows], target.pad_id, device=target.model.device)
         resid = residual_stream(target.model, **batch, layer=target.reader.layer, hook=target.reader.hook)
+        counts = batch['attention_mask'].bool()
+        counts[:, :len(first)] = False
+        check_stream(target.model, target.reader, resid.isfinite().all(-1), counts)
         for i, row in zip(rows, resid): out[i] = row[len(first):len(first)+len(windows[i])]
     return torch.cat(out)
 

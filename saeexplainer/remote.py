@@ -324,6 +324,8 @@ def tokens_of(usage, said:str) -> tuple: # (prompt, reply); None: not known
     "Numbers of tokens as a server counts them, as far as they can be true"
     usage = usage if isinstance(usage, dict) else {}
     prompt, reply = _tokens(usage.get('prompt_tokens')), _tokens(usage.get('completion_tokens'))
+    total = _tokens(usage.get('total_tokens'))
+    if None not in (prompt, reply, total): reply = max(reply, total - prompt)  # some servers count thinking in the total alone
     return prompt or None, None if reply == 0 and said.strip() else reply
 
 def _tokens(value) -> int|None: # None: no number of tokens
@@ -798,7 +800,8 @@ def listed_models(url:str, # base URL of a server
     if isinstance(error, Exception): raise why(error) from None
     models = error.get('data') if isinstance(error, dict) else None
     if not isinstance(models, list): raise why(ValueError())
-    return [m['id'] for m in models if isinstance(m, dict) and isinstance(m.get('id'), str)]
+    names = [' '.join(m['id'].split()) for m in models if isinstance(m, dict) and isinstance(m.get('id'), str)]
+    return [(name.replace(key, '***') if key else name)[:80] for name in names]
 
 def _outcome(ask): # what it returns, or its error
     try:

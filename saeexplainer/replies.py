@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'Request', 'Reply', 'Writer', 'reply_key', 'whole_sentences', 'without_thinking', 'is_json', 'text_schema',
            'list_sizes', 'uncounted', 'schema_error', 'longest_json', 'tidy_lists', 'valid_text', 'choice_schema',
-           'finish', 'texts_of', 'answers']
+           'refuses', 'finish', 'texts_of', 'answers']
 
 # %% ../nbs/parts/replies.ipynb #7b0d58de
 import hashlib, json, re
@@ -173,7 +173,7 @@ def tidy_lists(value:dict, sizes:dict): # (value, counts)
     "The lists of a reply, at most as long as they should be"
     out, counts = dict(value), Counter()
     for name, n in sizes.items():
-        texts = [' '.join(t.split()) for t in value[name]]
+        texts = [' '.join(valid_text(t).split()) for t in value[name]]
         there = [t for t in texts if t]
         first = {}
         for t in there: first.setdefault(t.casefold(), t)
@@ -191,6 +191,15 @@ def choice_schema(choices) -> dict: # a JSON object with one of the choices
     choice = {'type': 'string', 'enum': list(choices)}
     return {'type': 'object', 'properties': {'choice': choice}, 'required': ['choice'], 'additionalProperties': False}
 
+_SORRY = "(?:(?:I am|I'm|I’m) (?:so |very )?sorry|Sorry|I apologi[sz]e)[^.!?]{0,20}?"
+_UNABLE = "I(?: am|'m|’m)? (?:can't|can’t|cannot|can not|unable to|not able to)"
+_TASK = r'(?:help|assist|comply|fulfill?|provide|write|create|generate|continue|engage|do that)\b'
+_REFUSAL = re.compile(rf'(?:{_SORRY})?{_UNABLE} {_TASK}|As an AI language model\b', re.I)
+
+def refuses(text) -> bool:
+    "Return whether a text begins as models begin when they will not write what was asked for"
+    return bool(_REFUSAL.match(text.lstrip('*_"\' ')))
+
 def finish(text:str, # as a model wrote it
            cut:bool=False, # whether max_tokens ended it
            schema=None, choices=None) -> dict: # outcome, text or error, cut, counts: fields of a `Reply`
@@ -198,6 +207,7 @@ def finish(text:str, # as a model wrote it
     text = without_thinking(valid_text(text).strip())
     if text is None: return dict(outcome='unparsed', error='thinking that never ends, without an answer', cut=cut)
     if not text: return dict(outcome='empty', error='empty', cut=cut)
+    if choices is None and refuses(text): return dict(outcome='refused', error=f'refused: {text[:80]}', cut=cut)
     if schema is None and choices is None: return dict(text=whole_sentences(text) if cut else text, cut=cut)
     wrong = lambda why: dict(outcome='unparsed', error=why, cut=cut)
     value = longest_json(text, schema if choices is None else choice_schema(choices) | {'additionalProperties': True})

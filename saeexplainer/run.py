@@ -269,6 +269,7 @@ class Run:
             else: check_model(name.removeprefix('local:') if ':' in name else self.preset.target, which, writes=True)
 
     def _check_target(self): # raises `ValueError` where the target cannot be read or steered
+        from saeexplainer.models import context_length
         from saeexplainer.target import check_model_name, check_weights
         p, alive = self.preset, sum(f.max_act > 0 for f in self.features.values())
         config = check_model(p.target, 'target').get_text_config()
@@ -278,9 +279,18 @@ class Run:
             raise ValueError(f'the SAE reads layer {self.reader.layer}, the model {p.target} has layers 0 to {config.num_hidden_layers - 1}: this SAE is for another model')
         check_model_name(p.target, self.reader)
         check_weights(p.target, self.reader)
+        if p.n_output: self._check_steering(context_length(config))
         if p.n_output and alive <= p.n_controls: raise ValueError(f'n_controls is {p.n_controls}, but only {alive} features are alive: each is steered beside so many others')
         if p.ao_adapter and p.ao_adapter.startswith(('.', '/', '~')) and not Path(p.ao_adapter).expanduser().is_dir():
             raise FileNotFoundError(f'ao_adapter: there is no folder {p.ao_adapter!r}')
+
+    def _check_steering(self, limit): # tokens that the target reads; None: no limit; raises `ValueError`
+        from saeexplainer.models import load_tokenizer
+        tokenizer = load_tokenizer(self.preset.target)
+        for prompt in self.preset.steering_prompts:
+            n = len(tokenizer(prompt)['input_ids']) + self.preset.steering_tokens
+            if limit and n > limit:
+                raise ValueError(f'a prompt of steering_prompts and steering_tokens need {n} tokens, the model {self.preset.target} reads {limit}: shorten them')
 
     def make_room(self):
         "Give back the memory of an explainer that was used before; where the two models take turns (`swap_models`) the target's too: it is loaded again when it is needed"

@@ -56,8 +56,10 @@ def check_directions(directions, # (n, d), or (d,) for one
 def feature_indices(features # one index, or any array of them: list, tuple, range, numpy, torch, pandas
                    ) -> np.ndarray: # int64, of the same shape
     "Indices of features; raises `ValueError` for masks, fractions, texts and all else that is no whole number"
-    array = features.detach().cpu().numpy() if isinstance(features, torch.Tensor) else np.asarray(features)
-    if array.dtype == bool: raise ValueError('a mask of True and False is no list of features: give the indices, as numpy.flatnonzero(mask)')
+    truths = isinstance(features, (list, tuple)) and any(isinstance(x, (bool, np.bool_)) or getattr(x, 'dtype', None) == torch.bool for x in features)
+    if isinstance(features, torch.Tensor): features = features.detach().cpu().float() if features.is_floating_point() else features.detach().cpu()
+    array = np.asarray(features)
+    if array.dtype == bool or truths: raise ValueError('a mask of True and False is no list of features: give the indices, as numpy.flatnonzero(mask)')
     if array.size == 0 or np.issubdtype(array.dtype, np.integer): return array.astype(np.int64)
     try:
         if array.dtype != object or any(isinstance(x, bool) for x in array.flat): raise TypeError
@@ -138,7 +140,7 @@ def hub_folder(release:str, sae_id:str) -> Path|None: # None: it is in another f
     return Path(file).parent if isinstance(file, str) else None
 
 # %% ../nbs/parts/saes.ipynb #09fedb01
-def check_config(file): # a cfg.json in sae-lens' own format, of any version
+def check_config(file) -> str: # a cfg.json in sae-lens' own format, of any version -> its architecture
     "Raise `ValueError`, naming the file, for an SAE's configuration that is malformed, or that sae-lens would read as another one's"
     cfg = read_json(file)
     if 'num_latents' in cfg or 'expansion_factor' in cfg and 'hook_name' not in cfg and 'hook_point' not in cfg and 'architecture' not in cfg:
@@ -155,6 +157,7 @@ def check_config(file): # a cfg.json in sae-lens' own format, of any version
     k = cfg.get('k', (cfg.get('activation_fn_kwargs') or {}).get('k'))
     if kind in ('topk', 'abstopk') and (type(k) is not int or k < 1): raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
     _check_kind(kind)
+    return kind
 
 def _check_cached(source): # the files of an SAE that the hub's cache holds in sae-lens' own format
     try: folder = hub_folder(*source)
@@ -187,7 +190,7 @@ def load_sae(source, # as `find_sae` returns it
         with _loading(source): sae = SAE.from_pretrained(*source, device=str(device), dtype='float32')
         _check_cached(source)
     else:
-        check_config(source/'cfg.json')
+        wanted = check_config(source/'cfg.json')
         if not (source/WEIGHTS).exists(): raise FileNotFoundError(f'{source} has a cfg.json and no {WEIGHTS}: its weights are missing')
         check_tensors(source/WEIGHTS)
         with _loading(source): sae = SAE.load_from_disk(source, device=str(device), dtype='float32', converter=_from_disk)
@@ -195,6 +198,8 @@ def load_sae(source, # as `find_sae` returns it
             factor = read_json(scale).get('scaling_factor')
             if type(factor) not in (int, float) or not factor > 0: raise ValueError(f'{scale}: scaling_factor is {factor!r}, not a number above 0')
             sae.fold_activation_norm_scaling_factor(factor)
+        if sae.cfg.architecture() != wanted:
+            raise ValueError(f"{source/'cfg.json'} describes a {wanted} SAE, which sae-lens reads as {sae.cfg.architecture()}: its activations would be others")
     _check_kind(sae.cfg.architecture())
     if (norm := sae.cfg.normalize_activations) not in NORMALISED:
         raise ValueError(f"this SAE expects inputs normalised by '{norm}' and does not bring the factor: fold it into the weights "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'RowSampler', 'draw', 'pad', 'shared_prefix', 'can_share', 'prefilled', 'pad_rest', 'in_float32',
-           'end_ids', 'check_vocabulary', 'new_tokens', 'sample', 'batches']
+           'end_ids', 'check_logits', 'check_vocabulary', 'new_tokens', 'sample', 'batches']
 
 # %% ../nbs/parts/sampling.ipynb #dc4ce3a7
 import hashlib
@@ -132,6 +132,13 @@ def end_ids(model, tokenizer) -> list[int]: # empty: it has none
         said = []
     return [*ends, *(i for i in dict.fromkeys(said) if i not in ends)]
 
+def check_logits(input_ids, # (rows, seq)
+                 scores     # (rows, vocab)
+                ):          # the scores
+    "Raise `ValueError` where scores are no numbers, as in float16 that overflows; else return them"
+    if scores.isnan().any(): raise ValueError('the scores of the next token are not numbers: float16 overflows with this model, use dtype bfloat16')
+    return scores
+
 def check_vocabulary(model, largest:int): # token id
     "Raise `ValueError` for a token id that the model's embedding does not have"
     if largest >= (size := model.get_input_embeddings().weight.shape[0]):
@@ -159,7 +166,7 @@ def new_tokens(model, tokenizer,
     if ends is None: ends = end_ids(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                               eos_token_id=ends or None, suppress_tokens=list(suppress) or None, repetition_penalty=1., no_repeat_ngram_size=0) # else the model's own hold
-    sampler = LogitsProcessorList([RowSampler(seeds, temperature, top_p)] if temperature else [])
+    sampler = LogitsProcessorList([check_logits, *([RowSampler(seeds, temperature, top_p)] if temperature else [])])
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     with in_float32(model):
         cache = prefilled(model, input_ids, attention_mask, shared) if shared is not None else None

@@ -6,7 +6,7 @@
 __all__ = ['chat_ids', 'LocalWriter', 'writer_for']
 
 # %% ../nbs/parts/writer.ipynb #f004dcf3
-import json, math, os, re
+import json, math, os, re, sys
 from collections import Counter
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from .chat import as_text, encode, prompt_ids
 from .models import context_length
 from .remote import Budget, BudgetSpent, OpenAIWriter
 from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences
-from .sampling import batches, can_share, end_ids, new_tokens, pad, pad_rest, seed_for, shared_prefix
+from .sampling import batches, can_share, check_vocabulary, end_ids, in_float32, new_tokens, pad, pad_rest, seed_for, shared_prefix
 
 # %% ../nbs/parts/writer.ipynb #a57bbdec
 def chat_ids(tokenizer, request:Request) -> list[int]: # token ids
@@ -55,6 +55,7 @@ class _Likelihoods:
         rows, same, most, out = {}, Counter(), 16 if can_share(self.model) else 1, np.zeros(len(after)) # context -> its rows, at most so many
         for i, context in enumerate(contexts):
             ids = tuple(self._context(context))
+            check_vocabulary(self.model, max((*ids, *after[i])))
             if len(ids) + len(after[i]) - 1 > self._limit: # the last token is not read
                 out[i] = np.nan
                 continue
@@ -64,7 +65,8 @@ class _Likelihoods:
         with tqdm(total=len(after), disable=not progress, desc='log-probabilities', unit='text') as bar:
             for batch in batches([len(ids) + max(len(after[i]) for i in of) for ids, of in groups], max_rows=min(self.batch_size, 32)):
                 of = [i for g in batch for i in groups[g][1]]
-                out[of] = self._batch_log_probs([groups[g][0] for g in batch], [len(groups[g][1]) for g in batch], [after[i] for i in of])
+                with in_float32(self.model): # else they depend on what else is in the batch
+                    out[of] = self._batch_log_probs([groups[g][0] for g in batch], [len(groups[g][1]) for g in batch], [after[i] for i in of])
                 bar.update(len(of))
         return out
 
@@ -72,6 +74,7 @@ class _Likelihoods:
         ids, mask = pad(contexts, 0, left=True, device=self.model.device).values()
         said, there = pad(after, 0, device=self.model.device).values()
         if not said.shape[1]: return np.zeros(len(after))
+        last = (context_length(self.model) or sys.maxsize) - 1 # padding may lie beyond it
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         first = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=said.shape[1] > 1, logits_to_keep=1)
         row = torch.arange(len(contexts), device=ids.device).repeat_interleave(torch.tensor(counts, device=ids.device))
@@ -80,8 +83,9 @@ class _Likelihoods:
         if said.shape[1] > 1:
             if max(counts) > 1: first.past_key_values.batch_select_indices(row)
             logits = self.model(input_ids=said[:, :-1], attention_mask=torch.cat([mask[row], there[:, :-1]], 1), past_key_values=first.past_key_values,
-                                position_ids=positions[row, -1:] + 1 + torch.arange(said.shape[1] - 1, device=ids.device)).logits
+                                position_ids=(positions[row, -1:] + 1 + torch.arange(said.shape[1] - 1, device=ids.device)).clamp(max=last)).logits
             scores = torch.cat([scores, score(logits, said[:, 1:])], 1)
+        if scores[there.bool()].isnan().any(): raise ValueError(f'the log-probabilities of {self.model.name_or_path} are not numbers: float16 overflows with it, use dtype bfloat16')
         return (scores.double()*there).sum(-1).cpu().numpy()
 
 # %% ../nbs/parts/writer.ipynb #af637a53

@@ -158,7 +158,7 @@ def feature_row(i, **changed):
 def same_numbers(got, want):
     "Features that are there are as they were; those of which a row was damaged may be missing"
     kept = {f.index: f for f in want}
-    return all(f.index in kept and (math.isnan(f.max_act) or f.max_act == kept[f.index].max_act) and f.density in (kept[f.index].density,)
+    return all(f.index in kept and (math.isnan(f.max_act) or f.max_act == kept[f.index].max_act) and (math.isnan(f.density) or f.density == kept[f.index].density)
                and f.explanation in (kept[f.index].explanation, None) for f in got)
 
 

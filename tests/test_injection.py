@@ -472,3 +472,14 @@ def test_a_prompt_longer_than_the_model(made):
     preset, reader, d = made
     e = Explainer.from_pretrained(d/'sft')
     with pytest.raises(ValueError, match='more than the 512 that .* reads: shorten the prompt, or ask for fewer tokens'): e.explain(reader.directions([1]), max_new_tokens=600)
+
+
+@pytest.mark.parametrize('name', ['adapter_model.safetensors', 'adapter_config.json'])
+def test_a_byte_of_an_adapter_that_flips_is_noticed(made, tmp_path, name):
+    shutil.copytree(made[2]/'sft', tmp_path/'x')
+    file = tmp_path/'x'/name
+    data = file.read_bytes()
+    changed = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:] if name.endswith('safetensors') else data.replace(b'"lora_alpha": ', b'"lora_alpha": 9')
+    assert changed != data
+    file.write_bytes(changed)
+    with pytest.raises(ValueError, match='is not what was saved there'): Explainer.from_pretrained(tmp_path/'x')

@@ -67,3 +67,15 @@ def test_long_nonsense_is_read_in_well_under_a_second(text):
     for cut, form in ((False, dict(schema=LIST)), (True, dict(choices=['A', 'B'])), (True, dict())): finish(text, cut, **form)
     assert time.process_time() - began < 3 # three times; it was a minute and more
     assert longest_json('['*200_000) is None
+
+
+def test_a_refusal_in_plain_text_is_no_text():
+    for said in ("I'm sorry, but I cannot help with that.", 'I am sorry, but I can’t assist with this request', 'I cannot write such a text.', 'As an AI language model, I do not'):
+        assert finish(said)['outcome'] == 'refused' and 'text' not in finish(said)
+    for said in ("I'm sorry that I missed the party.", "I am sorry, I can't find my keys", 'I cannot believe it rained.', 'The nurse said: I cannot help'):
+        assert finish(said) == dict(text=said, cut=False)
+
+
+def test_a_zero_byte_that_json_spells_is_left_out():
+    schema = text_schema({'samples': 2})
+    assert json.loads(finish('{"samples": ["a\\u0000b", "c"]}', schema=schema)['text'])['samples'] == ['ab', 'c']

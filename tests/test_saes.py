@@ -364,3 +364,13 @@ def test_home_directory_in_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     folder = tiny_sae(tmp_path/'sae')
     assert find_sae('~/sae') == folder and FeatureReader.load('~/sae').layer == 2
+
+
+def test_truth_values_among_indices_and_topk_that_would_be_relu(tmp_path):
+    reader = FeatureReader.load(tiny_sae(tmp_path/'a', architecture='standard'))
+    for features in ([True, 2], [1, np.bool_(False)], (torch.tensor(True), torch.tensor(2))):
+        with pytest.raises(ValueError, match='is no list of features'): reader.directions(features)
+    with pytest.raises(ValueError, match='is no feature'): reader.directions(torch.tensor([1.], dtype=torch.bfloat16))
+    cfg = json.loads((tmp_path/'a'/'cfg.json').read_text())
+    (tmp_path/'a'/'cfg.json').write_text(json.dumps(cfg | dict(activation_fn='topk', activation_fn_kwargs={'k': 4})))
+    with pytest.raises(ValueError, match='describes a topk SAE, which sae-lens reads as standard'): FeatureReader.load(tmp_path/'a')

@@ -232,3 +232,32 @@ def test_a_writer_that_thinks_is_asked_not_to():
 
 def test_a_template_that_fails_is_one_line():
     with pytest.raises(ValueError, match='the chat_template of .* fails .ZeroDivisionError'): LocalWriter(tiny_model(n_layers=2), tiny_tokenizer(chat='{{ 1/0 }}')).write([Request('a')])
+
+
+def test_half_a_character_is_asked_as_a_question_mark(local):
+    half, whole = (local.write([Request(f'a {c} b', max_tokens=3)])[0] for c in ('\ud83d', '?'))
+    assert half.text == whole.text
+    assert local.log_probs(['a'], ['\ud83d']) == local.log_probs(['a'], ['?'])
+
+
+def test_log_probabilities_beside_a_longer_context():
+    "Padding of a shorter row may lie beyond the model's last position"
+    writer = LocalWriter(tiny_model('gpt2', n_layers=2, n_positions=64), tiny_tokenizer())
+    both = writer.log_probs([[5]*60, [5]*63], ['a b', 'a'])
+    np.testing.assert_allclose(both, [writer.log_probs([[5]*n], [t])[0] for n, t in ((60, 'a b'), (63, 'a'))], atol=1e-4)
+
+
+def test_choices_in_company_and_alone_in_bfloat16():
+    writer = LocalWriter(tiny_model(n_layers=2).bfloat16(), tiny_tokenizer())
+    requests = [Request('word '*n) for n in (1, 3, 9, 17, 30)]
+    together = writer.write(requests, choices=['A', 'B'])
+    for r, request in zip(together, requests):
+        np.testing.assert_allclose(r.scores, writer.write([request], choices=['A', 'B'])[0].scores, atol=1e-4)
+
+
+def test_numbers_that_are_none_choose_nothing():
+    model = tiny_model(n_layers=2)
+    model.lm_head.weight.data[:] = float('nan')
+    writer = LocalWriter(model, tiny_tokenizer())
+    with pytest.raises(ValueError, match='are not numbers'): writer.write([Request('a')], choices=['A', 'B'])
+    with pytest.raises(ValueError, match='are not numbers'): writer.write([Request('a', max_tokens=3)])
