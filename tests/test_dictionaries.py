@@ -285,3 +285,15 @@ def test_a_retrained_explainer_does_not_go_on_with_anothers_rows(world, tmp_path
     weights = load_file(tmp_path/'sft'/'adapter_model.safetensors')
     save_file({k: w + 1 for k, w in weights.items()}, tmp_path/'sft'/'adapter_model.safetensors')
     with pytest.raises(ValueError, match='was begun with adapter_sha256'): explain_dictionary(preset, tmp_path/'sft', tmp_path/'all.jsonl', progress=False)
+
+
+def test_damaged_parts_name_their_file(tmp_path):
+    file = tmp_path/'x.part'
+    for begins in ('{"settings": {}}', '[]', '{"settings": []}'):
+        file.write_text(begins + '\n')
+        with pytest.raises(ValueError, match='x.part does not say what it is part of'): Rows(file, dict(n=1))
+    for line in (b'null', b'5', b'{"index": 4', b'\xe9', b'', b'\0'):
+        file.write_bytes(b'{"settings": {"n": 1}}\n' + line + b'\n{"index": 4}\n')
+        rows = Rows(file, dict(n=1))
+        with pytest.raises(ValueError, match='x.part is damaged in line 2'): list(rows)
+        rows.close()

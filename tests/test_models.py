@@ -80,6 +80,8 @@ def test_tied_weights_are_not_missing(arch, tmp_path):
 def test_config_of_another_model_is_refused(folder):
     edit_json(folder/'config.json', num_hidden_layers=6)
     with pytest.raises(ValueError, match='lacks model.layers.4.input_layernorm.weight and 17 more tensors'): load_model(str(folder), 'float32', 'cpu')
+    edit_json(folder/'config.json', num_hidden_layers=3)
+    with pytest.raises(ValueError, match='has a layer 3 .*, its config.json wants layers 0 to 2 only'): load_model(str(folder), 'float32', 'cpu')
     edit_json(folder/'config.json', num_hidden_layers=4, vocab_size=600)
     with pytest.raises(ValueError, match=r'lm_head.weight of shape \(512, 64\), its config.json wants \(600, 64\)'): load_model(str(folder), 'float32', 'cpu')
 

@@ -446,3 +446,14 @@ def test_kill_9_at_any_commit_leaves_no_reply_paid_and_lost(tmp_path):
 
 
 def test_words_of_nothing(): assert server_words({}) == server_words(None) == server_words([]) == ('', '', '')
+
+
+def test_thinking_that_only_the_total_counts_is_paid():
+    assert tokens_of(dict(prompt_tokens=20, completion_tokens=5, total_tokens=2025), 'fine') == (20, 2005)
+    assert tokens_of(dict(prompt_tokens=20, completion_tokens=5, total_tokens=10**12), 'fine') == (20, 5)
+
+
+def test_a_server_that_lists_the_key(flood):
+    "`doctor` shows what a server says it has"
+    names = json.dumps(dict(data=[dict(id=f'Bearer {KEY}'), dict(id='a\nb' + 'y'*500)])).encode()
+    assert listed_models(flood(lambda: [names], 200).url) == ['Bearer ***', 'a b' + 'y'*77]

@@ -312,6 +312,7 @@ def test_every_field_is_one_that_something_depends_on():
     (dict(target='{empty}'), 'target: .*holds no model'),
     (dict(target='{narrow}'), 'the SAE is 64 wide and the model .* 32'),
     (dict(target='{shallow}'), 'the SAE reads layer 1, the model .* has layers 0 to 0'),
+    (dict(steering_prompts=('cat '*600,)), 'a prompt of steering_prompts and steering_tokens need .* tokens, the model .* reads 512'),
     (dict(ao_adapter='./nope'), "ao_adapter: there is no folder './nope'")])
 def test_what_would_fail_hours_later_is_said_before_anything_is_trained(world, tmp_path, fields, said):
     "The same name is free for the corrected command"
@@ -322,7 +323,7 @@ def test_what_would_fail_hours_later_is_said_before_anything_is_trained(world, t
     for name, size in dict(narrow=dict(d=32), shallow=dict(n_layers=1)).items():
         tiny_model(**size).save_pretrained(folders[name])
         tiny_tokenizer().save_pretrained(folders[name])
-    with Run(tmp_path/'run', load_preset(world[1], **{k: v.format(**folders) for k, v in fields.items()}), progress=False) as run:
+    with Run(tmp_path/'run', load_preset(world[1], **{k: v.format(**folders) if isinstance(v, str) else v for k, v in fields.items()}), progress=False) as run:
         with pytest.raises((ValueError, OSError), match=said) as refused: execute(run, say=lambda line: None)
         assert '\n' not in str(refused.value) and not run.store.begun()
     with Run(tmp_path/'run', load_preset(world[1]), progress=False) as run: run.check()
