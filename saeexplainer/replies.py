@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'Request', 'Reply', 'Writer', 'reply_key', 'whole_sentences', 'without_thinking', 'is_json', 'text_schema',
-           'list_sizes', 'uncounted', 'schema_error', 'longest_json', 'tidy_lists', 'valid_text', 'choice_schema',
-           'refuses', 'finish', 'texts_of', 'answers']
+           'list_sizes', 'uncounted', 'schema_error', 'longest_json', 'valid_text', 'tidy_lists', 'refuses',
+           'choice_schema', 'finish', 'texts_of', 'answers']
 
 # %% ../nbs/parts/replies.ipynb #7b0d58de
 import hashlib, json, re
@@ -169,6 +169,10 @@ def longest_json(text:str, schema=None): # value; None: there is no JSON in it
     return max(reversed(found), key=lambda f: f[:3])[3] if found else None
 
 # %% ../nbs/parts/replies.ipynb #451c8827
+def valid_text(text) -> str:
+    "A text that can be stored: without half characters (lone surrogates, which JSON can spell) and zero bytes"
+    return text.encode('utf-8', 'replace').decode().replace('\0', '')
+
 def tidy_lists(value:dict, sizes:dict): # (value, counts)
     "The lists of a reply, at most as long as they should be"
     out, counts = dict(value), Counter()
@@ -182,15 +186,7 @@ def tidy_lists(value:dict, sizes:dict): # (value, counts)
         out[name] = new[:n]
     return out, {k: v for k, v in counts.items() if v}
 
-# %% ../nbs/parts/replies.ipynb #f2a10316
-def valid_text(text) -> str:
-    "A text that can be stored: without half characters (lone surrogates, which JSON can spell) and zero bytes"
-    return text.encode('utf-8', 'replace').decode().replace('\0', '')
-
-def choice_schema(choices) -> dict: # a JSON object with one of the choices
-    choice = {'type': 'string', 'enum': list(choices)}
-    return {'type': 'object', 'properties': {'choice': choice}, 'required': ['choice'], 'additionalProperties': False}
-
+# %% ../nbs/parts/replies.ipynb #84c1aa5a
 _SORRY = "(?:(?:I am|I'm|I’m) (?:so |very )?sorry|Sorry|I apologi[sz]e)[^.!?]{0,20}?"
 _UNABLE = "I(?: am|'m|’m)? (?:can't|can’t|cannot|can not|unable to|not able to)"
 _TASK = r'(?:help|assist|comply|fulfill?|provide|write|create|generate|continue|engage|do that)\b'
@@ -199,6 +195,11 @@ _REFUSAL = re.compile(rf'(?:{_SORRY})?{_UNABLE} {_TASK}|As an AI language model\
 def refuses(text) -> bool:
     "Return whether a text begins as models begin when they will not write what was asked for"
     return bool(_REFUSAL.match(text.lstrip('*_"\' ')))
+
+# %% ../nbs/parts/replies.ipynb #f2a10316
+def choice_schema(choices) -> dict: # a JSON object with one of the choices
+    choice = {'type': 'string', 'enum': list(choices)}
+    return {'type': 'object', 'properties': {'choice': choice}, 'required': ['choice'], 'additionalProperties': False}
 
 def finish(text:str, # as a model wrote it
            cut:bool=False, # whether max_tokens ended it
