@@ -284,7 +284,8 @@ def test_configurations_that_are_no_objects(tmp_path, text):
 @pytest.mark.parametrize('values', [dict(normalize_activations='median'), dict(d_sae=400), dict(apply_b_dec_to_input='x', dtype=5, sae_lens_version=5), dict(metadata={'sae_lens_version': 'new'}), dict(architecture='gated')])
 def test_what_sae_lens_refuses_is_one_line(tmp_path, values):
     edit(folder := tiny_sae(tmp_path/'sae'), **values)
-    with pytest.raises(ValueError, match=f"the SAE '{folder}' cannot be loaded: ") as e: FeatureReader.load(folder)
+    says = f"{folder}/cfg.json: apply_b_dec_to_input is 'x'" if 'apply_b_dec_to_input' in values else f"the SAE '{folder}' cannot be loaded: "
+    with pytest.raises(ValueError, match=says) as e: FeatureReader.load(folder)
     assert '\n' not in str(e.value)
 
 
