@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'ORACLE_TEMPLATE', 'check_placeholder', 'placeholder_id', 'prompt_messages', 'explanation_prompt',
-           'without_placeholder', 'add_direction', 'Injector', 'FeatureCollator', 'ExplainerCard', 'save_adapter',
-           'load_adapter', 'Explainer', 'adapter_sha256', 'oracle_layers', 'oracle_note', 'adapter_of',
+           'without_placeholder', 'add_direction', 'Injector', 'FeatureCollator', 'model_sha256', 'ExplainerCard',
+           'save_adapter', 'load_adapter', 'Explainer', 'adapter_sha256', 'oracle_layers', 'oracle_note', 'adapter_of',
            'load_explainer', 'shipped_explainer', 'explainer_of']
 
 # %% ../nbs/00_injection.ipynb #be2bf850
@@ -153,7 +153,8 @@ class FeatureCollator:
         return batch
 
 # %% ../nbs/00_injection.ipynb #27d3a373
-def _model_sha256(name:str) -> str|None: # of the weights: the embedded model or a folder; None for a hub id
+def model_sha256(name:str) -> str|None: # None for a hub id
+    "Return the hash of a model's weights: of the embedded one, or of those in a folder"
     if name == EMBEDDED: return EMBEDDED_SHA256
     folder = Path(name).expanduser()
     return weights_sha256(folder) if folder.is_dir() else None
@@ -205,7 +206,7 @@ def _load_card(cls, folder) -> 'ExplainerCard':
 def _card_from_preset(cls, preset, reader, stage='untrained') -> 'ExplainerCard':
     "The card of an explainer that `preset` describes, for the features of `reader`"
     return cls(preset.explainer, preset.template, preset.placeholder, preset.injection_layer, preset.injection_coefficient, reader.d_model,
-               str(preset.sae), reader.sha256, reader.layer, preset.target, preset.source, stage, _model_sha256(preset.explainer), preset.chat_template)
+               str(preset.sae), reader.sha256, reader.layer, preset.target, preset.source, stage, model_sha256(preset.explainer), preset.chat_template)
 
 ExplainerCard.save, ExplainerCard.load, ExplainerCard.from_preset = _save_card, _load_card, _card_from_preset
 
@@ -221,7 +222,7 @@ def _check_model(self, model, weights:bool=False): # weights: read the files and
     "Raises `ValueError` unless the model has the card's width, and its weights the card's hash"
     width = model.config.get_text_config().hidden_size
     if width != self.d_model: raise ValueError(f"{self.base_model} has hidden size {width}, the SAE's directions have {self.d_model}: take the target's own twin")
-    found = _model_sha256(self.base_model) if weights and self.model_sha256 else None
+    found = model_sha256(self.base_model) if weights and self.model_sha256 else None
     if found and found != self.model_sha256:
         raise ValueError(f'other weights: {self.base_model} has hash {found[:12]}, the explainer was trained on {self.model_sha256[:12]}')
 

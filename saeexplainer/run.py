@@ -267,6 +267,7 @@ class Run:
             name = getattr(self.preset, which)
             if not is_local(name): self.writer(which)
             else: check_model(name.removeprefix('local:') if ':' in name else self.preset.target, which, writes=True)
+        self._check_weights()
 
     def _check_target(self): # raises `ValueError` where the target cannot be read or steered
         from saeexplainer.models import context_length
@@ -283,6 +284,13 @@ class Run:
         if p.n_output and alive <= p.n_controls: raise ValueError(f'n_controls is {p.n_controls}, but only {alive} features are alive: each is steered beside so many others')
         if p.ao_adapter and p.ao_adapter.startswith(('.', '/', '~')) and not Path(p.ao_adapter).expanduser().is_dir():
             raise FileNotFoundError(f'ao_adapter: there is no folder {p.ao_adapter!r}')
+
+    def _check_weights(self): # raises `ValueError` where a model's folder holds other weights than when the run was begun
+        from saeexplainer.injection import model_sha256
+        p = self.preset
+        local = [w.removeprefix('local:') for w in (p.writer, p.evaluation_writer) if w.startswith('local:')]
+        for name in dict.fromkeys([p.target, p.explainer, *local]):
+            if sha256 := model_sha256(name): self.as_begun(f'weights of {name}', dict(sha256=sha256), f'the model in {name}')
 
     def _check_steering(self, limit): # tokens that the target reads; None: no limit; raises `ValueError`
         from saeexplainer.models import load_tokenizer

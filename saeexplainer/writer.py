@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 # %% ../nbs/parts/writer.ipynb #c9732269
-from .chat import as_text, encode, prompt_ids
+from .chat import as_text, control_tokens, encode, prompt_ids
 from .models import context_length
 from .remote import Budget, BudgetSpent, OpenAIWriter
-from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences
+from .replies import Reply, Request, Writer, finish, list_sizes, reply_key, whole_sentences, without_thinking
 from .sampling import batches, can_share, check_vocabulary, end_ids, in_float32, new_tokens, pad, pad_rest, seed_for, shared_prefix
 
 # %% ../nbs/parts/writer.ipynb #a57bbdec
@@ -172,9 +172,17 @@ class LocalWriter(_Likelihoods, _Lists):
                 yield [(at + i, reply) for i, reply in done]
         else:
             for rows, out in self._generate(prompts, requests, [r.seed for r in requests], [r.max_tokens for r in requests]):
-                texts = self.tokenizer.batch_decode([ids for ids, _ in out], skip_special_tokens=True)
+                texts = [self._text(ids) for ids, _ in out]
                 yield [(i, Reply(**finish(text, cut, schema), prompt_tokens=len(prompts[i]), completion_tokens=len(ids), cost=0.))
                        for i, text, (ids, cut) in zip(rows, texts, out)]
+
+    def _text(self, ids) -> str: # where the marks of thinking are special tokens, they are needed to leave the thinking out
+        whole = self.tokenizer.decode(ids)
+        answer = without_thinking(whole)
+        if answer is None: return whole
+        if answer == whole.strip(): return self.tokenizer.decode(ids, skip_special_tokens=True)
+        for token in control_tokens(self.tokenizer): answer = answer.replace(token, '')
+        return answer
 
     def _generate(self, prompts, requests, seeds, limits, ends=None): # (positions, `new_tokens`) of each batch
         room = [self._limit + 1 - len(p) for p in prompts] # the last token is not read

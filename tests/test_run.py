@@ -576,3 +576,19 @@ def test_arms_are_smaller_runs_that_differ_in_one_thing(tmp_path):
     assert len(pd.read_parquet(tmp_path/'arms.parquet')) == 2*16 and {name: made['command'] for name, made in json.loads((tmp_path/'arms.json').read_text()).items()} == dict(a='again', b='b')
     fig = arms_figure(arms, dict(a='2', b='6'), 'K', stages=('sft', 'dpo1'), panels=('generative', 'gap'))
     assert [ax.get_title() for ax in fig.axes] == ['generative accuracy (%)', 'gap H - L (activation)'] and fig.axes[0].get_lines()[0].get_ydata().tolist() == [150., 150.]
+
+
+def test_other_weights_under_the_same_name_are_refused(world, finished, tmp_path):
+    "A model's folder that holds other weights than when the run was begun"
+    from safetensors.torch import load_file, save_file
+    preset = load_preset(world[1])
+    folder = tmp_path/'model'
+    shutil.copytree(preset.target, folder)
+    preset = dataclasses.replace(preset, target=str(folder))
+    with Run(tmp_path/'run', preset, progress=False) as run:
+        run.check()
+        run.store.start('sft')
+    file = folder/'model.safetensors'
+    save_file({k: v*2 if k.endswith('norm.weight') else v for k, v in load_file(file).items()}, file, metadata={'format': 'pt'})
+    with Run(tmp_path/'run', preset, progress=False) as run:
+        with pytest.raises(ValueError, match='the model in .* has changed since .* was begun'): run.check()

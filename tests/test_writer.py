@@ -261,3 +261,15 @@ def test_numbers_that_are_none_choose_nothing():
     writer = LocalWriter(model, tiny_tokenizer())
     with pytest.raises(ValueError, match='are not numbers'): writer.write([Request('a')], choices=['A', 'B'])
     with pytest.raises(ValueError, match='are not numbers'): writer.write([Request('a', max_tokens=3)])
+
+
+def test_thinking_between_special_tokens_is_left_out(monkeypatch):
+    from helpers import SPECIALS
+    from saeexplainer import writer as module
+    tokenizer = tiny_tokenizer(specials=[*SPECIALS, '<think>', '</think>'])
+    writer = LocalWriter(tiny_model(n_layers=1, vocab=len(tokenizer)), tokenizer)
+    for said, text in (('<think> first draft </think> the answer<|im_end|>', 'the answer'), ('the answer</s>', 'the answer'), ('<think> never ends', None)):
+        ids = tokenizer(said, add_special_tokens=False)['input_ids']
+        monkeypatch.setattr(module, 'new_tokens', lambda *a, **k: [(ids, False)])
+        reply, = writer.write([Request('a')])
+        assert reply.text == text and reply.outcome == ('ok' if text else 'unparsed')
