@@ -277,7 +277,7 @@ def test_server_replies(tmp_path, monkeypatch):
     from writer_server import Server, completion
     bodies, store, asked = [], RunStore(tmp_path/'store.sqlite'), iter(range(N))
     with Server(lambda *_: (200, bodies[0], {})) as server:
-        writer = OpenAIWriter('m', base_url=server.url, store=store, prices={'m': (1., 10.)}, pause=.001, patience=.05, tries=2, timeout=5)
+        writer = OpenAIWriter('m', base_url=server.url, store=store, prices={'m': (1., 10.)}, pause=.001, patience=.05, tries=1, timeout=5)
         def mutate(rng):
             valid = completion(f'a text about rain {rng.random()}')
             body = altered_within(valid, rng) if rng.random() < .8 else damaged(json.dumps(valid).encode(), rng)

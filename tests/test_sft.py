@@ -304,7 +304,7 @@ def test_a_template_that_cannot_be_trained_with(here, tmp_path, template, says):
 
 
 def test_a_prompt_that_fills_a_row(here, tmp_path):
-    preset = tiny_preset(here, max_length=9)
+    preset = tiny_preset(here, max_length=9, explanation_tokens=4)
     with pytest.raises(ValueError, match=r'the prompt has \d+ tokens and max_length is 9: nothing is left'): train_sft(preset, features(), FeatureReader.load(preset.sae), tmp_path/'sft', progress=False)
 
 
