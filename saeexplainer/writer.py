@@ -62,11 +62,11 @@ class _Likelihoods:
             rows.setdefault((ids, same[ids]//most), []).append(i)
             same[ids] += 1
         groups = [(ids, of) for (ids, _), of in rows.items()]
-        with tqdm(total=len(after), disable=not progress, desc='log-probabilities', unit='text') as bar:
+        # in float32, or they would depend on what else is in the batch
+        with in_float32(self.model), tqdm(total=len(after), disable=not progress, desc='log-probabilities', unit='text') as bar:
             for batch in batches([len(ids) + max(len(after[i]) for i in of) for ids, of in groups], max_rows=min(self.batch_size, 32)):
                 of = [i for g in batch for i in groups[g][1]]
-                with in_float32(self.model): # else they depend on what else is in the batch
-                    out[of] = self._batch_log_probs([groups[g][0] for g in batch], [len(groups[g][1]) for g in batch], [after[i] for i in of])
+                out[of] = self._batch_log_probs([groups[g][0] for g in batch], [len(groups[g][1]) for g in batch], [after[i] for i in of])
                 bar.update(len(of))
         return out
 
