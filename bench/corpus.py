@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from record import finish, row
 from saeexplainer.presets import load_preset
-from saeexplainer.reading import CorpusReading, batch_bytes, corpus_documents, document_batches, read_corpus, reading_settings, state_bytes, window_residuals
+from saeexplainer.sources.reading import CorpusReading, batch_bytes, corpus_documents, document_batches, read_corpus, reading_settings, state_bytes, window_residuals
 from saeexplainer.target import Target
 
 

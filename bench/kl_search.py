@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from record import finish, in_turns, row
 from saeexplainer.features import load_features
-from saeexplainer.models import backbone
+from saeexplainer.lm.hooks import backbone
 from saeexplainer.presets import load_preset
-from saeexplainer.target import Target, steered_kls
+from saeexplainer.steering import steered_kls
+from saeexplainer.target import Target
 
 
 def bisection(kl_at, wanted, sign, most=4096): # doubling, then halving the interval of whole numbers; the closer end

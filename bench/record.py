@@ -1,7 +1,7 @@
 "The rows of a benchmark: printed, appended to a JSON file where one is given, and held against what they must reach"
 import json, statistics, time
 import torch
-from saeexplainer.run import git_commit
+from saeexplainer.results import git_commit
 
 
 def row(what, against, value, least, **more): return dict(what=what, against=against, value=round(float(value), 4), least=least, **more)

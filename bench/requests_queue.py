@@ -9,7 +9,8 @@ import argparse, os, subprocess, sys, tempfile, time
 from pathlib import Path
 from record import finish, row
 from saeexplainer.store import RunStore
-from saeexplainer.writer import OpenAIWriter, Request
+from saeexplainer.replies import Request
+from saeexplainer.writers.openai import OpenAIWriter
 
 
 def resident() -> float: # MB, now

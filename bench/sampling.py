@@ -9,8 +9,8 @@ import argparse, statistics, sys, time
 from pathlib import Path
 import torch
 from record import finish, row
-from saeexplainer.injection import Explainer, ExplainerCard
-from saeexplainer.models import load_model
+from saeexplainer.explainer import Explainer, ExplainerCard
+from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset
 
 

@@ -11,11 +11,13 @@ import argparse, sys, time
 from pathlib import Path
 import numpy as np, torch
 from record import finish, in_turns, row
-from saeexplainer.models import decoder_layers, load_model
+from saeexplainer.lm.hooks import decoder_layers
+from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sampling import batches, pad
-from saeexplainer.target import Target, residual_stream, tokenise
+from saeexplainer.lm.sampling import batches, pad
+from saeexplainer.lm.hooks import residual_stream
+from saeexplainer.target import Target, tokenise
 
 SUBJECTS = ['The old river', 'A young doctor from the north', 'My neighbour', 'The national park', 'Every winter the council',
             'This function']

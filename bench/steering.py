@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np, torch
 from record import finish, in_turns, row
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from saeexplainer.models import load_model
+from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sampling import new_tokens, pad
-from saeexplainer.target import Target, editing, residual_stream, steering, tokenise
+from saeexplainer.lm.sampling import new_tokens, pad
+from saeexplainer.lm.hooks import residual_stream
+from saeexplainer.steering import editing, steering
+from saeexplainer.target import Target, tokenise
 
 PROMPTS = ['The explanation is simple:', 'I think', 'We']
 

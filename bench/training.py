@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from record import finish, row
-from saeexplainer.injection import ExplainerCard, Injector
+from saeexplainer.explainer import ExplainerCard
+from saeexplainer.injection import Injector
 from saeexplainer.presets import load_preset
-from saeexplainer.sft import _sft_trainer, labels_only, quiet, sft_dataset
+from saeexplainer.sft import _sft_trainer, sft_dataset
+from saeexplainer.training import labels_only, quiet
 
 
 class Directions: # stands for an SAE: random unit vectors of the model's width

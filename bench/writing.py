@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from record import finish, in_turns, row
-import saeexplainer.writer as W
+import saeexplainer.writers.local as W
 from saeexplainer.features import load_features
-from saeexplainer.metrics import judge_prompt
-from saeexplainer.models import load_model
+from saeexplainer.evaluation.judge import judge_prompt
+from saeexplainer.lm.models import load_model
 from saeexplainer.prefs import preference_prompt
 from saeexplainer.presets import load_preset
-from saeexplainer.sampling import new_tokens
-from saeexplainer.writer import LocalWriter, Request, chat_ids
+from saeexplainer.lm.sampling import new_tokens
+from saeexplainer.replies import Request
+from saeexplainer.writers.local import LocalWriter, chat_ids
 
 
 def plain(model, tokenizer, requests, size=8): # new tokens of each row

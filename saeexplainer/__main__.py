@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/parts/main.ipynb #31f547ed
+# %% ../nbs/parts/main.ipynb #094a0c3d
 from .cli import main
 
 # %% ../nbs/parts/main.ipynb #759b75f3

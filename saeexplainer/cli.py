@@ -13,17 +13,20 @@ __all__ = ['app', 'out', 'JSON', 'PresetOption', 'Root', 'Seed', 'Setting', 'Wri
            'check_training', 'check_same', 'checks', 'memory_gb', 'reached', 'doctor_command', 'file_at_fault',
            'one_line', 'main', 'kept']
 
-# %% ../nbs/parts/cli.ipynb #8e3d0c66
-import importlib.util, io, json, os, re, shlex, signal, sys, traceback, zlib
+# %% ../nbs/parts/cli.ipynb #7757a181
+import io, json, os, re, shlex, signal, sys, traceback, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
-import typer, typer.core
+import typer
+import typer.core
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
+
+# %% ../nbs/parts/cli.ipynb #c5718983
 from .show import visible
 
 # %% ../nbs/parts/cli.ipynb #fcccac5f
@@ -107,7 +110,7 @@ def resolve(name:str, size:str|None=None, settings=(), writer=None, base_url=Non
 def check_keys(preset, *which): # 'writer', 'evaluation_writer'
     "Raise `ValueError` now where a writer at a server has no price for a budget in dollars, no usable address, or no key at OpenAI"
     from saeexplainer.presets import is_local
-    from saeexplainer.remote import api_key, check_address
+    from saeexplainer.writers.errors import api_key, check_address
     asked = [getattr(preset, name) for name in which if not is_local(getattr(preset, name))]
     for model in asked:
         if preset.budget_usd is not None and model not in preset.prices: raise ValueError(f'a budget in dollars needs a price: prices={{{model!r}: (prompt, reply)}} per million tokens')
@@ -183,7 +186,7 @@ def show_summary(table, # `metrics.summary`
                  chance:float # of the output score
                 ):
     "Print the means of stages x metrics with their intervals, over how many features they are, and what they mean"
-    from saeexplainer.metrics import stage_table
+    from saeexplainer.evaluation.tables import stage_table
     from saeexplainer.report import meanings
     cells, said_of = stage_table(table), meanings(table, chance)
     counts = {metric: n for metric, n, _ in said_of}
@@ -201,7 +204,7 @@ def show_report(folder:Path):
     "The table of stages x metrics, and examples with the words that lit up"
     from saeexplainer.files import read_json
     import pandas as pd
-    from saeexplainer.report import Results, stages_of
+    from saeexplainer.results import Results, stages_of
     show_summary(pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric']), Results(folder).chance)
     for case in read_json(folder/'examples.json', list):
         tell(said((case['feature'], 'bold')))
@@ -294,7 +297,8 @@ def report_command(name: Annotated[str, typer.Argument(help='a run under runs/, 
     "Write the report anew, of a run from its store or of a folder from its tables, and show it"
     import shutil
     from saeexplainer.presets import load_preset
-    from saeexplainer.report import write_report, write_results
+    from saeexplainer.report import write_report
+    from saeexplainer.results import write_results
     from saeexplainer.run import Run, stage_functions
     folder = root/name
     if (folder/'preset.yaml').exists():
@@ -327,7 +331,7 @@ def chance_of(preset) -> float: # of the output score
 def write_evaluation(store, folder:Path): # DataFrame, `metrics.summary` of all that was measured
     "Write the means, the values of every explanation, and every text with its activation"
     from saeexplainer.files import whole
-    from saeexplainer.metrics import METRICS, summary
+    from saeexplainer.evaluation.tables import METRICS, summary
     metrics = store.metrics()
     stages = [*(s for s in metrics['stage'].unique() if s not in ('label', 'control')), *(s for s in ('label', 'control') if s in set(metrics['stage']))]
     table, names = summary(metrics, stages), [m for m in METRICS if m in set(metrics['metric'])]
@@ -420,8 +424,9 @@ def features_command(names: Annotated[Optional[list[str]], typer.Argument(help='
 
 def make_features(preset): # what came of it, to print
     "A preset's file of features: by one pass over its corpus, or from Neuronpedia where it names none"
-    from saeexplainer.features import features_file, neuronpedia_export
-    from saeexplainer.reading import build_features
+    from saeexplainer.features import features_file
+    from saeexplainer.sources.neuronpedia import neuronpedia_export
+    from saeexplainer.sources.reading import build_features
     if preset.corpus: return build_features(preset)
     file = features_file(preset)
     if file.name != 'features.parquet': raise ValueError(f'an export from Neuronpedia is called features.parquet, not {file.name}: change the field features')
@@ -429,7 +434,8 @@ def make_features(preset): # what came of it, to print
 
 def known_features(preset, names): # list of Feature: all of them, or without a file those that are named
     "The features of a preset's file; where there is none, those that are named, from Neuronpedia's API"
-    from saeexplainer.features import check_sae_of, features_file, load_features, neuronpedia_feature
+    from saeexplainer.features import check_sae_of, features_file, load_features
+    from saeexplainer.sources.neuronpedia import neuronpedia_feature
     file = features_file(preset)
     check_sae_of(preset)
     if file.exists() or preset.corpus or not names: return load_features(preset)
@@ -441,7 +447,7 @@ def known_features(preset, names): # list of Feature: all of them, or without a 
 def explain_directions(preset, explainer, file, as_json): # of a .safetensors file
     import torch
     from saeexplainer.dictionaries import read_directions
-    from saeexplainer.injection import load_explainer
+    from saeexplainer.explainer import load_explainer
     from saeexplainer.saes import FeatureReader
     reader = FeatureReader.load(preset)
     directions = read_directions(file, reader.d_model)
@@ -465,8 +471,8 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
                     writer: WriterKind = None, base_url: BaseURL = None, model: Model = None, settings: Setting = None, as_json: JSON = False):
     "Explain features in words: some, all of a dictionary, or directions that belong to no SAE"
     from saeexplainer.dictionaries import explain_dictionary
-    from saeexplainer.injection import explainer_of, load_explainer
-    from saeexplainer.run import free_memory
+    from saeexplainer.explainer import explainer_of, load_explainer
+    from saeexplainer.lm.models import free_memory
     from saeexplainer.saes import FeatureReader
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
@@ -513,8 +519,8 @@ def verify_command(feature: Annotated[str, typer.Argument(help='model/source/ind
 def verdicts_on(preset, reader, features, texts, n:int) -> list[dict]: # as JSON has them
     "Return what the target's activation says of explanations: of n texts written from each, how many could be made, and how many of these reach a share of the strongest known activation"
     from saeexplainer.features import check_features_of, features_file
-    from saeexplainer.metrics import verify
-    from saeexplainer.report import lit_words
+    from saeexplainer.evaluation.texts import verify
+    from saeexplainer.results import lit_words
     from saeexplainer.target import Target
     from saeexplainer.writer import writer_for
     if (file := features_file(preset)).exists(): check_features_of(file, reader)
@@ -617,7 +623,7 @@ def checks(base_url:str|None=None): # yields (what, whether it is well; None: no
     if lacks: return
     import torch
     from huggingface_hub import get_token
-    from saeexplainer.models import EMBEDDED, cache_dir
+    from saeexplainer.lm.models import EMBEDDED, cache_dir
     from saeexplainer.presets import data_dir, load_preset, needs
     gpus = [f'{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory/1e9:.0f} GB' for i in range(torch.cuda.device_count())]
     yield 'GPU', None, '; '.join(gpus) or 'none: the embedded default runs without, the presets of the paper do not'
@@ -635,7 +641,7 @@ def checks(base_url:str|None=None): # yields (what, whether it is well; None: no
     sae = data_dir()/load_preset('smollm2-135m').sae
     yield 'data', sae.exists(), f'{data_dir()}' + ('' if sae.exists() else ': the SAE is not there; what is shipped lies in data/ of a checkout: `pip install -e .` there, or set SAEEXPLAINER_DATA to it')
     yield 'hub account', None, 'a token is set' if get_token() else 'no token: Gemma and Llama need `hf auth login`'
-    from saeexplainer.remote import api_key
+    from saeexplainer.writers.errors import api_key
     try: key = None, 'OPENAI_API_KEY is set' if api_key() else 'OPENAI_API_KEY is not set: a writer at OpenAI needs it'
     except ValueError as e: key = False, str(e)
     yield "writer's key", *key
@@ -652,7 +658,7 @@ def memory_gb() -> float|None: # None: not known
 
 def reached(url:str): # (whether, what is said of it)
     "Whether a server speaks OpenAI's protocol; what is said holds no password and no query of its address"
-    from saeexplainer.remote import listed_models
+    from saeexplainer.writers.openai import listed_models
     try: models = listed_models(url)
     except (ValueError, OSError) as e: return False, str(e)
     return True, f"{address(url)} has {', '.join(models[:5]) or 'no models'}"
@@ -689,7 +695,7 @@ def _tracker() -> str: # where faults are reported
     return f'{home_page()}/issues'
 
 def _about_cache(error:OSError) -> str: # what helps where the cache cannot be written
-    from saeexplainer.models import cache_dir
+    from saeexplainer.lm.models import cache_dir
     if not isinstance(error, (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError)) or not isinstance(error.filename, (str, os.PathLike)): return ''
     at, cache = Path(error.filename).absolute(), cache_dir().absolute()
     if not (at.is_relative_to(cache) or cache.is_relative_to(at)): return ''

@@ -5,12 +5,23 @@
 # %% auto #0
 __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary']
 
-# %% ../nbs/parts/dictionaries.ipynb #f2cbb705
+# %% ../nbs/parts/dictionaries.ipynb #72e14792
 import hashlib, json, os, re
 from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 import numpy as np
+
+# %% ../nbs/parts/dictionaries.ipynb #8508e39d
+from .evaluation.texts import verify
+from .explainer import adapter_of, adapter_sha256, load_explainer
+from .features import FeatureId, check_features_of, features_file, load_features
 from .files import clear_parts, hold, table_kind, table_rows, whole
+from .lm.models import free_memory
+from .presets import is_local
+from .saes import FeatureReader, check_directions
+from .store import RunStore
+from .target import Target
+from .writer import writer_for
 
 # %% ../nbs/parts/dictionaries.ipynb #34fc6642
 def read_explanations(file): # DataFrame, columns feature (str), explanation (str or None)
@@ -46,7 +57,6 @@ def _index(value): # 5.0 and '006', which spreadsheets and pandas make of indice
     return int(found[1]) if found else value
 
 def _feature(value) -> str: # raises `ValueError` where it is none
-    from saeexplainer.features import FeatureId
     index = _index(value)
     return str(index) if isinstance(index, int) and not isinstance(index, bool) and index >= 0 else str(FeatureId.parse(value))
 
@@ -65,7 +75,6 @@ def read_directions(file, # .safetensors with tensors (d,) or (n, d)
     "Directions by name; rows of a matrix are named 'name[i]'"
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from saeexplainer.saes import check_directions
     if not Path(file).exists(): raise FileNotFoundError(f'no file {file}')
     try: tensors = load_file(file)
     except SafetensorError as e: raise ValueError(f'{file} is not a safetensors file: {e}') from None
@@ -146,7 +155,6 @@ def _explained(rows, explainer, reader, preset, name, progress): # rows {feature
 
 def _verified(rows, explained, target, writer, preset, n, known, progress): # rows {index, texts, scores, ...} for what was explained
     from tqdm.auto import tqdm
-    from saeexplainer.metrics import verify
     done = {r['index'] for r in rows}
     said = [(r['index'], r['explanation']) for r in explained if r['explanation']]
     with tqdm(total=len(said), initial=len(done), desc='verifying', unit='feature', disable=not progress) as bar:
@@ -162,7 +170,6 @@ def _verdict(v, max_act, preset) -> dict: # `score`: mean of the maxima; `reache
                 max_act=max_act, reached=v.reached(max_act, preset.success) if max_act and made.any() else None)
 
 def _explained_with(preset, explainer, reader) -> dict: # what the explanations depend on
-    from saeexplainer.injection import adapter_of, adapter_sha256
     of_preset = 'explainer template placeholder chat_template injection_layer injection_coefficient' if explainer in ('ao', 'untrained') else '' # else its card says them
     return dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer), explanation_tokens=preset.explanation_tokens,
                 adapter_sha256=None if explainer == 'untrained' else adapter_sha256(adapter_of(explainer, preset)),
@@ -179,14 +186,6 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
                        n:int=0, # texts written from each explanation, and scored; 0: none
                        progress:bool=True) -> dict: # how many features, explained, dead, empty, verified
     "Explain every feature of a preset's SAE; interrupted, the same call goes on where it was"
-    from saeexplainer.features import check_features_of, features_file, load_features
-    from saeexplainer.injection import load_explainer
-    from saeexplainer.run import free_memory
-    from saeexplainer.saes import FeatureReader
-    from saeexplainer.target import Target
-    from saeexplainer.presets import is_local
-    from saeexplainer.store import RunStore
-    from saeexplainer.writer import writer_for
     out = Path(out)
     files = [out.with_name(f'{out.name}.{part}.part') for part in ('explained', 'verified')]
     if out.suffix not in ('.jsonl', '.parquet'): raise ValueError(f'--out must end in .jsonl or .parquet, not {out.name!r}')

@@ -5,19 +5,24 @@
 # %% auto #0
 __all__ = ['preference_dataset', 'dpo_config', 'dpo_trainer', 'step0_loss', 'DPOResult', 'train_dpo']
 
-# %% ../nbs/03_dpo.ipynb #038e2035
+# %% ../nbs/03_dpo.ipynb #6c1726dc
 import dataclasses, hashlib, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 import pandas as pd
 import torch
 
-# %% ../nbs/03_dpo.ipynb #d85ed534
+# %% ../nbs/03_dpo.ipynb #f093bc20
+from .explainer import CARD, Explainer, ExplainerCard
 from .files import check_tensors
-from .injection import CARD, Explainer, ExplainerCard, FeatureCollator, prompt_messages, without_placeholder
-from .models import weights_sha256
-from .sampling import seed_for
-from .sft import Checkpoints, Finite, TrainingBar, answer_rows, claim, finish, labels_only, last_checkpoint, one_gpu, quiet, read_training, row_length, same_settings, say_endless, take_over, train_to_the_end, trainer_settings
+from .injection import FeatureCollator, prompt_messages, without_placeholder
+from .lm.models import weights_sha256
+from .lm.sampling import seed_for
+from .sft import answer_rows, say_endless
+from saeexplainer.training import (
+    Checkpoints, Finite, TrainingBar, claim, finish, labels_only, last_checkpoint, one_gpu, quiet,
+    read_training, row_length, same_settings, take_over, train_to_the_end, trainer_settings,
+)
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected

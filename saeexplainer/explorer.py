@@ -6,15 +6,23 @@
 __all__ = ['STYLE', 'tokens_html', 'legend_html', 'boxed', 'page', 'explanations_html', 'contexts_html', 'heading_html',
            'feature_html', 'labels_said', 'searchable', 'search', 'found_in', 'FeatureExplorer', 'explorer_view']
 
-# %% ../nbs/parts/explorer.ipynb #1af22c7f
+# %% ../nbs/parts/explorer.ipynb #9564541c
 from functools import cached_property
 from pathlib import Path
 import numpy as np
 
-# %% ../nbs/parts/explorer.ipynb #71b95542
+# %% ../nbs/parts/explorer.ipynb #57117f24
+from .evaluation.texts import verify
+from .explainer import explainer_of, load_explainer
+from .features import FeatureId, check_sae_of, load_features
 from .files import whole
-from .sampling import seed_for
+from .lm.sampling import seed_for
+from .plots import named
+from .presets import data_dir, load_preset
+from .results import Results
 from .show import escape, visible
+from .target import Target
+from .writer import writer_for
 
 # %% ../nbs/parts/explorer.ipynb #ef2421a4
 def tokens_html(tokens, # of str
@@ -123,8 +131,6 @@ class FeatureExplorer:
                  results=None, # folder of a run's report, whose explanations are shown; None: those that are shipped with the preset
                  explainer=None, # folder or hub id of the explainer that draws; None: the shipped one
                  target=None): # `Target`, where it is loaded already
-        from saeexplainer.features import check_sae_of, load_features
-        from saeexplainer.presets import load_preset
         self.preset = load_preset(preset) if isinstance(preset, (str, Path)) else preset
         check_sae_of(self.preset)
         self.features = [f for f in load_features(self.preset) if f.status not in ('dead', 'incomplete')]
@@ -137,8 +143,6 @@ class FeatureExplorer:
         self.feature = self.of(feature) if feature is not None else next((f for f in self.features if f.explanation), self.features[0])
 
     def _told(self, results): # DataFrame of `Results.said`, or None
-        from saeexplainer.presets import data_dir
-        from saeexplainer.report import Results
         folder = Path(results) if results else data_dir()/self.preset.name/'results'
         if not results and not (folder/'provenance.json').exists(): return None
         found = Results(folder)
@@ -147,7 +151,6 @@ class FeatureExplorer:
 
     def of(self, name): # index or 'model/source/index'; `Feature`
         "A feature that fires; raises `ValueError` for any other"
-        from saeexplainer.features import FeatureId
         found = FeatureId.parse(str(name) if '/' in str(name) else f'{self.preset.source}/{name}')
         source, index = f'{found.model}/{found.source}', found.index
         if source != self.preset.source: raise ValueError(f'{name} is a feature of {source}, the preset {self.preset.name} explains {self.preset.source}: name the preset of {source}')
@@ -157,20 +160,17 @@ class FeatureExplorer:
     @cached_property
     def target(self):
         "The model whose features these are"
-        from saeexplainer.target import Target
         return Target.load(self.preset)
 
     @cached_property
     def explainer(self):
         "Draws explanations"
-        from saeexplainer.injection import explainer_of, load_explainer
         folder = explainer_of(self.preset, self._explainer) # before anything is loaded
         return load_explainer(folder, self.preset, self.target.reader)
 
     @cached_property
     def writer(self):
         "Writes the texts that put an explanation to the test"
-        from saeexplainer.writer import writer_for
         return writer_for(self.preset.evaluation_writer, self.target, self.preset)
 
     def _stages(self, f) -> dict: # stage -> explanation, without labels
@@ -183,7 +183,6 @@ class FeatureExplorer:
 
     def said_of(self, f) -> dict: # who -> text
         "The same of any `Feature`"
-        from saeexplainer.plots import named
         here = {'explained here': self.explained[f.index]} if f.index in self.explained else {}
         return labels_said(f) | {named(s): text for s, text in self._stages(f).items()} | here | {f'drawn, seed {seed}, {k + 1}': text for seed, texts in self.drawn.get(f.index, {}).items() for k, text in enumerate(texts)}
 
@@ -230,7 +229,6 @@ class FeatureExplorer:
 
     def verify(self, explanation:str, n:int=6) -> str: # HTML
         "Texts that a writer makes of an explanation, and where the feature fires on them; raises `ValueError` for an empty one"
-        from saeexplainer.metrics import verify
         if not explanation.strip(): raise ValueError('there is nothing to verify: choose an explanation, or write one')
         f = self.feature
         checked = verify(self.target, self.writer, [(f.index, explanation)], self.preset, n)[0]

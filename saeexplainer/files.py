@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LFS_POINTER', 'PARQUET', 'TABLES', 'whole', 'read_json', 'write_json', 'check_tensors', 'read_tensors', 'read_table',
            'write_table', 'hold', 'clear_parts', 'making', 'valid', 'parse_json', 'encoding_of', 'table_kind',
-           'table_rows']
+           'table_rows', 'valid_text']
 
-# %% ../nbs/parts/files.ipynb #93dc08b1
+# %% ../nbs/parts/files.ipynb #211fc965
 import codecs, csv, gzip, io, json, os, re, sys, uuid, zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,7 +137,6 @@ def making(file): # its folder must exist
 # %% ../nbs/parts/files.ipynb #6178739b
 def valid(value):
     "A value of JSON whose texts can be stored: without half characters and zero bytes"
-    from saeexplainer.replies import valid_text
     if isinstance(value, str):
         return valid_text(value)
     if isinstance(value, list):
@@ -282,3 +281,8 @@ def table_rows(file, # of one of `TABLES`; all but .parquet may be gzipped
 
 def _first_line(error) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+# %% ../nbs/parts/files.ipynb #451c8827
+def valid_text(text) -> str:
+    "A text that can be stored: without half characters (lone surrogates, which JSON can spell) and zero bytes"
+    return text.encode('utf-8', 'replace').decode().replace('\0', '')

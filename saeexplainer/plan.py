@@ -6,13 +6,15 @@
 __all__ = ['LENGTHS', 'SECONDS', 'lengths_of', 'evaluated', 'work', 'hours', 'cpu_hours', 'evaluation_hours', 'writer_work',
            'dollars', 'plan']
 
-# %% ../nbs/parts/plan.ipynb #d01548be
+# %% ../nbs/parts/plan.ipynb #961bac46
 from dataclasses import replace
 import pandas as pd
 
-# %% ../nbs/parts/plan.ipynb #b18681ba
-from .presets import is_local, model_size, needs
-from .run import validation_size
+# %% ../nbs/parts/plan.ipynb #733f5557
+from .evaluation.judge import JUDGE
+from .evaluation.texts import CONTRAST_LIST, GENERATIVE_LIST
+from .prefs import TEXT_LIST
+from .presets import is_local, model_size, needs, validation_size
 
 # %% ../nbs/parts/plan.ipynb #236294aa
 LENGTHS = {'small': dict(prompt=22, label=13, explanation=14, text=24, distinct=.9), 'large': dict(prompt=50, label=15, explanation=20, text=32, distinct=.95)}
@@ -82,8 +84,6 @@ def evaluation_hours(preset,
 # %% ../nbs/parts/plan.ipynb #7f23b26d
 def writer_work(preset, lengths:dict|None=None) -> pd.DataFrame: # index: what for; requests, tokens_in, tokens_out
     "What is asked of a writer and judge at a server, without repetitions; no rows where they are local"
-    from saeexplainer.metrics import CONTRAST_LIST, GENERATIVE_LIST, JUDGE
-    from saeexplainer.prefs import TEXT_LIST
     p, n, of = preset, lengths or lengths_of(preset), lambda prompt: len(prompt)/4
     asked, shown = p.n_test*evaluated(p), (1 + p.n_controls)*len(p.steering_kl)*len(p.steering_prompts)*(p.steering_tokens + 5)
     rows = {}

@@ -7,15 +7,17 @@ __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'select_pair', 'threshold
            'sample_candidates', 'distinct_candidates', 'write_texts', 'score_candidates', 'candidate_rewards',
            'choose_pairs', 'build_preferences', 'split_half']
 
-# %% ../nbs/02_prefs.ipynb #910eb014
+# %% ../nbs/02_prefs.ipynb #adffe148
 import math, statistics
 from dataclasses import dataclass
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 
-# %% ../nbs/02_prefs.ipynb #1f93f81e
-from .sampling import seed_for
-from .replies import Request, answers, texts_of
+# %% ../nbs/02_prefs.ipynb #3be92d45
+from .lm.sampling import seed_for
+from .replies import Request
 from .store import COLUMNS
+from .writers.parsing import answers, texts_of
 
 # %% ../nbs/02_prefs.ipynb #e3197604
 @dataclass(frozen=True)

@@ -7,13 +7,17 @@ __all__ = ['ONE_COLUMN', 'FULL_ENCODE', 'NORMALISED', 'MODULE', 'ENCODE_AT_ONCE'
            'feature_indices', 'pre_activations', 'one_column', 'competing', 'decoder_step', 'find_sae', 'hub_folder',
            'check_config', 'load_sae', 'tensors_sha256', 'LoadedSAE', 'FeatureReader']
 
-# %% ../nbs/parts/saes.ipynb #b396df38
+# %% ../nbs/parts/saes.ipynb #eec56a9f
 import hashlib, operator, re
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
+
+# %% ../nbs/parts/saes.ipynb #0156f113
 from .files import check_tensors, read_json
+from .lm.models import weights_sha256
+from .presets import Preset, data_dir, no_data
 
 # %% ../nbs/parts/saes.ipynb #c99ab570
 ONE_COLUMN = ('standard', 'jumprelu', 'gated') # a feature's own encoder column is enough
@@ -121,7 +125,6 @@ def decoder_step(sae,
 def find_sae(source # a folder, absolute or relative to data/; 'release:sae_id' or 'user/repo:folder'; or such a pair
             ) -> Path|tuple[str, str]: # a folder with cfg.json, or (release, sae_id)
     "Where an SAE comes from; raises `FileNotFoundError` where there is nothing"
-    from saeexplainer.presets import data_dir, no_data
     if isinstance(source, (tuple, list)): return tuple(source)
     for folder in (Path(source).expanduser(), data_dir()/source):
         if (folder/'cfg.json').exists(): return folder
@@ -234,8 +237,6 @@ class LoadedSAE:
     def load(cls, source, # a `Preset`; or as `find_sae` takes it
              device='cpu', hook=None, bos=None, model=None): # an instance of this class; what is given here overrides the metadata
         "Load the SAE and the `card.json` beside it; raises `FileNotFoundError` or `ValueError` with what is wrong"
-        from saeexplainer.models import weights_sha256
-        from saeexplainer.presets import Preset
         if isinstance(source, Preset):
             reader = cls.load(source.sae, device, source.sae_hook, source.sae_bos, source.sae_model)
             if reader.layer == source.layer: return reader

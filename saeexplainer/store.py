@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'SCHEMA', 'COLUMNS', 'KEYS', 'RunStore']
 
-# %% ../nbs/parts/store.ipynb #492fb827
+# %% ../nbs/parts/store.ipynb #386d68d1
 import json, os, sqlite3, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# %% ../nbs/parts/store.ipynb #5f4953aa
 from .replies import Reply
 
 # %% ../nbs/parts/store.ipynb #30ef66e8

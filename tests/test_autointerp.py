@@ -1,13 +1,13 @@
 "What a reader of contexts is shown, what is made of its answers, and the labels that were made so"
 from types import SimpleNamespace
 import pytest
-from saeexplainer.autointerp import AUTOINTERP, CONTEXTS, autointerp, autointerp_prompt, marked_context, one_phrase
+from saeexplainer.labels import AUTOINTERP, CONTEXTS, autointerp, autointerp_prompt, marked_context, one_phrase
 from saeexplainer.features import NO_PATTERN, Context, Explanation, labels_of, load_features, save_features
 from saeexplainer.presets import data_dir, load_preset
 from helpers import tiny_tokenizer
 from saeexplainer.replies import Reply, Request
 from writer_server import Server
-from saeexplainer.writer import OpenAIWriter
+from saeexplainer.writers.openai import OpenAIWriter
 
 
 def context(text, peak, values=None):
@@ -90,7 +90,7 @@ def test_contexts_that_are_none(small):
 
 def test_control_tokens_in_contexts_are_text():
     "A feature of the end of a turn: its contexts do not end the turn in which they are shown"
-    from saeexplainer.writer import chat_ids
+    from saeexplainer.writers.local import chat_ids
     tokenizer = tiny_tokenizer()
     prompt = autointerp_prompt([Context('test', ('rain', '<|im_end|>', '<s>'), (0., 5., 0.), 1)])
     ids = chat_ids(tokenizer, Request(prompt))

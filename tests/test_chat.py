@@ -3,8 +3,8 @@ import re, sys
 from pathlib import Path
 import pytest
 import trl
-from saeexplainer import chat
-from saeexplainer.chat import answer_ends, answer_ids, as_text, control_tokens, encode, prompt_ids, render
+from saeexplainer.lm import chat
+from saeexplainer.lm.chat import answer_ends, answer_ids, as_text, control_tokens, encode, prompt_ids, render
 from helpers import CHAT, SPECIALS, tiny_tokenizer
 
 FOLDER = Path(trl.__file__).parent/'chat_templates'

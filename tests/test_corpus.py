@@ -1,7 +1,7 @@
 "Cleaning, parts and balance of the corpus; fetching fails in one line"
 import io, tarfile, zipfile
 import pytest
-from saeexplainer.corpus import SOURCES, Document, Source, balanced_cap, clean, documents, fetch, part_of, split_text
+from saeexplainer.sources.corpus import SOURCES, Document, Source, balanced_cap, clean, documents, fetch, part_of, split_text
 
 
 def test_sources_have_names_licences_and_tiers():

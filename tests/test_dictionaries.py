@@ -6,8 +6,8 @@ from helpers import tiny_sae
 from test_run import make_preset
 from saeexplainer.cli import main
 from saeexplainer.dictionaries import Rows, explain_dictionary, read_directions, read_explanations
-from saeexplainer.injection import Explainer, ExplainerCard, save_adapter
-from saeexplainer.models import load_model
+from saeexplainer.explainer import Explainer, ExplainerCard, save_adapter
+from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 
@@ -128,7 +128,7 @@ def test_killed_between_the_file_and_its_parts(world, tmp_path, monkeypatch):
 def test_texts_that_were_not_made_reach_nothing_known(world):
     "No text is no miss"
     from saeexplainer.dictionaries import _verdict
-    from saeexplainer.metrics import Verified
+    from saeexplainer.evaluation.texts import Verified
     preset = world[2]
     none = _verdict(Verified(3, [None, ''], np.array([np.nan, np.nan])), 2., preset)
     assert none['reached'] is None and none['score'] is None and none['unmade'] == 2
@@ -278,7 +278,7 @@ def test_a_retrained_explainer_does_not_go_on_with_anothers_rows(world, tmp_path
     rows = Rows(tmp_path/'all.jsonl.explained.part', {}); rows.close()
     explain_dictionary(preset, tmp_path/'sft', tmp_path/'one.jsonl', progress=False)
     (tmp_path/'all.jsonl.explained.part').unlink()
-    from saeexplainer.injection import adapter_sha256
+    from saeexplainer.explainer import adapter_sha256
     settings = dict(preset='tiny', source='tiny/1-res', sae_sha256=FeatureReader.load(preset).sha256, explainer=str(tmp_path/'sft'),
                     explanation_tokens=preset.explanation_tokens, adapter_sha256=adapter_sha256(tmp_path/'sft'))
     Rows(tmp_path/'all.jsonl.explained.part', settings).close()

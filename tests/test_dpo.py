@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.dpo import _settings, dpo_trainer, preference_dataset, step0_loss, train_dpo
-from saeexplainer.injection import Explainer, explanation_prompt, save_adapter
+from saeexplainer.explainer import Explainer, save_adapter
+from saeexplainer.injection import explanation_prompt
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sft import claim
+from saeexplainer.training import claim
 
 LN2 = math.log(2)
 PAIRS = pd.DataFrame([dict(round=1, feature=i, chosen=f'words such as rain {i}', rejected='a sea', chosen_score=2., rejected_score=1.)
@@ -196,7 +197,7 @@ def test_killed_between_training_and_saving(run, tmp_path):
 
 def with_template(preset, sft, to, template): # the previous stage again, with a chat template of its own
     import dataclasses, shutil
-    from saeexplainer.injection import ExplainerCard
+    from saeexplainer.explainer import ExplainerCard
     shutil.copytree(sft, to)
     dataclasses.replace(ExplainerCard.load(sft), chat_template=template).save(to)
     return to

@@ -3,7 +3,8 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 import pytest, torch
-from saeexplainer.explorer import FeatureExplorer, escape, labels_said, search, searchable, tokens_html, visible
+from saeexplainer.explorer import FeatureExplorer, labels_said, search, searchable, tokens_html
+from saeexplainer.show import escape, visible
 from saeexplainer.features import Context, Explanation
 from saeexplainer.presets import load_preset
 from saeexplainer.replies import Reply
@@ -129,8 +130,8 @@ def test_a_feature_of_another_source_is_refused(explorer):
         with pytest.raises(ValueError, match='is not a feature'): explorer.of(name)
 
 def test_explain_is_what_the_command_says(explorer):
-    from saeexplainer.injection import shipped_explainer
-    from saeexplainer.report import Results
+    from saeexplainer.explainer import shipped_explainer
+    from saeexplainer.results import Results
     x = FeatureExplorer(feature=468, target=explorer.target) # no run explained it
     assert all(who.startswith('label') for who in x.said())
     view = x.view

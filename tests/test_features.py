@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import saeexplainer.features as F
+import saeexplainer.sources.neuronpedia as N
 from neuronpedia_server import CUT, SHORT, STALL, Neuronpedia, activation, label, stats
-from saeexplainer.features import (Context, Contexts, Explanation, FEATURES_SCHEMA, FeatureId, context_row, features_file, label_row, labels_of, load_features, neuronpedia_export,
-                                   neuronpedia_feature, save_features, shard_table, split_features, stats_row, strongest_contexts)
+from saeexplainer.features import Context, Contexts, Explanation, FEATURES_SCHEMA, FeatureId, context_row, features_file, labels_of, load_features, save_features, split_features, strongest_contexts
+from saeexplainer.sources.neuronpedia import label_row, neuronpedia_export, neuronpedia_feature, shard_table, stats_row
 from saeexplainer.presets import load_preset
 
 
@@ -272,7 +273,7 @@ def test_half_characters_cost_themselves(tmp_path):
 
 
 def test_forms_of_a_line():
-    assert F.row_index(dict(index='7')) == F.row_index(dict(index=7)) == 7
+    assert N.row_index(dict(index='7')) == N.row_index(dict(index=7)) == 7
     for embedding in ('[0.1, 0.2]', [.1, .2], None, 'not even json'): assert label_row(label(1, ' x ', embedding=embedding)) == Explanation('x', 'gpt-4o-mini', 'oai_token-act-pair')
     assert label_row(label(1, '')) is label_row(label(1, '  ')) is label_row(label(1, None)) is None
     assert label_row(label(1, 'x', None)).model == 'unnamed'
@@ -285,7 +286,7 @@ def test_forms_of_a_line():
 def quick(monkeypatch): # no long pauses, no proxy, no key, nothing remembered of the last call
     for name in ('NEURONPEDIA_API_KEY', 'NEURONPEDIA_STORE', 'NEURONPEDIA_API'): monkeypatch.delenv(name, raising=False)
     for name in ('NO_PROXY', 'no_proxy'): monkeypatch.setenv(name, '127.0.0.1')
-    monkeypatch.setattr(F, 'PAUSE', .005); monkeypatch.setattr(F, '_free_at', 0.)
+    monkeypatch.setattr(N, 'PAUSE', .005); monkeypatch.setattr(N, '_free_at', 0.)
 
 
 AT = 'v1/m/s/'
@@ -479,7 +480,7 @@ class Endless(Neuronpedia):
 
 @pytest.mark.parametrize('kind', ['same', 'new', 'empty'])
 def test_a_listing_without_an_end(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(F, 'MOST_FILES', 1000)
+    monkeypatch.setattr(N, 'MOST_FILES', 1000)
     with Endless() as server:
         server.kind = kind
         with pytest.raises(ValueError, match='is not the store: its list of files under v1/m/s/ does not end'): export(server, tmp_path)
@@ -510,8 +511,8 @@ class Slow(Neuronpedia):
 
 @pytest.mark.parametrize('piece, pause, says', [(b' ', .01, 'its answer does not come to an end'), (b' '*2**20, 0., 'its answer is larger than 67 MB')])
 def test_answers_without_an_end(monkeypatch, tmp_path, piece, pause, says):
-    monkeypatch.setattr(F, 'TIMEOUT', (1, .2)); monkeypatch.setattr(F, '_wait_turn', lambda s: None)
-    if not pause: monkeypatch.setattr(F, 'TIMEOUT', (1, 60))
+    monkeypatch.setattr(N, 'TIMEOUT', (1, .2)); monkeypatch.setattr(N, '_wait_turn', lambda s: None)
+    if not pause: monkeypatch.setattr(N, 'TIMEOUT', (1, 60))
     with Slow() as server:
         server.piece, server.pause = piece, pause
         for ask in (lambda: neuronpedia_feature('m/s/7', api=server.url), lambda: export(server, tmp_path)):
@@ -519,19 +520,19 @@ def test_answers_without_an_end(monkeypatch, tmp_path, piece, pause, says):
 
 
 def test_files_without_an_end(monkeypatch, tmp_path):
-    monkeypatch.setattr(F, 'LONGEST_LINE', 4000); monkeypatch.setattr(F, 'MOST_LINES', 50)
+    monkeypatch.setattr(N, 'LONGEST_LINE', 4000); monkeypatch.setattr(N, 'MOST_LINES', 50)
     files = source()
     files[f'{AT}features/batch-0.jsonl.gz'].insert(1, '{"index": "' + 'x'*9000 + '"}')
     with Neuronpedia(files) as server:
         e = export(server, tmp_path/'long', n_contexts=0)
         assert (e.n_features, e.bad_rows, e.rows) == (13, 3, 29) # the pieces of a line that is too long are malformed
-        monkeypatch.setattr(F, 'MOST_LINES', 8)
+        monkeypatch.setattr(N, 'MOST_LINES', 8)
         with pytest.raises(ConnectionError, match='features/batch-0.jsonl.gz: it does not come to an end'): export(server, tmp_path/'many', n_contexts=0)
 
 
 def test_who_is_asked_for_too_much_patience_does_not_wait(monkeypatch):
     response = type('Response', (), dict(headers={'Retry-After': '86400'}))
-    assert F._Patient().get_retry_after(response) == 120. and F._Patient().get_retry_after(type('Response', (), dict(headers={}))) is None
+    assert N._Patient().get_retry_after(response) == 120. and N._Patient().get_retry_after(type('Response', (), dict(headers={}))) is None
 
 
 # the API
@@ -543,7 +544,7 @@ ANSWER = dict(modelId='m', layer='s', index='7', maxActApprox=8.5, frac_nonzero=
 
 def test_one_feature(monkeypatch):
     with Neuronpedia(features={'m/s/7': ANSWER, 'm/s/8': {**ANSWER, 'explanations': []}, 'm/s/9': {**ANSWER, 'maxActApprox': 0}}) as server:
-        monkeypatch.setenv('NEURONPEDIA_API', server.url); monkeypatch.setattr(F, '_wait_turn', lambda s: None)
+        monkeypatch.setenv('NEURONPEDIA_API', server.url); monkeypatch.setattr(N, '_wait_turn', lambda s: None)
         f = neuronpedia_feature('m/s/7')
         assert (f.id, f.explanation, f.max_act, f.density, f.status) == (FeatureId('m', 's', 7), 'parks', 8.5, .002, 'ok')
         assert [e.model for e in f.explanations] == ['gpt-5', 'gpt-4o-mini'] and [c.values[c.peak] for c in f.contexts] == [8.5, 2.] and f.contexts[0].tokens[20] == ' b60'
@@ -574,18 +575,18 @@ def test_answers_that_are_no_feature(answer, monkeypatch):
 def test_calls_keep_their_distance(monkeypatch):
     with Neuronpedia(features={'m/s/7': ANSWER}) as server:
         for _ in range(2): neuronpedia_feature('m/s/7', api=server.url)
-        monkeypatch.setenv('NEURONPEDIA_API_KEY', 'sk-secret'); monkeypatch.setattr(F, '_free_at', 0.)
+        monkeypatch.setenv('NEURONPEDIA_API_KEY', 'sk-secret'); monkeypatch.setattr(N, '_free_at', 0.)
         for _ in range(2): neuronpedia_feature('m/s/7', api=server.url)
         a, b, c, d = (t for *_, t in server.log)
         assert b - a >= .99 and .19 <= d - c < .9 and [h.get('x-api-key') for _, h, _ in server.log] == [None, None, 'sk-secret', 'sk-secret']
     with Neuronpedia(features={'m/s/7': ANSWER}, headers={'x-limit-remaining': '0'}) as server:
-        monkeypatch.setattr(F, '_free_at', 0.)
+        monkeypatch.setattr(N, '_free_at', 0.)
         neuronpedia_feature('m/s/7', api=server.url)
-        assert F._free_at > time.monotonic() + 50 # the next call waits
+        assert N._free_at > time.monotonic() + 50 # the next call waits
 
 
 def test_a_busy_api_is_asked_again(monkeypatch):
-    monkeypatch.setattr(F, 'PAUSE', .1)
+    monkeypatch.setattr(N, 'PAUSE', .1)
     faults = [(500, {}), (429, {'Retry-After': '1', 'x-limit-remaining': '0'}), (429, {})] # after a pause, after the second that it wants, after a longer pause
     with Neuronpedia(features={'m/s/7': ANSWER}, faults={'api/feature/m/s/7': faults}) as server:
         assert neuronpedia_feature('m/s/7', api=server.url).explanation == 'parks'
@@ -596,7 +597,7 @@ def test_a_busy_api_is_asked_again(monkeypatch):
 @pytest.mark.parametrize('fault', [(429, {}), (500, {}), (302, {'Location': '/api/feature/m/s/8'}), (401, {}), STALL])
 def test_the_key_stands_in_no_error(fault, monkeypatch, caplog):
     caplog.set_level(0)
-    monkeypatch.setenv('NEURONPEDIA_API_KEY', 'sk-secret'); monkeypatch.setattr(F, 'TIMEOUT', (1, .05))
+    monkeypatch.setenv('NEURONPEDIA_API_KEY', 'sk-secret'); monkeypatch.setattr(N, 'TIMEOUT', (1, .05))
     with Neuronpedia(features={'m/s/7': ANSWER, 'm/s/8': ANSWER}, faults={'api/feature/m/s/7': itertools.repeat(fault)}) as server: # redirections are not followed
         with pytest.raises(ConnectionError, match='/api/feature/m/s/7 cannot be read') as e: neuronpedia_feature('m/s/7', api=server.url)
         assert server.log[0][1]['x-api-key'] == 'sk-secret' # it was sent

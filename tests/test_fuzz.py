@@ -107,7 +107,7 @@ def test_sae_folders(tmp_path):
 
 
 def test_model_folders(tmp_path):
-    from saeexplainer.models import load_model
+    from saeexplainer.lm.models import load_model
     folder, tokenizer = tmp_path/'model', tiny_tokenizer()
     tiny_model(d=16, n_layers=1, vocab=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -124,8 +124,8 @@ def test_model_folders(tmp_path):
 def adapter(tmp_path):
     "Folder of a tiny explainer, and the reader of its SAE"
     from peft import LoraConfig, get_peft_model
-    from saeexplainer.injection import ExplainerCard, save_adapter
-    from saeexplainer.models import load_model
+    from saeexplainer.explainer import ExplainerCard, save_adapter
+    from saeexplainer.lm.models import load_model
     from saeexplainer.saes import FeatureReader
     tokenizer = tiny_tokenizer()
     tiny_model(d=16, n_layers=2, vocab=len(tokenizer)).save_pretrained(tmp_path/'model')
@@ -139,7 +139,7 @@ def adapter(tmp_path):
 
 
 def test_adapters(adapter):
-    from saeexplainer.injection import Explainer
+    from saeexplainer.explainer import Explainer
     folder, reader = adapter
     valid, directions = Folder(folder), reader.directions([3, 5])
     say = lambda: Explainer.from_pretrained(folder, reader=reader, dtype='float32').explain(directions, max_new_tokens=5)
@@ -273,7 +273,7 @@ def test_server_replies(tmp_path, monkeypatch):
     monkeypatch.setenv('OPENAI_API_KEY', 'sk-a-key-of-this-test')
     from saeexplainer.replies import Request
     from saeexplainer.store import RunStore
-    from saeexplainer.writer import OpenAIWriter
+    from saeexplainer.writers.openai import OpenAIWriter
     from writer_server import Server, completion
     bodies, store, asked = [], RunStore(tmp_path/'store.sqlite'), iter(range(N))
     with Server(lambda *_: (200, bodies[0], {})) as server:

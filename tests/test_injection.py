@@ -4,12 +4,12 @@ import pytest, torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer.injection import (CARD, Explainer, ExplainerCard, FeatureCollator, Injector, adapter_sha256, explanation_prompt, oracle_layers, oracle_note,
-                                    placeholder_id, prompt_messages, save_adapter, without_placeholder)
-from saeexplainer import models
+from saeexplainer.explainer import CARD, Explainer, ExplainerCard, adapter_sha256, oracle_layers, oracle_note, save_adapter
+from saeexplainer.injection import FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages, without_placeholder
+from saeexplainer.lm import models
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sampling import seed_for
+from saeexplainer.lm.sampling import seed_for
 
 TEMPLATE = 'Feature {placeholder} of the model. What does it mean?'
 TOKENIZER = tiny_tokenizer()
@@ -201,7 +201,7 @@ def made(tmp_path_factory):
     reader = FeatureReader.load(tiny_sae(d/'sae'))
     preset = load_preset('smollm2-135m', explainer=str(d/'model'), target=str(d/'model'), sae=str(d/'sae'), layer=2, device='cpu', template=TEMPLATE)
     torch.manual_seed(0)
-    from saeexplainer.models import load_model
+    from saeexplainer.lm.models import load_model
     tuned = get_peft_model(load_model(preset.explainer, device='cpu')[0], LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False))
     save_adapter(tuned, ExplainerCard.from_preset(preset, reader, 'sft'), d/'sft')
     return preset, reader, d
@@ -231,7 +231,7 @@ def test_adapter_is_small_and_names_no_path(made, tmp_path):
 
 
 def test_explainer_is_its_own_copy(made):
-    from saeexplainer.models import load_model
+    from saeexplainer.lm.models import load_model
     preset, reader, d = made
     target, _ = load_model(preset.target, device='cpu')
     state = {k: t.clone() for k, t in target.state_dict().items()}
@@ -352,7 +352,7 @@ def test_push_to_hub(made, monkeypatch):
 
 def test_oracle(made, tmp_path):
     "A tiny adapter in the form that oracles have: PEFT's files alone, r 64, alpha 128, all linear layers"
-    from saeexplainer.models import load_model
+    from saeexplainer.lm.models import load_model
     preset, reader, _ = made
     tokenizer = tiny_tokenizer(vocab=500); tokenizer.add_tokens([' ?'])
     tiny_model(n_layers=8).save_pretrained(tmp_path/'model'); tokenizer.save_pretrained(tmp_path/'model')

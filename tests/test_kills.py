@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 import saeexplainer.cli, saeexplainer.metrics, saeexplainer.writer
 from saeexplainer.dictionaries import explain_dictionary
 from saeexplainer.presets import load_preset
-from saeexplainer.reading import build_features
+from saeexplainer.sources.reading import build_features
 
 def moment(left): # counts down
     left[0] -= 1

@@ -1,9 +1,10 @@
 "No label of a test feature reaches a trainer; the evaluation asks with other words than the preferences"
 import re
 import pandas as pd, pytest
-from saeexplainer import metrics, prefs
+from saeexplainer import prefs
+from saeexplainer.evaluation import texts as metrics
 from saeexplainer.features import labels_of, load_features
-from saeexplainer.models import load_tokenizer
+from saeexplainer.lm.models import load_tokenizer
 from saeexplainer.presets import load_preset
 from saeexplainer.run import Run, execute
 from test_run import make_preset
@@ -57,7 +58,7 @@ def test_features_without_a_label(trained):
 def test_no_test_feature_has_a_label(tmp_path, monkeypatch):
     "The explainers are measured all the same, and the report says what it lacks"
     import pyarrow.parquet as pq
-    from saeexplainer.report import Results
+    from saeexplainer.results import Results
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
     preset, features = load_preset(make_preset(tmp_path), label_model=None, baseline_labels=(), baselines=()), tmp_path/'data'/'tiny'/'features.parquet'
     with Run(tmp_path/'run', preset, progress=False) as run: test = run.splits['test']

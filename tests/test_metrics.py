@@ -4,12 +4,19 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer import metrics as M, prefs
-from saeexplainer.metrics import *
+from saeexplainer.evaluation import texts as T
+from saeexplainer.evaluation.judge import judge_locally
+from saeexplainer.evaluation.stats import bootstrap_ci
+from saeexplainer.evaluation.steering import control_features, steer
+from saeexplainer.evaluation.tables import compare, stage_table
+from saeexplainer.evaluation.texts import neutral_subject, verify
+from saeexplainer.metrics import Evaluation, discriminative_gap, evaluate, generative_accuracy, input_score, mean_activation, names_word, output_score
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
 from saeexplainer.target import Target
-from saeexplainer.writer import LocalWriter, Reply
+from saeexplainer.replies import Reply
+from saeexplainer.writers.local import LocalWriter
 
 nan = math.nan
 
@@ -83,7 +90,7 @@ def test_only_the_first_words_count():
 # prompts and replies
 
 def test_evaluation_prompts_are_not_the_preference_prompt():
-    texts = {prefs.ONE_TEXT, prefs.TEXT_LIST, M.GENERATIVE_ONE, M.GENERATIVE_LIST, M.ACTIVATING_ONE, M.CONTRAST_LIST, M.NEUTRAL_ONE}
+    texts = {prefs.ONE_TEXT, prefs.TEXT_LIST, T.GENERATIVE_ONE, T.GENERATIVE_LIST, T.ACTIVATING_ONE, T.CONTRAST_LIST, T.NEUTRAL_ONE}
     assert len(texts) == 7
 
 
@@ -91,14 +98,14 @@ def test_braces_and_quotes_in_an_explanation_are_text():
     preset = load_preset('gemma-2-9b-l20')
     for kind in ('generative', 'activating'):
         keys = [(kind, 0)]
-        for make in (M._single_requests, M._list_request):
+        for make in (T._single_requests, T._list_request):
             (_, request), = make(7, 'LaTeX {braces} and "quotes"', keys, preset)
             assert '{braces} and "quotes"' in request.prompt
 
 
 def test_neutral_subjects_avoid_the_explanation():
     assert all('garden' not in neutral_subject("the word 'Garden'", s) for s in range(50))
-    assert neutral_subject(' '.join(M.SUBJECTS), 5) in M.SUBJECTS # nothing left: any
+    assert neutral_subject(' '.join(T.SUBJECTS), 5) in T.SUBJECTS # nothing left: any
 
 
 # stages on a tiny model

@@ -3,8 +3,8 @@ import json, os, signal, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from helpers import ARCHITECTURES, tiny_model, tiny_tokenizer
-from saeexplainer.models import (EMBEDDED, EMBEDDED_SHA256, backbone, cache_dir, decoder_layers, embedded_model_dir, load_model, load_tokenizer, model_device,
-                                 weights_sha256)
+from saeexplainer.lm.hooks import backbone, decoder_layers
+from saeexplainer.lm.models import EMBEDDED, EMBEDDED_SHA256, cache_dir, embedded_model_dir, load_model, load_tokenizer, model_device, weights_sha256
 
 
 def test_the_embedded_model_is_the_model_of_record(): assert weights_sha256(embedded_model_dir()) == EMBEDDED_SHA256

@@ -3,8 +3,11 @@ import gzip, json, os, resource, shutil, signal, socket, ssl, subprocess, thread
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from fault_server import FaultServer
-from saeexplainer.remote import MOST_BYTES, Budget, BudgetSpent, OpenAIWriter, api_key, check_address, listed_models, server_words, tokens_of
-from saeexplainer.replies import Request, text_schema
+from saeexplainer.writers.budget import Budget, BudgetSpent
+from saeexplainer.writers.errors import MOST_BYTES, api_key, check_address, server_words, tokens_of
+from saeexplainer.writers.openai import OpenAIWriter, listed_models
+from saeexplainer.replies import Request
+from saeexplainer.writers.parsing import text_schema
 from saeexplainer.store import RunStore
 from writer_server import Server, completion, error
 

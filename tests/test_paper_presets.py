@@ -9,14 +9,16 @@ from helpers import FAMILIES, SENTENCES, gemma_scope, llama_scope, res_jb, save_
 from writer_server import Server, capable
 from saeexplainer.cli import main
 from saeexplainer.features import save_features
-from saeexplainer.injection import Explainer, ExplainerCard, FeatureCollator
-from saeexplainer.models import weights_sha256
+from saeexplainer.explainer import Explainer, ExplainerCard
+from saeexplainer.injection import FeatureCollator
+from saeexplainer.lm.models import weights_sha256
 from saeexplainer.presets import load_preset
-from saeexplainer.reading import word_at
+from saeexplainer.sources.reading import word_at
 from saeexplainer.run import Run, execute, stage_functions
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sampling import pad
-from saeexplainer.target import Target, check_model_name, residual_stream
+from saeexplainer.lm.sampling import pad
+from saeexplainer.lm.hooks import residual_stream
+from saeexplainer.target import Target, check_model_name
 
 pytestmark = pytest.mark.filterwarnings(r'ignore:\sThis SAE has non-empty model_from_pretrained_kwargs', 'ignore:fan_in_fan_out')
 KEY = 'sk-paper-0123456789'
@@ -94,7 +96,7 @@ def make_features(preset, file, n=40):
 
 def make_oracle(folder, model): # an adapter in the form of the public Activation Oracles
     from peft import LoraConfig, get_peft_model
-    from saeexplainer.models import load_model
+    from saeexplainer.lm.models import load_model
     config = LoraConfig(r=64, lora_alpha=128, lora_dropout=.05, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights='gaussian')
     get_peft_model(load_model(str(model), device='cpu')[0], config).save_pretrained(folder)
 

@@ -4,15 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer.injection import Explainer
-from saeexplainer.prefs import (Dropped, Pair, build_preferences, candidate_rewards, distinct_candidates,
-                                preference_prompt, sample_candidates, score_candidates, select_pair, threshold_of, write_texts)
+from saeexplainer.explainer import Explainer
+from saeexplainer.prefs import Dropped, Pair, build_preferences, candidate_rewards, distinct_candidates, preference_prompt, sample_candidates, score_candidates, select_pair, threshold_of, write_texts
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
 from saeexplainer.target import Target
-from saeexplainer.replies import text_schema
-from saeexplainer.writer import LocalWriter, Reply
+from saeexplainer.writers.parsing import text_schema
+from saeexplainer.replies import Reply
+from saeexplainer.writers.local import LocalWriter
 
 nan = math.nan
 

@@ -143,7 +143,7 @@ def test_bad_fields_get_one_line(fields, says):
 
 
 def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
-    from saeexplainer.models import cache_dir
+    from saeexplainer.lm.models import cache_dir
     monkeypatch.setenv('HOME', str(tmp_path))
     fields = dict(target='~/model', explainer='~/model', sae='~/sae', features='~/features.parquet', corpus='~/texts/*.txt', ao_adapter='~/oracle', writer='local:~/writer', evaluation_writer='local')
     p = load_preset('gemma-2-9b-l20', **fields)

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np, pandas as pd
 import pytest, torch
 from helpers import SENTENCES, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer import reading as R
+from saeexplainer.sources import reading as R
 from saeexplainer.features import Context
 from saeexplainer.presets import load_preset
-from saeexplainer.reading import (CorpusReading, add_document, build_features, contexts_of, corpus_documents, document_windows, feature_table, load_reading,
-                                  read_corpus, reading_settings, state_bytes, token_strings, word_at, word_before, word_label)
+from saeexplainer.sources.reading import CorpusReading, add_document, build_features, contexts_of, corpus_documents, document_windows, feature_table, load_reading, read_corpus, reading_settings, state_bytes, token_strings, word_at, word_before, word_label
 from saeexplainer.saes import FeatureReader
-from saeexplainer.target import Target, residual_stream
+from saeexplainer.lm.hooks import residual_stream
+from saeexplainer.target import Target
 
 FILES = Path(__file__).parent
 DOCS = [(f's{i % 3}', ' '.join(SENTENCES[(i+j) % len(SENTENCES)] for j in range(1 + i % 4))) for i in range(14)] + [('s1', 'Too short.'), ('s2', 'x' * 700)]
@@ -113,7 +113,7 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from test_reading import DOCS, make_target
-from saeexplainer import reading as R
+from saeexplainer.sources import reading as R
 def slow():
     for i, doc in enumerate(DOCS * 3):
         if i: time.sleep(.05)

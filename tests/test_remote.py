@@ -4,10 +4,16 @@ from collections import Counter
 from pathlib import Path
 import pytest
 from fault_server import FaultServer, error as failure, faults, read_log
-from saeexplainer.remote import FORMS, Budget, Ledger, Traffic, bad_request, retry_after, say
-from saeexplainer.replies import OUTCOMES, answers, reply_key, text_schema
+from saeexplainer.show import say
+from saeexplainer.writers.budget import Budget, Ledger
+from saeexplainer.writers.errors import FORMS, bad_request, retry_after
+from saeexplainer.writers.traffic import Traffic
+from saeexplainer.replies import OUTCOMES, reply_key
+from saeexplainer.writers.parsing import answers, text_schema
 from saeexplainer.store import RunStore
-from saeexplainer.writer import BudgetSpent, OpenAIWriter, Request
+from saeexplainer.replies import Request
+from saeexplainer.writers.budget import BudgetSpent
+from saeexplainer.writers.openai import OpenAIWriter
 from writer_server import Server, completion, error
 
 KEY = 'sk-planted-0123456789'
@@ -99,9 +105,11 @@ def test_the_key_is_nowhere(storm):
 
 CLIENT = '''
 import json, sys
-from saeexplainer.replies import text_schema
+from saeexplainer.writers.parsing import text_schema
 from saeexplainer.store import RunStore
-from saeexplainer.writer import Budget, OpenAIWriter, Request
+from saeexplainer.replies import Request
+from saeexplainer.writers.budget import Budget
+from saeexplainer.writers.openai import OpenAIWriter
 url, store, n, limit = sys.argv[1:]
 writer = OpenAIWriter('small', base_url=url, store=RunStore(store), concurrency=32, timeout=3., pause=.05, budget=Budget(requests=int(limit) or None))
 replies = writer.write([Request(f'Write about #{i}.', seed=i) for i in range(int(n))], schema=text_schema({'samples': 4}))

@@ -1,7 +1,8 @@
 "From a model's raw text to a reply: thinking, drafts, and text that costs time"
 import json, time
 import pytest
-from saeexplainer.replies import Reply, finish, longest_json, text_schema, texts_of, without_thinking
+from saeexplainer.replies import Reply
+from saeexplainer.writers.parsing import finish, longest_json, text_schema, texts_of, without_thinking
 
 LIST = text_schema({'samples': 2})
 

@@ -4,9 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd
 import pytest
-from saeexplainer.metrics import summary
+from saeexplainer.evaluation.tables import summary
 from saeexplainer.presets import data_dir, load_preset
-from saeexplainer.report import Results, code_span, command_of, escape_markdown, measured, write_report
+from saeexplainer.report import measured, write_report
+from saeexplainer.results import Results, command_of
+from saeexplainer.show import code_span, escape_markdown
 
 HOSTILE = '<img src=x onerror=alert(1)>`|*_[a](javascript:b)$x^2$ {: onclick=c }'
 

@@ -5,7 +5,7 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.presets import load_preset
-from saeexplainer.report import Results
+from saeexplainer.results import Results
 from saeexplainer.run import Run, execute, stage_functions
 from saeexplainer.store import KEYS, RunStore
 
@@ -205,7 +205,7 @@ def test_a_refused_first_attempt_does_not_take_the_name(world):
 def test_a_paid_writer_with_a_budget(world, monkeypatch):
     "Stopped by the budget, in an outage and by a time-out, a run ends with the rows of one that nothing stopped; what it cost is in its report, and the key is nowhere"
     from fault_server import FaultServer
-    from saeexplainer.writer import BudgetSpent
+    from saeexplainer.writers.budget import BudgetSpent
     from writer_server import capable
     monkeypatch.setenv('OPENAI_API_KEY', key := 'sk-planted-0123456789')
     monkeypatch.delenv('OPENAI_BASE_URL', raising=False)
@@ -232,7 +232,7 @@ def test_a_paid_writer_with_a_budget(world, monkeypatch):
 
 
 def test_two_models_take_turns(world, finished, monkeypatch):
-    from saeexplainer.injection import Explainer
+    from saeexplainer.explainer import Explainer
     from saeexplainer.target import Target
     loads, from_pretrained, load = [], Explainer.from_pretrained, Target.load
     with Run(world[0]/'runs'/'turns', load_preset(world[1], swap_models=True), progress=False) as run:
@@ -272,7 +272,7 @@ def test_no_pair_is_an_error_and_the_threshold_can_be_lowered(world):
 
 def test_a_correction_goes_on_where_nothing_depends_on_it(world):
     from saeexplainer.run import forget_empty_claim
-    from saeexplainer.sft import claim
+    from saeexplainer.training import claim
     folder, now = world[0]/'runs'/'corrected', lambda **fields: Run(folder, load_preset(world[1], **fields), progress=False)
     with now(evaluation_writer='local:/nope') as run: run.store.start('sft')
     with now(sft_lr=1e-4) as run: # SFT has not ended, so what it is told may change; that of its checkpoints is its own affair
@@ -377,7 +377,7 @@ def flip(file, place=-5): # one bit of one byte
 
 @pytest.mark.parametrize('name', ['adapter_model.safetensors', 'adapter_config.json', 'explainer.json', 'training.json'])
 def test_a_flipped_bit_in_what_a_run_reads_back_is_seen(world, finished, tmp_path, name):
-    from saeexplainer.report import write_results
+    from saeexplainer.results import write_results
     folder = copy_of(finished[0], tmp_path/'run')
     flip(folder/'explainer'/'sft'/name)
     with Run(folder, load_preset(world[1]), progress=False) as run:
@@ -508,9 +508,9 @@ def test_the_report_is_computed_from_its_tables(finished, tmp_path):
 def test_a_run_like_another_takes_over_what_is_the_same(world, finished, monkeypatch):
     "Adapters, replies and steering where the settings are equal: nothing of it is made again; what differs is"
     from saeexplainer import dpo, sft
-    from saeexplainer.models import weights_sha256
+    from saeexplainer.lm.models import weights_sha256
     from saeexplainer.target import Target
-    from saeexplainer.writer import LocalWriter
+    from saeexplainer.writers.local import LocalWriter
     def never(*_, **__): raise AssertionError('made again')
     like = dict(like=finished[0], progress=False)
     with monkeypatch.context() as m:
@@ -540,7 +540,8 @@ def test_a_run_of_another_version_says_so(world):
 
 
 def test_screening_keeps_held_out_features_out(world, finished):
-    from saeexplainer.ablations import screen, screen_table
+    from saeexplainer.evaluation.tables import screen_table
+    from saeexplainer.studies import screen
     with Run(finished[0], load_preset(world[1]), progress=False) as run:
         held_out = run.splits['preference1'][-2:]
         rows = {name: screen(run, name, load_preset(world[1], **kw), held_out, samples=2, n=2)
@@ -554,7 +555,8 @@ def test_screening_keeps_held_out_features_out(world, finished):
 
 
 def test_arms_are_smaller_runs_that_differ_in_one_thing(tmp_path):
-    from saeexplainer.ablations import ARMS, SMALLER, arm_preset, arms_figure, collect_arms
+    from saeexplainer.ablations import arms_figure
+    from saeexplainer.studies import ARMS, SMALLER, arm_preset, collect_arms
     from saeexplainer.presets import diff
     recorded = load_preset('smollm2-135m', size='full')
     assert {line.split(':')[0] for line in diff(recorded, arm_preset('pool-6')).splitlines()} <= set(SMALLER)

@@ -2,10 +2,10 @@
 import json
 import numpy as np, pytest, torch
 from helpers import tiny_model, tiny_tokenizer
-from saeexplainer.sae_training import *
-from saeexplainer.sae_training import _write
+from saeexplainer.sources.sae_training import *
+from saeexplainer.sources.sae_training import _write
 from saeexplainer.saes import FeatureReader
-from saeexplainer.target import residual_stream
+from saeexplainer.lm.hooks import residual_stream
 
 SETTINGS = SAESettings(layer=1, features=64, k=4, steps=130, batch=32, context=8)
 

@@ -2,7 +2,7 @@
 import functools
 import pytest
 import torch
-from saeexplainer.sampling import RowSampler, batches, end_ids, in_float32, new_tokens, pad, pad_rest, sample, seed_for, shared_prefix
+from saeexplainer.lm.sampling import RowSampler, batches, end_ids, in_float32, new_tokens, pad, pad_rest, sample, seed_for, shared_prefix
 from helpers import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 

@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer.injection import CARD, Explainer, ExplainerCard, explanation_prompt
-from saeexplainer.models import load_model
+from saeexplainer.explainer import CARD, Explainer, ExplainerCard
+from saeexplainer.injection import explanation_prompt
+from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sft import SFTResult, _sft_trainer, check_disjoint, claim, last_checkpoint, one_gpu, quiet, sft_dataset, train_sft
+from saeexplainer.sft import SFTResult, _sft_trainer, check_disjoint, sft_dataset, train_sft
+from saeexplainer.training import claim, last_checkpoint, one_gpu, quiet
 
 WORDS = 'cat dog mat fire sea shells rain nation park large area land'.split()
 
@@ -118,18 +120,18 @@ def test_best_eval_loss_is_kept(here, tmp_path):
 KILLED = '''
 import os, sys
 sys.path.insert(0, {tests!r})
-import saeexplainer.sft as sft
+import saeexplainer.sft as sft, saeexplainer.training as training
 from test_sft import train
 kind, step = {kind!r}, {step}
-class Die(sft.TrainerCallback):
+class Die(training.TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if kind == 'step' and state.global_step == step: os.kill(os.getpid(), 9)
 if kind == 'checkpoint': # after the trainer wrote it, before it is listed as complete
     def on_save(self, args, state, control, **kw):
         if state.global_step >= step: os.kill(os.getpid(), 9)
         write(self, args, state, control, **kw)
-    write, sft.Checkpoints.on_save = sft.Checkpoints.on_save, on_save
-if kind == 'finish': sft.save_adapter = lambda *a, **kw: os.kill(os.getpid(), 9)
+    write, training.Checkpoints.on_save = training.Checkpoints.on_save, on_save
+if kind == 'finish': training.save_adapter = lambda *a, **kw: os.kill(os.getpid(), 9)
 make = sft._sft_trainer
 def with_death(*a, **kw):
     trainer = make(*a, **kw); trainer.add_callback(Die()); return trainer
@@ -242,7 +244,7 @@ def test_feature_out_of_range(tmp_path, here):
 
 def test_scoring_labels_only_changes_nothing(here):
     "The positions that are left out never counted: same loss, same gradients"
-    from saeexplainer.sft import labels_only
+    from saeexplainer.training import labels_only
     preset = tiny_preset(here); reader = FeatureReader.load(preset.sae)
     card = ExplainerCard.from_preset(preset, reader)
     found = []

@@ -2,13 +2,16 @@
 import copy, math
 import numpy as np, pandas as pd, pytest, torch
 from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer import models, target as T
-from saeexplainer.models import weights_sha256
+from saeexplainer import target as T, steering as S
+from saeexplainer.lm import models
+from saeexplainer.lm.models import weights_sha256
 from saeexplainer.presets import load_preset
-from saeexplainer.sampling import sample
+from saeexplainer.lm.sampling import sample
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sampling import pad
-from saeexplainer.target import Target, distinct_texts, find_steering_values, residual_hook, residual_stream, steering, tokenise
+from saeexplainer.lm.sampling import pad
+from saeexplainer.lm.hooks import residual_hook, residual_stream
+from saeexplainer.steering import find_steering_values, steering
+from saeexplainer.target import Target, distinct_texts, tokenise
 
 TEXTS = ['The cat sat on the mat.', 'I think that rain', 'A', '', 'She sells sea shells by the sea shore, and the dog lay by the fire.']
 PROMPTS = ['The explanation is simple:', 'I think', 'We']
@@ -401,9 +404,9 @@ def test_several_clamps_and_targets_share_forward_passes(llama):
 def test_logits_in_blocks_are_the_same(llama, monkeypatch):
     clean, f = llama._clean_run(tuple(PROMPTS), 'raw'), lively(llama)[0]
     values = [-5., 1., 3., 8.]
-    whole = T.steered_kls(llama.model, llama.reader, clean, f, values)
-    monkeypatch.setattr(T, 'LOGITS_AT_ONCE', 1)
-    assert T.steered_kls(llama.model, llama.reader, clean, f, values) == pytest.approx(whole, rel=1e-3, abs=1e-6)
+    whole = S.steered_kls(llama.model, llama.reader, clean, f, values)
+    monkeypatch.setattr(S, 'LOGITS_AT_ONCE', 1)
+    assert S.steered_kls(llama.model, llama.reader, clean, f, values) == pytest.approx(whole, rel=1e-3, abs=1e-6)
 
 
 def test_steering_that_cannot_reach_its_kl_says_so(llama):

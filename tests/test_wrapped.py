@@ -2,11 +2,13 @@
 import pytest, torch
 import torch.nn.functional as F
 from helpers import PLACEHOLDER, WRAPPED, save_wrapped, tiny_sae
-from saeexplainer.injection import Explainer, ExplainerCard
-from saeexplainer.models import backbone, decoder_layers, load_model, routers
+from saeexplainer.explainer import Explainer, ExplainerCard
+from saeexplainer.lm.hooks import backbone, decoder_layers, routers
+from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.target import Target, residual_hook, residual_stream
+from saeexplainer.lm.hooks import residual_hook, residual_stream
+from saeexplainer.target import Target
 
 TEXTS = ['The cat sat on the mat.', 'A national park']
 

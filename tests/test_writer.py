@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from saeexplainer.store import RunStore
-from saeexplainer.sampling import can_share, new_tokens, pad
-from saeexplainer.replies import schema_error, text_schema, whole_sentences
-from saeexplainer.writer import LocalWriter, Reply, Request, _open_string, _string, chat_ids
+from saeexplainer.lm.sampling import can_share, new_tokens, pad
+from saeexplainer.writers.parsing import schema_error, text_schema, whole_sentences
+from saeexplainer.replies import Reply, Request
+from saeexplainer.writers.local import LocalWriter, _open_string, _string, chat_ids
 from helpers import tiny_model, tiny_tokenizer
 
 SAMPLES = {'type': 'object', 'properties': {'samples': {'type': 'array', 'items': {'type': 'string'}, 'minItems': 2}}, 'required': ['samples'],
@@ -265,7 +266,7 @@ def test_numbers_that_are_none_choose_nothing():
 
 def test_thinking_between_special_tokens_is_left_out(monkeypatch):
     from helpers import SPECIALS
-    from saeexplainer import writer as module
+    from saeexplainer.writers import local as module
     tokenizer = tiny_tokenizer(specials=[*SPECIALS, '<think>', '</think>'])
     writer = LocalWriter(tiny_model(n_layers=1, vocab=len(tokenizer)), tokenizer)
     for said, text in (('<think> first draft </think> the answer<|im_end|>', 'the answer'), ('the answer</s>', 'the answer'), ('<think> never ends', None)):

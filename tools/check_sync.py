@@ -9,7 +9,7 @@ def export(copy):
     "nbdev_export from nothing, so that modules whose notebook is gone show up too"
     cfg = ConfigParser(interpolation=None)
     cfg.read(copy/'settings.ini', encoding='utf-8')
-    for o in (copy/cfg['DEFAULT']['lib_path']).glob('*.py'):
+    for o in (copy/cfg['DEFAULT']['lib_path']).rglob('*.py'):
         if o.name != '__init__.py': o.unlink()
     command(copy, 'nbdev_export')
 

@@ -6,7 +6,7 @@ import argparse, os, signal, sys
 from importlib.util import find_spec
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive') # threads that spin are faster on an idle machine ('active'), many times slower beside another busy process
-from saeexplainer.models import embedded_gguf
+from saeexplainer.lm.models import embedded_gguf
 
 ALIAS = 'smollm2-135m'
 

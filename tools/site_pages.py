@@ -13,8 +13,11 @@ from nbdev.process import NBProcessor
 from nbmarkdown import LINK, output_markdown
 
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
-ORDER = dict(parts='files models presets plan features corpus saes reading target store chat sampling replies writer remote dictionaries sae_training autointerp run report explorer plots cli'.split(),
-             recipes='your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'.split())
+ORDER = dict(
+    parts=('files show presets plan features saes lm/models lm/hooks lm/chat lm/sampling target steering explainer training store replies writer writers/local writers/openai '
+           'writers/asking writers/errors writers/budget writers/traffic writers/parsing sources/neuronpedia sources/corpus sources/reading sources/sae_training labels '
+           'evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables run results report plots studies dictionaries explorer cli').split(),
+    recipes='your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'.split())
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
 base, code = cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/', f'{cfg.git_url}/blob/{cfg.branch}/'
@@ -124,7 +127,7 @@ def main(out='_docs'):
     pages = cfg.config_path/'_proc'
     shutil.rmtree(pages, ignore_errors=True); pages.mkdir()
     files = {f.relative_to(cfg.nbs_path).as_posix(): f for f in sorted(cfg.nbs_path.rglob('*.ipynb')) if '.ipynb_checkpoints' not in f.parts}
-    exp = lambda f: next(iter(re.findall(r'#\| default_exp ([a-z_]+)', f.read_text())), None)
+    exp = lambda f: next((m.split('.')[-1] for m in re.findall(r'#\| default_exp ([a-z_.]+)', f.read_text())), None)
     global lookup
     lookup = NbdevLookup()
     to = {name: posixpath.join(posixpath.dirname(name), f'{exp(f) or Path(name).stem}.md') for name, f in files.items()}
@@ -152,13 +155,13 @@ def main(out='_docs'):
     for name, f in files.items():
         text = page(f, pages/to[name], links_from(name))
         titles[name] = re.search(r'^# (.+)$', text, re.M)[1]
-        (pages/to[name]).parent.mkdir(exist_ok=True)
+        (pages/to[name]).parent.mkdir(parents=True, exist_ok=True)
         (pages/to[name]).write_text(front_matter(f.relative_to(cfg.config_path).as_posix(), name) + text + '\n', encoding='utf-8')
     for card, where in CARDS.items():
         (pages/where).write_text(front_matter(card) + links_from(f'../{card}')(spaced((cfg.config_path/card).read_text(encoding='utf-8'))), encoding='utf-8')
 
     of = lambda names: [{titles[n]: to[n]} for n in names]
-    rest = lambda folder: [f'{folder}/{n}.ipynb' for n in ORDER[folder]] + [n for n in files if n.startswith(f'{folder}/') and Path(n).stem not in ORDER[folder]]
+    rest = lambda folder: [f'{folder}/{n}.ipynb' for n in ORDER[folder]] + [n for n in files if n.startswith(f'{folder}/') and n.removeprefix(f'{folder}/').removesuffix('.ipynb') not in ORDER[folder]]
     nav = [{'Home': 'index.md'}, {'Chapters': of([n for n in files if '/' not in n and n[0].isdigit()])}, {'Parts': of([n for n in rest('parts') if n in files])},
            {'Recipes': of([n for n in rest('recipes') if n in files])}, {'Data': [{'Embedded model, SAE, labels': 'data-embedded.md'}, {"The paper's numbers": 'data-paper.md'}]},
            {'Glossary': 'glossary.md'}, {'Contributing': 'contributing.md'}]
