@@ -440,16 +440,22 @@ def is_local(writer:str) -> bool: # 'local' or 'local:NAME'
     "Whether a preset's writer is a model in this process"
     return writer.split(':')[0] == 'local'
 
-def data_dir() -> Path: # `$SAEEXPLAINER_DATA`, or data/ beside the package
-    "Where the embedded SAE, features, explainer and results lie"
+def data_dir() -> Path: # `$SAEEXPLAINER_DATA`, data/ inside an installed package, or data/ beside the package in a checkout
+    "Return the folder of what is shipped; a wheel has the SAE, its features and the last explainer, a checkout all of it"
     import saeexplainer
-    given = os.environ.get('SAEEXPLAINER_DATA')
-    return Path(given).expanduser() if given else Path(saeexplainer.__file__).resolve().parent.parent/'data'
+    if given := os.environ.get('SAEEXPLAINER_DATA'):
+        return Path(given).expanduser()
+    package = Path(saeexplainer.__file__).resolve().parent
+    inside = package/'data'
+    return inside if inside.is_dir() else package.parent/'data'
 
 def no_data() -> str: # for the end of an error; empty where the folder is there
     "Where what is shipped can be had"
-    if data_dir().is_dir(): return ''
-    return (f'; there is no {data_dir()} either: what is shipped lies in data/ of a checkout: `git clone {home_page()}` and `pip install -e .` there, '
+    folder = data_dir()
+    if folder.is_dir() and folder.parent.name != 'saeexplainer':
+        return ''
+    what = f'{folder} has only what a wheel holds' if folder.is_dir() else f'there is no {folder} either'
+    return (f'; {what}: all that is shipped lies in data/ of a checkout: `git clone {home_page()}` and `pip install -e .` there, '
             'or set SAEEXPLAINER_DATA to that data/')
 
 def home_page() -> str:
