@@ -1,4 +1,6 @@
 # `make demo` and `make test` do all of their own set-up; `make demo ARGS="--writer openai --model NAME ..."` adds options of `saeexplainer run`. The rest is for those who change the notebooks:
+#   make test-fast                                          lint and the tests that take a moment, under three minutes
+#   make lint                                               ruff, mypy, and what tests/test_house.py asks for
 #   make notebooks [NB=nbs/parts/saes.ipynb] [FLAGS=slow]   re-run notebooks in place and keep their outputs
 #   make bench                                              measure all ratios of bench/ anew, into bench/results.json (a quarter of an hour)
 #   make clean-nbs                                          strip the metadata that Jupyter leaves behind
@@ -17,7 +19,11 @@ step = @printf '\n== %s\n' '$(1)'; time $(2)
 
 BENCHES := scoring training sampling writing steering kl_search corpus requests_queue
 
-.PHONY: demo test install export notebooks clean-nbs docs bench
+LINT := $(BIN)/ruff check .
+TYPES := $(BIN)/mypy
+LOAD := $(BIN)/python -c 'import saeexplainer.lm.models as m; m.load_model(m.EMBEDDED)'
+
+.PHONY: demo test test-fast lint install export notebooks clean-nbs docs bench
 
 demo: install
 	$(BIN)/saeexplainer run smollm2-135m --size demo --name demo $(ARGS)
@@ -26,9 +32,20 @@ test: install
 	$(call step,export in sync with the notebooks,$(BIN)/python tools/check_sync.py export)
 	$(call step,README in sync with index.ipynb,$(BIN)/python tools/check_sync.py readme)
 	$(call step,notebooks clean,$(BIN)/python tools/check_sync.py clean)
-	$(call step,embedded model ready,$(BIN)/python -c 'from saeexplainer import models; models.load_model(models.EMBEDDED)')
+	$(call step,lint,$(LINT))
+	$(call step,types,$(TYPES))
+	$(call step,embedded model ready,$(LOAD))
 	$(call step,notebooks run and their outputs still true,$(BIN)/python tools/check_notebooks.py)
-	$(call step,pytest,$(BIN)/python -m pytest -q --durations=10)
+	$(call step,pytest,$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile)
+
+test-fast: lint
+	$(call step,embedded model ready,$(LOAD))
+	$(call step,pytest,$(BIN)/python -m pytest -q -m 'not slow' -n 2 --dist loadfile)
+
+lint: install
+	$(call step,lint,$(LINT))
+	$(call step,types,$(TYPES))
+	$(call step,layout,$(BIN)/python -m pytest -q tests/test_house.py)
 
 install: $(INSTALLED)
 

@@ -107,8 +107,9 @@ def imported(tree, module, modules, everywhere=True):
             elif origin in modules: found.add(origin)
     return found - {module}
 
-def doors(tree): # imports inside a module's `__getattr__`: old addresses, that point up
-    return {node for function in tree.body if isinstance(function, ast.FunctionDef) and function.name == '__getattr__' for node in ast.walk(function)}
+def is_door(tree): # an old address: it defines nothing but `__getattr__`
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [node.name for node in tree.body if isinstance(node, kinds)] == ['__getattr__']
 
 def import_graph(package=ROOT/PACKAGE):
     "Module -> the modules that it imports; old addresses are left out"
@@ -117,9 +118,9 @@ def import_graph(package=ROOT/PACKAGE):
     graph = {}
     for module, file in modules.items():
         tree = ast.parse(file.read_text(encoding='utf-8'))
+        if is_door(tree) or file.name == '__init__.py': continue
         tree.body = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == '__getattr__')]
-        found = imported(tree, module, modules)
-        if file.name != '__init__.py': graph[module] = sorted(found)
+        graph[module] = sorted(imported(tree, module, modules))
     return graph
 
 def cycle(graph): # a list of modules that ends where it begins; None: there is none
@@ -143,8 +144,21 @@ def levels(graph):
     for module in graph: of(module)
     return level
 
+def middle(modules, place): # mean horizontal place
+    known = [place[module][0] for module in modules if module in place]
+    return sum(known)/max(1, len(known))
+
+def reduced(graph):
+    "The graph without imports that follow from others"
+    above = {}
+    def reach(module):
+        if module not in above:
+            above[module] = set(graph[module]).union(*(reach(other) for other in graph[module]))
+        return above[module]
+    return {module: [o for o in others if not any(o in reach(m) for m in others)] for module, others in graph.items()}
+
 def draw(graph, file):
-    "Write the import graph as SVG: modules in rows, each above what it imports"
+    "Write the import graph as a picture: modules in rows, each above what it imports; a line that follows from others is left out"
     sys.path.insert(0, str(ROOT))
     from matplotlib.figure import Figure
     level = levels(graph)
@@ -152,12 +166,11 @@ def draw(graph, file):
     for module in sorted(graph): rows.setdefault(level[module], []).append(module)
     place = {}
     for height, row in rows.items():
-        below = lambda module: sum(place[m][0] for m in graph[module] if m in place)/max(1, len(graph[module]))
-        for i, module in enumerate(sorted(row, key=below)):
+        for i, module in enumerate(sorted(row, key=lambda name: middle(graph[name], place))):
             place[module] = ((i + .5)/len(row), height)
     fig = Figure(figsize=(11, .62*len(rows) + .5), layout='none')
     ax = fig.add_axes((0, 0, 1, 1))
-    for module, others in graph.items():
+    for module, others in reduced(graph).items():
         for other in others:
             (x, y), (x2, y2) = place[module], place[other]
             ax.plot([x, x2], [y, y2], color='.75', lw=.5, zorder=1)
