@@ -15,7 +15,7 @@ from pathlib import Path
 from .features import card_of, features_file
 from .files import read_json, read_table, write_json, write_table
 from .prefs import candidate_rewards
-from .presets import diff, evaluated_stages, load_preset, presets
+from .presets import diff, evaluated_stages, load_preset, no_data, presets
 
 # %% ../nbs/parts/results.ipynb #f7cea162
 def training_log(run, stage:str): # DataFrame
@@ -47,7 +47,7 @@ class Results:
     "A folder of results: `results['metrics']` is a DataFrame, `results.made` says what made it"
     def __init__(self, folder):
         self.folder = Path(folder)
-        if not (self.folder/'provenance.json').exists(): raise ValueError(f'{folder} holds no results: a run keeps them in its folder report/')
+        if not (self.folder/'provenance.json').exists(): raise ValueError(f'{folder} holds no results: a run keeps them in its folder report/{no_data()}')
         self.made = read_json(self.folder/'provenance.json')
 
     def check(self):

@@ -1,0 +1,50 @@
+"The wheel, installed outside the checkout: it explains and verifies a feature, and names what it does not hold"
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    "A function that runs Python with the installed wheel, in a folder of its own"
+    work = tmp_path_factory.mktemp('wheel')
+    source = work/'source'
+    subprocess.run(['git', 'clone', '-q', '--no-hardlinks', str(ROOT), str(source)], check=True)
+    changed = subprocess.run(['git', 'diff', 'HEAD', '--binary'], cwd=ROOT, capture_output=True, check=True).stdout
+    if changed: subprocess.run(['git', 'apply'], input=changed, cwd=source, check=True)
+    subprocess.run([*PIP, 'wheel', str(source), '--no-deps', '--no-build-isolation', '-w', str(work)], check=True)
+    [wheel] = work.glob('*.whl')
+    assert wheel.stat().st_size < 25e6
+    subprocess.run([*PIP, 'install', '--no-deps', '--target', str(work/'site'), str(wheel)], check=True)
+    (work/'elsewhere').mkdir()
+    env = {**os.environ, 'PYTHONPATH': str(work/'site')}
+    env.pop('SAEEXPLAINER_DATA', None)
+    def run(*args):
+        done = subprocess.run([sys.executable, *args], cwd=work/'elsewhere', env=env, capture_output=True, text=True, timeout=900)
+        return done.returncode, done.stdout, done.stderr
+    return run
+
+
+def test_its_data_is_inside(installed):
+    code, out, err = installed('-c', 'import saeexplainer.presets as p; print(p.data_dir()); print(p.__file__)')
+    folder, file = out.split()
+    assert code == 0, err
+    assert Path(folder) == Path(file).parent/'data'
+
+
+def test_it_explains_and_verifies(installed):
+    code, out, err = installed('-m', 'saeexplainer', 'explain', '5', '--verify', '4')
+    assert code == 0, err
+    assert out.startswith('smollm2-135m/9-res-4k/5 ') and ' of 4 texts reach half of ' in out
+
+
+def test_what_is_not_inside_is_named(installed):
+    code, out, err = installed('-m', 'saeexplainer', 'report', 'nothing-here')
+    assert code and 'Traceback' not in err
+    script = 'from saeexplainer.presets import data_dir\nfrom saeexplainer.results import Results\nResults(data_dir()/"smollm2-135m"/"results")'
+    code, out, err = installed('-c', script)
+    assert code and 'of a checkout' in err.splitlines()[-1]
