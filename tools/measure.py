@@ -2,7 +2,7 @@
 
 The numbers are those of CONTRIBUTING.md. `--graph` draws which module imports which, as a page of the docs shows it.
 """
-import argparse, ast, json, re, sys
+import argparse, ast, json, re
 from collections import Counter
 from pathlib import Path
 
@@ -159,8 +159,9 @@ def reduced(graph):
 
 def draw(graph, file):
     "Write the import graph as a picture: modules in rows, each above what it imports; a line that follows from others is left out"
-    sys.path.insert(0, str(ROOT))
+    import matplotlib
     from matplotlib.figure import Figure
+    matplotlib.rcParams.update({'svg.fonttype': 'none', 'svg.hashsalt': 'layout'})
     level = levels(graph)
     rows = {}
     for module in sorted(graph): rows.setdefault(level[module], []).append(module)
