@@ -9,8 +9,9 @@ __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary']
 import hashlib, json, os, re
 from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 import numpy as np
-from .files import clear_parts, hold, table_kind, table_rows, whole
+from .files import clear_parts, hold, table_kind, table_rows, whole, write_table
 
 # %% ../nbs/parts/dictionaries.ipynb #34fc6642
 def read_explanations(file): # DataFrame, columns feature (str), explanation (str or None)
@@ -161,17 +162,79 @@ def _verdict(v, max_act, preset) -> dict: # `score`: mean of the maxima; `reache
     return dict(index=v.feature, texts=v.texts, scores=scores, score=round(float(v.scores[made].mean()), 4) if made.any() else None, unmade=int((~made).sum()),
                 max_act=max_act, reached=v.reached(max_act, preset.success) if max_act and made.any() else None)
 
+# %% ../nbs/parts/dictionaries.ipynb #0898c0e1
+_INJECTED = ('template', 'placeholder', 'chat_template') # fields of a preset and of a card alike
+
 def _explained_with(preset, explainer, reader) -> dict: # what the explanations depend on
-    from saeexplainer.injection import adapter_of, adapter_sha256
-    of_preset = 'explainer template placeholder chat_template injection_layer injection_coefficient' if explainer in ('ao', 'untrained') else '' # else its card says them
-    return dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer), explanation_tokens=preset.explanation_tokens,
-                adapter_sha256=None if explainer == 'untrained' else adapter_sha256(adapter_of(explainer, preset)),
-                **{'base' if field == 'explainer' else field: getattr(preset, field) for field in of_preset.split()})
+    from saeexplainer.injection import adapter_of, adapter_sha256, model_sha256
+    settings = dict(
+        preset=preset.name,
+        source=preset.source,
+        sae_sha256=reader.sha256,
+        explainer=str(explainer),
+        explanation_tokens=preset.explanation_tokens,
+        adapter_sha256=None if explainer == 'untrained' else adapter_sha256(adapter_of(explainer, preset)))
+    settings |= _by_preset(preset) if explainer in ('ao', 'untrained') else _by_card(explainer)
+    return settings | dict(base_sha256=model_sha256(settings['base']))
+
+def _by_preset(preset) -> dict: # how an oracle and the untrained explainer are asked
+    injected = {field: getattr(preset, field) for field in _INJECTED}
+    injected |= dict(injection_layer=preset.injection_layer, injection_coefficient=preset.injection_coefficient)
+    return dict(base=preset.explainer, **injected)
+
+def _by_card(explainer) -> dict: # how an explainer with a card is asked
+    from saeexplainer.injection import ExplainerCard, _fetch
+    folder = _fetch(explainer)
+    card = ExplainerCard.load(folder)
+    injected = {field: getattr(card, field) for field in _INJECTED}
+    injected |= dict(injection_layer=card.layer, injection_coefficient=card.coefficient)
+    config = folder/'adapter_config.json'
+    scaled_by = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None
+    return dict(base=card.base_model, **injected, adapter_config_sha256=scaled_by)
 
 def _verified_with(preset, n, known) -> dict: # what texts and scores depend on beside that
     fields = 'target dtype sae_hook sae_bos text_temperature text_top_p text_tokens success'.split()
-    return dict(n=n, writer=preset.evaluation_writer, seed=preset.seed, one_text=preset.one_text('evaluation_writer'), **{field: getattr(preset, field) for field in fields},
-                max_acts=hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16])
+    settings = dict(
+        n=n,
+        writer=preset.evaluation_writer,
+        seed=preset.seed,
+        one_text=preset.one_text('evaluation_writer'),
+        **{field: getattr(preset, field) for field in fields},
+        max_acts=hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16])
+    return settings | _judged_by(preset)
+
+def _judged_by(preset) -> dict: # what tells target and writer from others of the same name
+    from saeexplainer.injection import model_sha256
+    from saeexplainer.presets import is_local
+    writer = preset.evaluation_writer
+    found = dict(target_sha256=model_sha256(preset.target))
+    if writer.startswith('local:'):
+        found['writer_sha256'] = model_sha256(writer.removeprefix('local:'))
+    elif not is_local(writer):
+        found['writer_url'] = _server(preset)
+    return found
+
+def _server(preset) -> str: # the address of the writer's server, without user and password
+    from saeexplainer.remote import check_address
+    named = preset.writer_url or os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1'
+    url = urlsplit(check_address(named, password=True))
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2].lower()}{url.path.rstrip('/')}"
+
+def _paid_store(file, # .sqlite beside the file that is made
+                preset): # RunStore
+    "Open the replies of a server; raise `ValueError` where they are those of another one"
+    from saeexplainer.store import RunStore
+    store = RunStore(file)
+    try:
+        server = _server(preset)
+        noted = store.meta('writer_url')
+        if noted not in (None, server) and store.count('replies'):
+            raise ValueError(f'{file} holds replies of a writer at {noted}, not {server}: remove it, or choose another --out')
+        store.note('writer_url', server)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 # %% ../nbs/parts/dictionaries.ipynb #11625c84
 def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'ao': the preset's Activation Oracle
@@ -185,7 +248,6 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     from saeexplainer.saes import FeatureReader
     from saeexplainer.target import Target
     from saeexplainer.presets import is_local
-    from saeexplainer.store import RunStore
     from saeexplainer.writer import writer_for
     out = Path(out)
     files = [out.with_name(f'{out.name}.{part}.part') for part in ('explained', 'verified')]
@@ -207,7 +269,7 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
         if n:
             verified = held.enter_context(closing(Rows(files[1], settings[1])))
             target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
-            with nullcontext() if is_local(preset.evaluation_writer) else RunStore(paid) as store: # a server's replies, until they are all in the file
+            with nullcontext() if is_local(preset.evaluation_writer) else _paid_store(paid, preset) as store: # a server's replies, until they are all in the file
                 _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
             for file in (paid, paid.with_name(paid.name + '.lock')): file.unlink(missing_ok=True)
             parts.append(verified)
@@ -220,9 +282,10 @@ def _finish(out, parts) -> dict: # the parts as one file, in the order of featur
         if r['index'] not in rows: raise ValueError(f'{parts[1].file} has a row of feature {r["index"]}, which was not explained: remove it, and run the command again')
         rows[r['index']] |= r
     table = pd.DataFrame([rows[i] for i in sorted(rows)])
-    with whole(out) as part:
-        if out.suffix=='.parquet': table.to_parquet(part, index=False)
-        else: part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
+    if out.suffix=='.parquet': write_table(table, out)
+    else:
+        with whole(out) as part:
+            part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
     for p in parts: p.file.unlink()
     return _counts(table, out)
 

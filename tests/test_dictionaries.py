@@ -105,6 +105,101 @@ def test_verified_rows_of_other_settings_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match='x.part does not say what it is part of'): Rows(tmp_path/'x.part', said)
 
 
+def cut(file, rows): # as if the work had been killed after so many
+    file.write_bytes(b''.join(file.read_bytes().splitlines(True)[:rows + 1]))
+
+
+def begun(world, tmp_path, monkeypatch, **fields): # (preset whose models and explainer lie in tmp_path, explainer, a function that writes all.jsonl); its parts are kept
+    "A dictionary whose parts hold five rows each"
+    import shutil
+    from dataclasses import replace
+    from saeexplainer import dictionaries
+    folder, _, preset = world
+    model = shutil.copytree(folder/'model', tmp_path/'model')
+    explainer = shutil.copytree(folder/'sft', tmp_path/'sft')
+    card = ExplainerCard.load(explainer)
+    replace(card, base_model=str(model)).save(explainer)
+    preset = replace(preset, target=str(model), explainer=str(model), **fields)
+    make = lambda preset=preset: explain_dictionary(preset, explainer, tmp_path/'all.jsonl', n=2, progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(dictionaries, '_finish', lambda out, parts: None)
+        make()
+    for part in ('explained', 'verified'): cut(tmp_path/f'all.jsonl.{part}.part', 5)
+    return preset, explainer, make
+
+
+def nudge(folder): # other weights under the same name
+    from safetensors.torch import load_file
+    weights = load_file(folder/'model.safetensors')
+    save_file({name: tensor*1.01 for name, tensor in weights.items()}, folder/'model.safetensors', metadata={'format': 'pt'})
+
+
+def test_other_weights_do_not_go_on_with_the_rows_of_the_old_ones(world, tmp_path, monkeypatch):
+    import shutil
+    from dataclasses import replace
+    preset, explainer, make = begun(world, tmp_path, monkeypatch)
+    nudge(tmp_path/'model')
+    with pytest.raises(ValueError, match='explained.part was begun with base_sha256 .*: remove it, or choose another --out'): make()
+    shutil.copytree(world[0]/'model', tmp_path/'model', dirs_exist_ok=True)
+    for field, value in dict(placeholder='<s>', layer=0, coefficient=2., template='Feature {placeholder}?').items():
+        card = ExplainerCard.load(explainer)
+        replace(card, **{field: value}).save(explainer)
+        with pytest.raises(ValueError, match=f'explained.part was begun with (injection_)?{field} '): make()
+        card.save(explainer)
+    assert make()['features'] == 40
+
+
+def test_an_earlier_part_without_hashes_is_resumed(world, tmp_path, monkeypatch):
+    preset, explainer, make = begun(world, tmp_path, monkeypatch)
+    for part in ('explained', 'verified'):
+        first, *rows = (tmp_path/f'all.jsonl.{part}.part').read_text().splitlines(True)
+        old = {k: v for k, v in json.loads(first)['settings'].items() if not k.endswith('sha256') or k in ('sae_sha256', 'adapter_sha256')}
+        (tmp_path/f'all.jsonl.{part}.part').write_text(json.dumps({'settings': old}) + '\n' + ''.join(rows))
+    assert make()['features'] == 40
+
+
+def test_the_weights_of_target_and_writer_are_part_of_the_verdicts(world, tmp_path, monkeypatch):
+    "Also where every explanation is there already, and only texts and scores are left"
+    import shutil
+    from dataclasses import replace
+    from saeexplainer.dictionaries import _verified_with
+    folder, _, preset = world
+    for name in ('target', 'other'): shutil.copytree(folder/'model', tmp_path/name)
+    preset = replace(preset, target=str(tmp_path/'target'), evaluation_writer=f"local:{tmp_path/'other'}")
+    before = _verified_with(preset, 2, {})
+    for name, key in (('target', 'target_sha256'), ('other', 'writer_sha256')):
+        nudge(tmp_path/name)
+        after = _verified_with(preset, 2, {})
+        assert {k for k in after if after[k] != before[k]} == {key}
+        Rows(tmp_path/f'{name}.part', before).close()
+        with pytest.raises(ValueError, match=f"{name}.part was begun with {key} '{before[key]}', not '{after[key]}': remove it"): Rows(tmp_path/f'{name}.part', after)
+        before = after
+
+
+def test_another_server_does_not_go_on_with_the_texts_of_the_first(world, tmp_path, monkeypatch):
+    "By --base-url and by the environment; what was paid for is not taken for the other's"
+    from dataclasses import replace
+    from writer_server import Server, capable
+    from saeexplainer.dictionaries import _paid_store
+    from saeexplainer.replies import Reply, Request
+    monkeypatch.setenv('OPENAI_API_KEY', 'any')
+    with Server(capable) as first, Server(capable) as second:
+        preset, _, make = begun(world, tmp_path, monkeypatch, evaluation_writer='small', writer_url=first.url)
+        part, asked = tmp_path/'all.jsonl.verified.part', len(first.asked)
+        other = replace(preset, writer_url=second.url)
+        says = f"verified.part was begun with writer_url '{first.url}', not '{second.url}': remove it, or choose another --out"
+        with pytest.raises(ValueError, match=says): make(other)
+        monkeypatch.setenv('OPENAI_BASE_URL', second.url)
+        with pytest.raises(ValueError, match=says): make(replace(preset, writer_url=None))
+        kept = part.read_bytes()
+        part.unlink()
+        with _paid_store(tmp_path/'all.jsonl.writer.sqlite', preset) as store: store.put_replies([('key', Request('x'), Reply('y'))])
+        with pytest.raises(ValueError, match=f'all.jsonl.writer.sqlite holds replies of a writer at {first.url}, not {second.url}: remove it, or choose another --out'): make(other)
+        part.write_bytes(kept)
+        monkeypatch.setenv('OPENAI_BASE_URL', first.url + '/')
+        assert make(replace(preset, writer_url=None))['features'] == 40 and not second.asked and len(first.asked) > asked
+
+
 def test_killed_between_the_file_and_its_parts(world, tmp_path, monkeypatch):
     folder, _, preset = world
     for kind in ('jsonl', 'parquet'):
