@@ -199,11 +199,10 @@ def show_summary(table, # `metrics.summary`
 
 def show_report(folder:Path):
     "The table of stages x metrics, and examples with the words that lit up"
-    from saeexplainer.files import read_json
     import pandas as pd
-    from saeexplainer.report import Results, stages_of
+    from saeexplainer.report import Results, read_cases, stages_of
     show_summary(pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric']), Results(folder).chance)
-    for case in read_json(folder/'examples.json', list):
+    for case in read_cases(folder):
         tell(said((case['feature'], 'bold')))
         for stage in stages_of(case): tell(said(f'  {stage:6} {case[stage]}'))
         for stage, best in case['texts'].items(): tell(said(f"  best text of {stage}, {best['score']:.1f} (strongest known {case['max_act']:.1f}): ") + marked(best['pieces']))
