@@ -39,7 +39,8 @@ def _named(row, file) -> tuple: # a feature's name as it stands there, and what 
         return f"{row['modelId']}/{row['layer']}/{_index(row['index'])}" if whole_name else row['index'], row['description']
     if 'feature' not in row or 'explanation' not in row:
         columns = ', '.join(str(name)[:40] for name in list(row)[:12])
-        raise ValueError(f'{file} has the columns {columns}: it needs feature and explanation')
+        unnamed = '; an index of pandas without a name is no column: save it behind reset_index()' if '__index_level_0__' in row else ''
+        raise ValueError(f'{file} has the columns {columns}: it needs feature and explanation{unnamed}')
     return row['feature'], row['explanation']
 
 def _index(value): # 5.0 and '006', which spreadsheets and pandas make of indices, as they were; else the value

@@ -178,6 +178,14 @@ def check_features_of(file:Path, reader): # raises `ValueError`
         wanted = str(wanted)
         if card != file: raise ValueError(f'{card} holds labels of an SAE with hash {wanted[:12]}, this one has {reader.sha256[:12]}: move it away')
         raise ValueError(f'{file} was read from an SAE with hash {wanted[:12]}, this one has {reader.sha256[:12]}: make it again with `saeexplainer features PRESET --anew`')
+    _check_last(file, reader)
+
+def _check_last(file, reader): # raises `ValueError` where a file knows a feature that the SAE does not have
+    n = getattr(reader, 'n_features', None)
+    if n is None or not file.exists(): return
+    try: last = pc.max(pq.read_table(file, columns=['index'])['index']).as_py()
+    except (OSError, ValueError, KeyError, TypeError): return # `load_features` says what is wrong with it
+    if isinstance(last, int) and last >= n: raise ValueError(f'{file} has a feature {last}, the SAE has features 0 to {n - 1}: it is the file of another SAE')
 
 def check_sae_of(preset): # raises `ValueError`
     "The features of a preset against the SAE in its folder, which may have been trained again since; nothing is loaded for it"
@@ -214,6 +222,11 @@ def _fits(found, wanted) -> bool: # Arrow types; whoever wrote the file may have
     if kinds.is_string(wanted):
         return kinds.is_string(found) or kinds.is_large_string(found) or (kinds.is_dictionary(found) and _fits(found.value_type, wanted))
     return kinds.is_integer(found) or (kinds.is_floating(found) and kinds.is_floating(wanted))
+
+def _index_hint(table) -> str: # for the end of an error; empty where pandas keeps no index
+    kept = (table.schema.pandas_metadata or {}).get('index_columns', [])
+    named = any(isinstance(i, dict) and i.get('name') for i in kept)
+    return '; an index of pandas is no column: save it behind reset_index()' if named or '__index_level_0__' in table.column_names else ''
 
 def _check_types(table, schema, file): # raises `ValueError`
     for field in schema:
@@ -252,7 +265,7 @@ def _read_table(file:Path, preset) -> pa.Table:
     if not file.exists(): raise FileNotFoundError(f'there is no {file}' + (preset.corpus == 'embedded' and no_data() or f': `saeexplainer features {preset.called}` makes it'))
     table = _opened(file, 'feature table')
     missing = [name for name in FEATURES_SCHEMA.names if name not in table.column_names and name != 'explanations']
-    if missing: raise ValueError(f'{file} is not a feature table: it lacks the columns {", ".join(missing)}')
+    if missing: raise ValueError(f'{file} is not a feature table: it lacks the columns {", ".join(missing)}{_index_hint(table)}')
     _check_types(table, FEATURES_SCHEMA, file)
     if (source := stored_source(file)) not in (None, preset.source): raise ValueError(f'{file} holds features of {source}, the preset explains {preset.source}: set its field features')
     return table
@@ -279,7 +292,7 @@ def more_labels(file:Path) -> dict: # index -> [Explanation]
     if not file.exists(): return more
     table = _opened(file, 'table of labels')
     if missing := [name for name in ('index', 'text', 'model') if name not in table.column_names]:
-        raise ValueError(f'{file} lacks the columns {", ".join(missing)}: labels have index, text, model, and type where it is known; it has {", ".join(table.column_names[:12])}')
+        raise ValueError(f'{file} lacks the columns {", ".join(missing)}: labels have index, text, model, and type where it is known; it has {", ".join(table.column_names[:12])}{_index_hint(table)}')
     _check_types(table, pa.schema([('index', pa.int32()), *_EXPLANATION]), file)
     for r in table.to_pylist():
         if r['index'] is None: raise ValueError(f"{file} has a label without an index: {str(r['text'])[:80]!r}")

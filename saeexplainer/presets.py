@@ -270,6 +270,12 @@ def _check(preset) -> None: # types, ranges and relations of a new Preset
             if not holds(getattr(preset, name)): raise ValueError(f'preset field {name} must be {words}, not {shown(getattr(preset, name))}')
     for holds, line in _RULES:
         if not holds(preset): raise ValueError('preset: ' + line.format(p=_Shown(preset)))
+    if preset.writer_url is not None: _check_url(preset.writer_url)
+
+def _check_url(url): # raises `ValueError`
+    from saeexplainer.remote import check_address
+    try: check_address(url)
+    except ValueError as error: raise ValueError(f'preset: {error}') from None
 
 # %% ../nbs/parts/presets.ipynb #1ae998bc
 _ORACLES = 'adamkarvonen/checkpoints_latentqa_cls_past_lens'

@@ -186,6 +186,12 @@ def command_of(run) -> str:
     if folder.parent != Path('runs'): words += ['--root', str(folder.parent)]
     return shlex.join(words)
 
+def _day(seconds, store) -> str: # raises `ValueError` where that is no time
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime('%Y-%m-%d')
+    except (ValueError, OverflowError, OSError, TypeError):
+        raise ValueError(f'{store.path} notes {seconds} as the time when its first stage began: put back a copy of it') from None
+
 def provenance(run) -> dict:
     "What a run was made with"
     from saeexplainer.presets import diff, load_preset, presets
@@ -197,7 +203,7 @@ def provenance(run) -> dict:
 
     return dict(preset=p.name, size=p.size, evaluated=evaluated, changes=changes, sae=p.sae, source=p.source, target=p.target, explainer=p.explainer, writer=p.writer,
                 evaluation_writer=p.evaluation_writer, seed=p.seed, commit=' + '.join(dict.fromkeys(c for s in stages['stage'] for c in (run.store.meta(f'commit_{s}', kind=str) or '').split(' + ') if c)),
-                begun=datetime.fromtimestamp(stages['started'].min(), timezone.utc).strftime('%Y-%m-%d'),
+                begun=_day(stages['started'].min(), run.store),
                 **(run.store.meta('machine', kind=dict) or machine(run)), sae_sha256=run.reader.sha256, seconds=dict(zip(stages['stage'], stages['seconds'].round(1).tolist())), # of the last sitting of each
                 sittings={s: run.store.detail(s).get('attempts', 1) for s in stages['stage']},
                 notes=run.store.meta('notes', kind=list) or [], labels=label_source(run.preset), like=run.store.meta('like'), writer_cost=run.store.cost(), writers=run.store.accounts(),
@@ -405,11 +411,18 @@ def report_markdown(results:Results, table) -> str: # table: `summary`
 
 # %% ../nbs/parts/report.ipynb #513eb0ff
 def check_measured(run):
-    "Raise `ValueError` where the store lacks the metrics of an explainer: it is not what the evaluation left"
+    "Raise `ValueError` where the store lacks metrics or explanations of an explainer: it is not what the evaluation left"
     from saeexplainer.run import explainer_stages
-    there = set(run.store.metrics()['stage'])
-    if lacks := [stage for stage in explainer_stages(run.preset) if stage not in there]:
-        raise ValueError(f"{run.store.path} has no metrics of {', '.join(lacks)}, but its evaluation is marked as finished: put back a copy of it, or begin under another --name")
+    stages, metrics = explainer_stages(run.preset), run.store.metrics()
+    helps = 'put back a copy of it, or begin under another --name'
+    if lacks := [stage for stage in stages if stage not in set(metrics['stage'])]:
+        raise ValueError(f"{run.store.path} has no metrics of {', '.join(lacks)}, but its evaluation is marked as finished: {helps}")
+    said = run.store.explanations()
+    said = set(zip(said['stage'], said['feature']))
+    shown = metrics[(metrics['metric'] == 'generative') & metrics['stage'].isin(['label', *stages])]
+    for stage, feature in zip(shown['stage'], shown['feature']):
+        if feature not in run.features: raise ValueError(f'{run.store.path} has metrics of feature {feature}, which {run.preset.source} does not have: {helps}')
+        if (stage, feature) not in said: raise ValueError(f'{run.store.path} has metrics of feature {feature} by {stage}, but not its explanation: {helps}')
 
 def write_results(run) -> Path: # the folder
     "Write tables, examples and provenance of a finished run"

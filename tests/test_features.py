@@ -608,3 +608,22 @@ def test_a_key_that_is_none_is_not_shown(key, monkeypatch):
     monkeypatch.setenv('NEURONPEDIA_API_KEY', key)
     with pytest.raises(ValueError, match='NEURONPEDIA_API_KEY holds characters that no key has') as e: neuronpedia_feature('m/s/7', api='http://127.0.0.1:9')
     assert 's' + key[1:] not in str(e.value) and 'cret' not in str(e.value)
+
+
+def test_an_index_of_pandas_is_no_column(tmp_path):
+    import pandas as pd
+    from saeexplainer.features import more_labels
+    labels = pd.DataFrame({'text': ['a', 'b'], 'model': 'm'}, index=pd.RangeIndex(2, name='index'))
+    labels.to_parquet(tmp_path/'labels.parquet') # pandas writes a range as a note
+    with pytest.raises(ValueError, match=r'labels.parquet lacks the columns index.*save it behind reset_index\(\)'): more_labels(tmp_path/'features.parquet')
+    labels.reset_index().to_parquet(tmp_path/'labels.parquet')
+    assert set(more_labels(tmp_path/'features.parquet')) == {0, 1}
+
+
+def test_a_feature_that_the_sae_does_not_have_names_the_file(tmp_path):
+    import pandas as pd
+    from types import SimpleNamespace
+    from saeexplainer.features import check_features_of
+    pd.DataFrame({'index': [0, 40]}).to_parquet(tmp_path/'features.parquet')
+    check_features_of(tmp_path/'features.parquet', SimpleNamespace(sha256='a', n_features=41))
+    with pytest.raises(ValueError, match='features.parquet has a feature 40, the SAE has features 0 to 39'): check_features_of(tmp_path/'features.parquet', SimpleNamespace(sha256='a', n_features=40))

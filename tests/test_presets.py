@@ -232,3 +232,8 @@ def test_every_field_has_help_and_stands_in_the_table():
     assert all(field_help().values()) and set(field_help()) == {f.name for f in dataclasses.fields(Preset)}
     table = preset_table()
     assert set(table.index) | {'name', 'size'} == set(field_help()) and table.loc['n_sft', 'smollm2-135m (full)'] == 2350
+
+
+@pytest.mark.parametrize('url, says', [('localhost:8000/v1', 'it begins with http:// or https://'), ('http://:80/v1', 'it names no host'), ('http://x:99999/v1', 'its port must be a number'), ('http://x/v1/chat/completions', 'it must be the base URL')])
+def test_an_address_follows_the_rule_of_the_writer(url, says):
+    with pytest.raises(ValueError, match=says): load_preset('smollm2-135m', writer_url=url)
