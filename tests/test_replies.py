@@ -23,6 +23,47 @@ def test_what_stands_before_the_end_of_thinking_is_no_answer(form):
     assert json.loads(finish(said('Maybe {"samples": ["a first draft", "of two texts"]}', '{"samples": ["a cat", "a dog"]}'), schema=LIST)['text']) == {'samples': ['a cat', 'a dog']}
 
 
+OPENED = {'<think >': '</think >', '< think>': '</think>', '<think time="3" src="a/b">': '</think>', '<mm:think>': '</mm:think>', '<scratchpad>': '</scratchpad>', '<reflection>': '</reflection>', '<reasoning>': '</reasoning>',
+          '<|thought|>': '<|/thought|>', '<|begin_of_thought|>': '<|end_of_thought|>', '<|think_start|>': '<|think_end|>', '<|thinking|>': '<|answer|>', '<thought_process>': '</thought_process>', '<inner_monologue>': '</inner_monologue>',
+          '<antThinking>': '</antThinking>', '<think>\n<think>': '</think>', '<thinking>Hm <reflection>': '</reflection> hm </thinking>', 'analysisWe need to see. ': 'assistantfinal', 'analysis': 'assistantcommentaryHm.assistantfinal',
+          'Here is my thought process: ': '\nHere is my response: ', '<think>I shall end with "</think>". ': '</think>', '<think>Like ["a </think> b"]? ': '</think>'}
+WRAPPED = ['<answer>{answer}</answer>', '<answer>{answer}', '{draft} <answer>{answer}</answer>', '<think>{draft}</think>\n<answer>\n{answer}\n</answer>', '<response>{answer}</response>', '<Final_Answer>{answer}</Final_Answer>\n',
+           '<answer>{answer}</answer> I hope that this helps.', '<answer>{draft}</answer> No: <answer>{answer}</answer>', '<|begin_of_thought|>{draft}<|end_of_thought|><|begin_of_solution|>{answer}<|end_of_solution|>', '<think/>{answer}']
+FIRST = ['{answer} <think>Is that ok?</think>', '{answer}\n<scratchpad>{draft}</scratchpad>\n', '<think>{draft}</think>{answer}<think>ok?</think>', '{answer}<think>{draft}</think><think></think>']
+QUOTING = '{"samples": ["she wrote </think> on the board", "<think> begins it"]}'
+
+@pytest.mark.parametrize('form', [*(f'{begin}{{draft}}{end}{{answer}}' for begin, end in OPENED.items()), *WRAPPED, *FIRST])
+def test_thoughts_of_many_shapes_are_left_out(form):
+    said = lambda draft, answer: form.replace('{draft}', draft).replace('{answer}', answer)
+    assert finish(said('Perhaps a dog. But no ...', 'A cat sat.')) == dict(text='A cat sat.', cut=False)
+    assert finish(said('It could be {"choice": "A"}. But no ...', '{"choice": "B"}'), choices=['A', 'B'])['text'] == 'B'
+    assert finish(said('It is A.', 'B'), choices=['A', 'B'])['text'] == 'B'
+    assert finish(said('Maybe {"samples": ["x </think> y", "z"]}', QUOTING), schema=LIST)['text'] == QUOTING
+    assert finish(said('Maybe.', f'```json\n{QUOTING}\n```'), schema=LIST)['text'] == QUOTING
+
+
+@pytest.mark.parametrize('begin', [*OPENED, '<answer>a</answer><think>', '<think>a</think>b<mm:think >'])
+@pytest.mark.parametrize('cut', [True, False])
+def test_thoughts_of_many_shapes_may_never_end(begin, cut):
+    for form in (dict(), dict(choices=['A', 'B']), dict(schema=LIST)):
+        assert finish(begin + 'Maybe {"samples": ["a", "b"]} and {"choice": "A"}. A', cut, **form)['outcome'] == 'unparsed'
+
+
+def test_what_stands_before_the_last_thoughts_is_no_answer_of_a_cut_reply():
+    assert finish('Let me see. <think>A cat?</think>', True)['outcome'] == 'empty'
+    assert finish('{"choice": "A"} <think>ok?</think>', True, choices=['A', 'B'])['outcome'] == 'empty'
+
+
+@pytest.mark.parametrize('text', ['Maybe {"samples": ["a", "b"]}. No, rather', '{"samples": ["a", "b"]} Better: {"samples": ["c', 'Maybe {"samples": ["a", "b"]} as in [1]', 'Maybe {"samples": ["a", "b"]}, or {"samples": ["c", "d"]}, but'])
+def test_a_draft_in_a_cut_reply_is_no_answer(text):
+    assert finish(text, True, schema=LIST) == dict(outcome='unparsed', error='cut, and its JSON may be a draft', cut=True)
+    assert finish(text, False, schema=LIST)['text']
+
+
+@pytest.mark.parametrize('text', ['{"samples": ["a", "b"]}\nThese texts are', '```json\n{"samples": ["a", "b"]}\n```\nThese', 'Here they are: {"samples": ["a", "b"]}', '<think>Maybe {"samples": ["c", "d"]}. But</think>{"samples": ["a", "b"]}'])
+def test_an_answer_in_a_cut_reply_is_one(text): assert finish(text, True, schema=LIST)['text'] == '{"samples": ["a", "b"]}'
+
+
 @pytest.mark.parametrize('begin', ['<think>', '<thinking>\n', '[THINK]', '◁think▷', '<|START_THINKING|>', '<|channel>thought\n', '<|channel|>analysis<|message|>', '<think>a</think>b<think>', 'The answer is <think>'])
 @pytest.mark.parametrize('cut', [True, False])
 def test_thinking_that_never_ends_is_an_outcome_and_no_text(begin, cut):
@@ -35,7 +76,9 @@ def test_thoughts_without_an_answer_are_empty():
     assert finish('<think>Nothing comes to mind.</think>\n ')['outcome'] == 'empty'
 
 
-@pytest.mark.parametrize('text', ['I think, therefore <b>I am</b>.', 'An analysis of the final assistant.', 'analysis: it rains', 'a < b > c', 'the [1] note', '<|im_end|> ends a turn', 'thought and channel'])
+@pytest.mark.parametrize('text', ['I think, therefore <b>I am</b>.', 'An analysis of the final assistant.', 'analysis: it rains', 'a < b > c', 'the [1] note', '<|im_end|> ends a turn', 'thought and channel',
+    'analysis of the assistantfinal exam.', 'The tag "<think>" opens it.', 'It ends with `</think>`.', "the tokens '<think>' and '</think>'", 'She wrote (“</think>”).', 'x < think y', 'put it between <answer> and </answer> tags.',
+    'In XML, <answer> is a tag.', '<reason>Bad</reason>', 'analysis-based', '<b>think</b>', '"She wrote </think> here"', '<think about it'])
 def test_texts_without_marks_stay_as_they_are(text): assert without_thinking(text) == finish(text)['text'] == text
 
 
@@ -61,7 +104,8 @@ def test_the_last_list_that_fits_counts(text, samples): assert json.loads(finish
 # ---- what costs time
 
 @pytest.mark.parametrize('text', ['['*200_000, '{"a":'*40_000, '[1,'*70_000, '["'*100_000, '{'*200_000, ('['*900 + 'x ')*220, '['*900 + '1,'*100_000, '["' + 'a'*200_000, '[' + '["a", '*30_000, '["\\'*70_000,
-                                  '['*100_000 + ']'*100_000, 'a.' + ' '*200_000 + 'b', 'word.'*40_000, '<think>'*30_000, '</think>'*25_000, 'analysis'*25_000, '<|channel|>final'*12_000])
+                                  '['*100_000 + ']'*100_000, 'a.' + ' '*200_000 + 'b', 'word.'*40_000, '<think>'*30_000, '</think>'*25_000, 'analysis'*25_000, '<|channel|>final'*12_000,
+                                  '<think><reflection></reflection>'*8_000, '<think'*40_000, '<' + 'a-'*90_000, '<a_'*50_000, '<think ' + 'a=b '*50_000, '<answer>'*25_000, '<think>"[{'*20_000, '<answer></answer>a'*12_000, 'analysisWe' + 'assistantfinal'*15_000, '< '*80_000])
 def test_long_nonsense_is_read_in_well_under_a_second(text):
     began = time.process_time()
     for cut, form in ((False, dict(schema=LIST)), (True, dict(choices=['A', 'B'])), (True, dict())): finish(text, cut, **form)
