@@ -1,7 +1,7 @@
 "From a model's raw text to a reply: thinking, drafts, and text that costs time"
 import json, time
 import pytest
-from saeexplainer.replies import Reply, finish, longest_json, text_schema, texts_of, without_thinking
+from saeexplainer.replies import Reply, Request, finish, longest_json, text_schema, texts_of, without_thinking
 
 LIST = text_schema({'samples': 2})
 
@@ -123,3 +123,16 @@ def test_a_refusal_in_plain_text_is_no_text():
 def test_a_zero_byte_that_json_spells_is_left_out():
     schema = text_schema({'samples': 2})
     assert json.loads(finish('{"samples": ["a\\u0000b", "c"]}', schema=schema)['text'])['samples'] == ['ab', 'c']
+
+
+# ---- what may be asked
+
+@pytest.mark.parametrize('wrong', [*(dict(temperature=t) for t in (float('nan'), float('inf'), -1, 1e-40, 1e-300, 1e300, 10**400, 'warm', None, True)), *(dict(top_p=p) for p in (0, -1, 1.01, float('nan'), None)),
+                                   *(dict(max_tokens=n) for n in (0, -1, 1.5, float('nan'), None)), *(dict(seed=s) for s in (.5, 2**64, None)), dict(prompt=None), dict(system=5)])
+def test_a_request_that_cannot_be_meant_is_refused(wrong):
+    with pytest.raises(ValueError, match='^a request: ') as e: Request(**dict(prompt='Say yes.') | wrong)
+    assert [*wrong][0] in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 200
+
+
+def test_requests_at_the_ends_of_the_ranges():
+    for right in (dict(temperature=0), dict(temperature=1e-6), dict(temperature=2), dict(top_p=1), dict(max_tokens=1), dict(seed=-1), dict(seed=2**63 - 1), dict(system='')): Request('Say yes.', **right)
