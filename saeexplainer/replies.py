@@ -130,7 +130,7 @@ _ANSWER = r'(?:final[ _-]?)?(?:answer|response|solution|output)'
 _MARKS = re.compile(rf"""
     <(?P<lead>[\s|｜/]{{0,4}}) (?P<name>(?:ant|(?:[a-z0-9.]{{1,20}}[:_-]){{0,3}}) (?P<tag>{_THOUGHT}) (?:[_-]\w{{1,30}})?)
         (?:\s+[\w:.-]{{1,40}}\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)){{0,8}} (?P<tail>[\s|｜/]{{0,4}})>
-    | </?(?P<torn>think(?:ing)?|thought|reasoning)\Z
+    | [<\[◁]/?(?P<torn>think(?:i|in|ing)?|thought|reasoning)\Z
     | \[/?(?P<bracket>THINK)\] | ◁/?(?P<arrow>think)▷
     | (?P<final> <channel\|> | <\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|> | <\|(?:start_|begin_of_)?{_ANSWER}\|> )
     | (?P<channel> <\|channel>\s*thought\b | <\|channel\|>\s*(?:analysis|commentary)\b )
@@ -197,7 +197,7 @@ def without_thinking(text:str,
                      cut:bool=False # whether max_tokens ended it: what stood before the last thoughts is no answer then
                     ) -> str|None: # None: the thinking never ends
     "Return what a model says outside of its thoughts, as it is where there are none"
-    if text.startswith(('{', '[', '"')) and is_json(text):
+    if text.startswith(('{', '[', '"')) and is_json(text) and not _MARKS.match(text, 1):
         return text
     for begins, ends in _PLAIN:
         if begins.match(text):
@@ -265,11 +265,11 @@ def longest_json(text:str, schema=None): # value; None: there is no JSON in it
 def maybe_draft(text:str, # of a reply that was cut
                 start:int, end:int # of JSON in it
                ) -> bool:
-    "Return whether JSON may be a draft: it neither begins nor ends the text, or more JSON was begun behind it"
+    "Return whether JSON may be a draft: it neither begins nor ends the text, or more JSON or a mark was begun behind it"
     before, after = text[:start], text[end:]
     if re.fullmatch(r'[\s`.]*', after):
         return False
-    return not re.fullmatch(r'\s*(?:```\w*\s*)?', before) or bool(re.search(r'[{\[]\s*["{\[]', after))
+    return not re.fullmatch(r'\s*(?:```\w*\s*)?', before) or bool(re.search(r'[{\[]\s*["{\[]|[<\[◁]\S{0,20}\Z', after))
 
 # %% ../nbs/parts/replies.ipynb #451c8827
 def valid_text(text) -> str:
@@ -296,7 +296,7 @@ _TASK = r'(?:help|assist|comply|fulfill?|provide|write|create|generate|continue|
 _REFUSAL = re.compile(rf'(?:{_SORRY})?{_UNABLE} {_TASK}|As an AI language model\b', re.I)
 
 def refuses(text) -> bool:
-    "Return whether a text begins as models begin when they will not write what was asked for"
+    "Return whether a text begins as models begin, in English, when they will not write what was asked for; a refusal in another language is not recognised"
     return bool(_REFUSAL.match(text.lstrip('*_"\' ')))
 
 # %% ../nbs/parts/replies.ipynb #f2a10316

@@ -49,6 +49,15 @@ def test_thoughts_of_many_shapes_may_never_end(begin, cut):
         assert finish(begin + 'Maybe {"samples": ["a", "b"]} and {"choice": "A"}. A', cut, **form)['outcome'] == 'unparsed'
 
 
+@pytest.mark.parametrize('begin', OPENED)
+def test_thoughts_that_are_cut_anywhere_are_no_answer(begin):
+    for draft, answer, form in (('A dog. No ', 'A cat sat.', dict()), ('{"choice": "A"}, no ', '{"choice": "B"}', dict(choices=['A', 'B'])), ('["x"] {"samples": ["c", "d"]}', QUOTING, dict(schema=LIST))):
+        whole = begin + draft + OPENED[begin] + answer
+        for length in range(len(begin) + 1, len(whole) + 1):
+            text = finish(whole[:length], True, **form).get('text')
+            assert text is None or (answer.startswith(text) if not form else text in ('B', QUOTING)), whole[:length]
+
+
 def test_what_stands_before_the_last_thoughts_is_no_answer_of_a_cut_reply():
     assert finish('Let me see. <think>A cat?</think>', True)['outcome'] == 'empty'
     assert finish('{"choice": "A"} <think>ok?</think>', True, choices=['A', 'B'])['outcome'] == 'empty'
@@ -78,7 +87,7 @@ def test_thoughts_without_an_answer_are_empty():
 
 @pytest.mark.parametrize('text', ['I think, therefore <b>I am</b>.', 'An analysis of the final assistant.', 'analysis: it rains', 'a < b > c', 'the [1] note', '<|im_end|> ends a turn', 'thought and channel',
     'analysis of the assistantfinal exam.', 'The tag "<think>" opens it.', 'It ends with `</think>`.', "the tokens '<think>' and '</think>'", 'She wrote (“</think>”).', 'x < think y', 'put it between <answer> and </answer> tags.',
-    'In XML, <answer> is a tag.', '<reason>Bad</reason>', 'analysis-based', '<b>think</b>', '"She wrote </think> here"', '<think about it'])
+    'In XML, <answer> is a tag.', '<reason>Bad</reason>', 'analysis-based', '<b>think</b>', '"She wrote </think> here"', 'a list [1] or {2}', '<think about it'])
 def test_texts_without_marks_stay_as_they_are(text): assert without_thinking(text) == finish(text)['text'] == text
 
 
