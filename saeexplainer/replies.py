@@ -149,14 +149,16 @@ def _closes(mark) -> bool: # whether it ends thoughts
         return '/' in mark[0]
     return '/' in mark['lead'] + mark['tail'] or 'end' in re.split('[:_-]', mark['name'].lower())
 
-def _marks(text): # [(start, end, kind of thoughts, whether it closes them)]; none of those that a text quotes
-    marks = list(_MARKS.finditer(text))
+def _meant(text, pattern) -> list: # its matches, but for those that the text quotes
+    marks = list(pattern.finditer(text))
     spans = [span[:2] for span in json_values(text)] if marks else []
     starts = [start for start, _ in spans]
+    within = lambda mark: any(mark.start() < end for _, end in spans[:bisect_right(starts, mark.start())][-1:])
+    return [mark for mark in marks if not within(mark) and not _quoted(text, mark)]
+
+def _marks(text): # [(start, end, kind of thoughts, whether it closes them)]
     found = []
-    for mark in marks:
-        at = bisect_right(starts, mark.start()) - 1
-        if (at >= 0 and mark.start() < spans[at][1]) or _quoted(text, mark): continue
+    for mark in _meant(text, _MARKS):
         kind = mark['tag'] or mark['torn'] or mark['bracket'] or mark['arrow'] or 'channel'
         found.append((mark.start(), mark.end(), kind.lower(), _closes(mark)))
     return found
@@ -168,7 +170,7 @@ _ENDS = re.compile(rf'<\|(?:return|end|/{_ANSWER}|END_RESPONSE|end_of_{_ANSWER})
 _WRAP = re.compile(rf'<(/?)\s*({_ANSWER})\s*>', re.I)
 
 def _unwrapped(text) -> str: # without the tags of an answer, where one begins or ends the text
-    tags = list(_WRAP.finditer(text))
+    tags = _meant(text, _WRAP)
     last = tags[-1] if tags and tags[-1][1] and not text[tags[-1].end():].strip() else None
     opening = next((tag for tag in reversed(tags) if not tag[1]), None) if last else None
     if opening:
@@ -201,10 +203,10 @@ def without_thinking(text:str,
         return text
     for begins, ends in _PLAIN:
         if begins.match(text):
-            found = list(ends.finditer(text))
+            found = _meant(text, ends)
             return _unwrapped(text[found[-1].end():].strip()) if found else None
     said = _outside(text)
-    if said is None:
+    if said is None or (cut and re.fullmatch(r'[<\[◁][^\s>\]▷]*', text)): # cut within its first mark
         return None
     if len(said) == 1 and said[0] == text:
         return _unwrapped(text)

@@ -1,5 +1,5 @@
 "From a model's raw text to a reply: thinking, drafts, and text that costs time"
-import json, time
+import json, random, time
 import pytest
 from saeexplainer.replies import Reply, Request, finish, longest_json, text_schema, texts_of, without_thinking
 
@@ -30,7 +30,7 @@ OPENED = {'<think >': '</think >', '< think>': '</think>', '<think time="3" src=
 WRAPPED = ['<answer>{answer}</answer>', '<answer>{answer}', '{draft} <answer>{answer}</answer>', '<think>{draft}</think>\n<answer>\n{answer}\n</answer>', '<response>{answer}</response>', '<Final_Answer>{answer}</Final_Answer>\n',
            '<answer>{answer}</answer> I hope that this helps.', '<answer>{draft}</answer> No: <answer>{answer}</answer>', '<|begin_of_thought|>{draft}<|end_of_thought|><|begin_of_solution|>{answer}<|end_of_solution|>', '<think/>{answer}']
 FIRST = ['{answer} <think>Is that ok?</think>', '{answer}\n<scratchpad>{draft}</scratchpad>\n', '<think>{draft}</think>{answer}<think>ok?</think>', '{answer}<think>{draft}</think><think></think>']
-QUOTING = '{"samples": ["she wrote </think> on the board", "<think> begins it"]}'
+QUOTING = '{"samples": ["she wrote </think> on the <answer> board", "<think> begins assistantfinal"]}'
 
 @pytest.mark.parametrize('form', [*(f'{begin}{{draft}}{end}{{answer}}' for begin, end in OPENED.items()), *WRAPPED, *FIRST])
 def test_thoughts_of_many_shapes_are_left_out(form):
@@ -56,6 +56,10 @@ def test_thoughts_that_are_cut_anywhere_are_no_answer(begin):
         for length in range(len(begin) + 1, len(whole) + 1):
             text = finish(whole[:length], True, **form).get('text')
             assert text is None or (answer.startswith(text) if not form else text in ('B', QUOTING)), whole[:length]
+
+
+@pytest.mark.parametrize('text', ['<think', '</think', '<scratch', '<mm:thi', '[THI', '◁th', '<|channel'])
+def test_a_reply_that_is_cut_within_its_first_mark_has_no_answer(text): assert finish(text, True)['outcome'] in ('unparsed', 'empty')
 
 
 def test_what_stands_before_the_last_thoughts_is_no_answer_of_a_cut_reply():
@@ -95,6 +99,20 @@ def test_marks_inside_json_are_part_of_its_texts():
     said = json.dumps({'samples': ['It ends with </think> here.', '<think> begins it.']})
     assert finish(said, schema=LIST)['text'] == said
     assert texts_of(Reply(said), {'samples': 2})['samples'][1] == ('<think> begins it.', None) # read again from a store
+
+
+WORDS = 'the a analysis assistantfinal think thought final answer <b> </b> [1] {x} "said" it\'s — reasoning: é 你好 \n ``` # * <br/> a<b (think) /think'.split(' ')
+MARKS = ['<think>', '</think>', '</answer>', '<answer>', '[THINK]', '<|channel|>final<|message|>', '</mm:think >']
+
+def test_marks_that_lists_quote_stay_whatever_stands_around_them():
+    for seed in range(200):
+        rng = random.Random(seed)
+        plain = 'So ' + ' '.join(rng.choices(WORDS, k=20)).strip()
+        assert finish(plain) == dict(text=plain, cut=False), seed
+        texts = [f'{i} ' + ' '.join(' '.join(rng.choices([*WORDS, *MARKS], k=6)).split()) for i in range(2)]
+        for form in ('{}', '```json\n{}\n```', 'Sure! {}', '<think>hm</think>{}', '<think>hm ["x</think>"]</think>\n{}\n', '{} <think>ok</think>', 'assistantfinal{}', 'analysisWe need. assistantfinal{}', '<answer>{}</answer>'):
+            said = form.replace('{}', json.dumps({'samples': texts}))
+            assert json.loads(finish(said, schema=LIST)['text'])['samples'] == texts, said
 
 
 # ---- which JSON of several
