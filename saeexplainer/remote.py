@@ -381,7 +381,8 @@ def _joined(found, more, schema): # fields of a reply whose lists were topped up
 class _Heard:
     "The replies that came from a server, so that one that comes again is noticed"
     def __init__(self):
-        self.said = OrderedDict() # (id, created) -> {(text, tokens): what was asked}, two texts at most; ids alone can be small random numbers
+        # (id, created) -> {(text, tokens): what was asked}, two texts at most; ids alone can be small random numbers
+        self.said = OrderedDict()
         self.ids = OrderedDict()
         self.replies = 0
         self.new = 0 # replies with an id that was new
@@ -524,7 +525,8 @@ class _Asking:
         name = reply.get('model')
         said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name[:1000])[:200] if isinstance(name, str) else '', tokens=tokens)
         how = dict(drawn=sent.get('temperature') != 0, chosen=self.choices is not None)
-        if w.heard.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how): return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
+        if w.heard.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
+            return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
         if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(str(refusal)[:5000]).split())[:300]}')
         if choice.get('finish_reason') == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said
@@ -707,7 +709,8 @@ class _Model:
             return f'{self.where} has no chat completions ({says}): is it the base URL of a server, ending in /v1?'
         if got.kind == '404': return f'{self.where} has no model {self.model!r} for the key in {self.key_env} ({says})'
         if got.verdict == 'redirect': return f'{self.where} answers with a redirect, which is not followed ({says}): if that is right, make it the base URL'
-        if got.kind.startswith('3'): return f'{self.where} answers with the status {got.kind} and no reply ({says}): is it the URL of a chat completions server, ending in /v1?'
+        if got.kind.startswith('3'):
+            return f'{self.where} answers with the status {got.kind} and no reply ({says}): is it the URL of a chat completions server, ending in /v1?'
         if got.kind == 'unsent': return f'no request can be sent to {self.where} ({says})'
         if got.stop is ConnectionError: return f'the certificate of {self.where} is not trusted ({says}): SSL_CERT_FILE can name one that is'
         if got.stop: return f'{self.where} does not take this request to the model {self.model!r}, with the key in {self.key_env} ({says})'

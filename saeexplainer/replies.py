@@ -40,7 +40,8 @@ class Request:
 
 _VALUES = ( # of a request: what must hold, in words
     ('max_tokens', lambda value: isinstance(value, int) and value >= 1, 'a whole number, 1 or more'),
-    ('temperature', lambda value: isinstance(value, (int, float)) and (value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE),
+    ('temperature',
+     lambda value: isinstance(value, (int, float)) and (value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE),
      f'0 or from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}'),
     ('top_p', lambda value: isinstance(value, (int, float)) and 0 < value <= 1, 'more than 0 and at most 1'),
     ('seed', lambda value: isinstance(value, int) and abs(value) < 2**63, 'a whole number of 64 bits'))
@@ -125,14 +126,17 @@ def is_json(text:str) -> bool:
     return True
 
 # %% ../nbs/parts/replies.ipynb #4425e878
-_THOUGHT = r'(?:think(?:ing)?|thoughts?|reasoning|reflect(?:ion)?|scratch_?pad|analysis|rationale|cot|monologue|deliberation|brainstorm(?:ing)?|planning)'
+_THOUGHT = (r'(?:think(?:ing)?|thoughts?|reasoning|reflect(?:ion)?|scratch_?pad|analysis|rationale|cot|monologue'
+            r'|deliberation|brainstorm(?:ing)?|planning)')
 _ANSWER = r'(?:final[ _-]?)?(?:answer|response|solution|output)'
 _MARKS = re.compile(rf"""
-    <(?P<lead>[\s|｜/]{{0,4}}) (?P<name>(?:ant|(?:[a-z0-9.]{{1,20}}[:_-]){{0,3}}) (?P<tag>{_THOUGHT}) (?:[_-]\w{{1,30}})?)
+    <(?P<lead>[\s|｜/]{{0,4}})
+        (?P<name>(?:ant|(?:[a-z0-9.]{{1,20}}[:_-]){{0,3}}) (?P<tag>{_THOUGHT}) (?:[_-]\w{{1,30}})?)
         (?:\s+[\w:.-]{{1,40}}\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s"'<>]+)){{0,8}} (?P<tail>[\s|｜/]{{0,4}})>
     | [<\[◁]/?(?P<torn>think(?:i|in|ing)?|thought|reasoning)\Z
     | \[/?(?P<bracket>THINK)\] | ◁/?(?P<arrow>think)▷
-    | (?P<final> <channel\|> | <\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|> | <\|(?:start_|begin_of_)?{_ANSWER}\|> )
+    | (?P<final> <channel\|> | <\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>
+        | <\|(?:start_|begin_of_)?{_ANSWER}\|> )
     | (?P<channel> <\|channel>\s*thought\b | <\|channel\|>\s*(?:analysis|commentary)\b )
     """, re.X | re.I)
 _QUOTES = {'"': '"', "'": "'", '`': '`', '“': '”', '‘': '’', '«': '»'}
@@ -164,8 +168,10 @@ def _marks(text): # [(start, end, kind of thoughts, whether it closes them)]
     return found
 
 # %% ../nbs/parts/replies.ipynb #71cecc64
-_PLAIN = ((re.compile(r'(?:assistant)?(?:analysis|commentary)(?=[^\W\d_a-z]|["{\[]|assistant)|assistantfinal'), re.compile('assistantfinal')),
-          (re.compile(r"Here(?:'s|’s| is) my thought process:", re.I), re.compile(r"Here(?:'s|’s| is) my response:", re.I))) # gpt-oss; Granite
+_HARMONY = r'(?:assistant)?(?:analysis|commentary)(?=[^\W\d_a-z]|["{\[]|assistant)|assistantfinal'
+_GRANITE = "Here(?:'s|’s| is) my "
+_PLAIN = ((re.compile(_HARMONY), re.compile('assistantfinal')),
+          (re.compile(f'{_GRANITE}thought process:', re.I), re.compile(f'{_GRANITE}response:', re.I)))
 _ENDS = re.compile(rf'<\|(?:return|end|/{_ANSWER}|END_RESPONSE|end_of_{_ANSWER})\|>\s*$', re.I)
 _WRAP = re.compile(rf'<(/?)\s*({_ANSWER})\s*>', re.I)
 
@@ -271,7 +277,9 @@ def maybe_draft(text:str, # of a reply that was cut
     before, after = text[:start], text[end:]
     if re.fullmatch(r'[\s`.]*', after):
         return False
-    return not re.fullmatch(r'\s*(?:```\w*\s*)?', before) or bool(re.search(r'[{\[]\s*["{\[]|[<\[◁]\S{0,20}\Z', after))
+    if not re.fullmatch(r'\s*(?:```\w*\s*)?', before):
+        return True
+    return bool(re.search(r'[{\[]\s*["{\[]|[<\[◁]\S{0,20}\Z', after))
 
 # %% ../nbs/parts/replies.ipynb #451c8827
 def valid_text(text) -> str:
@@ -298,7 +306,7 @@ _TASK = r'(?:help|assist|comply|fulfill?|provide|write|create|generate|continue|
 _REFUSAL = re.compile(rf'(?:{_SORRY})?{_UNABLE} {_TASK}|As an AI language model\b', re.I)
 
 def refuses(text) -> bool:
-    "Return whether a text begins as models begin, in English, when they will not write what was asked for; a refusal in another language is not recognised"
+    "Return whether a text begins as English refusals of models do; those in other languages are not recognised"
     return bool(_REFUSAL.match(text.lstrip('*_"\' ')))
 
 # %% ../nbs/parts/replies.ipynb #f2a10316
@@ -316,7 +324,8 @@ def finish(text:str, # as a model wrote it
     if choices is None and refuses(text): return dict(outcome='refused', error=f'refused: {text[:80]}', cut=cut)
     if schema is None and choices is None: return dict(text=whole_sentences(text) if cut else text, cut=cut)
     wrong = lambda why: dict(outcome='unparsed', error=why, cut=cut)
-    start, end, value = _best(text, schema if choices is None else choice_schema(choices) | {'additionalProperties': True}) or (0, 0, None)
+    wanted = schema if choices is None else choice_schema(choices) | {'additionalProperties': True}
+    start, end, value = _best(text, wanted) or (0, 0, None)
     if cut and value is not None and maybe_draft(text, start, end): return wrong('cut, and its JSON may be a draft')
     if choices is not None:
         said = value.get('choice') if isinstance(value, dict) else text.strip(' .:()"\'*')
