@@ -12,6 +12,9 @@ import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# %% ../nbs/parts/presets.ipynb #5fb93603
+from .replies import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
 # %% ../nbs/parts/presets.ipynb #620d743f
 TEMPLATE = ('The internal neural feature represented by{placeholder} is provided. Say in one short phrase which words, topics or contexts '
             'activate it, as specifically as you can. Answer with the phrase alone.')
@@ -231,6 +234,10 @@ _RANGES = ( # fields, what must hold of each, in words
      'sft_accumulation max_length candidate_temperature explanation_tokens text_tokens dpo_epochs dpo_batch dpo_accumulation '
      'steering_tokens batch_size batch_tokens corpus_tokens writer_concurrency', lambda value: value > 0, 'more than 0'),
     ('n_output text_temperature steering_temperature layer injection_layer seed sft_weight_decay dpo_sft_weight', lambda value: value >= 0, '0 or more'),
+    ('candidate_temperature', lambda value: LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
+     f'{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}'),
+    ('text_temperature steering_temperature', lambda value: value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
+     f'0 or from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}'),
     ('lora_dropout sft_warmup', lambda value: 0 <= value < 1, 'at least 0 and less than 1'),
     ('spread margin', lambda value: 0 <= value <= 1, '0 to 1'),
     ('success', lambda value: 0 < value <= 1, 'more than 0 and at most 1'))

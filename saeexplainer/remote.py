@@ -257,7 +257,7 @@ class Trouble:
     says: str # one line
     wait: float|None = None # seconds that the server asks to wait
     stop: type|None = None # the error that ends the call; None: it may pass
-    verdict: str|None = None # of a 400: see `bad_request`
+    verdict: str|None = None # of a 400: see `bad_request`; 'redirect'
     tokens: tuple = (0, 0) # that were billed; None: not known
 
 def trouble(e, sent, hide=str) -> Trouble: # e: an exception of `openai`, or what else its client ran into; hide: a text without the key
@@ -291,9 +291,9 @@ def status_trouble(status:int, body, headers, sent, hide=str) -> Trouble: # body
     if status in (400, 422):
         verdict = bad_request(says, code, param, sent)
         return replace(error, verdict=verdict, stop=ValueError if verdict == 'bad' else None)
-    if 300 <= status < 400: # to follow would hand the prompts to somebody else
-        place = re.split('[?#]', hide(headers.get('location', '')))[0][:200]
-        return replace(error, says=f'error {status}: it sends to {place!r}', stop=ValueError)
+    if 300 <= status < 400 and headers.get('location', '').strip(): # to follow would hand the prompts to somebody else
+        place = re.split('[?#]', hide(headers['location']))[0][:200]
+        return replace(error, says=f'error {status}: it sends to {place!r}', stop=ValueError, verdict='redirect')
     return replace(error, stop=PermissionError if status in (401, 403) else ValueError)
 
 # %% ../nbs/parts/remote.ipynb #628b0c91
@@ -376,6 +376,38 @@ def _joined(found, more, schema): # fields of a reply whose lists were topped up
     both = finish(json.dumps({k: v + new.get(k, []) if k in sizes else v for k, v in lists.items()}), found['cut'], schema)
     counts = {k: sum((c['counts'] or {}).get(k, 0) for c in (found, more, both)) for k in ('empty', 'duplicate', 'surplus')} | {'short': (both['counts'] or {}).get('short', 0)}
     return both | dict(counts={k: n for k, n in counts.items() if n} or None)
+
+# %% ../nbs/parts/remote.ipynb #779ae574
+class _Heard:
+    "The replies that came from a server, so that one that comes again is noticed"
+    def __init__(self):
+        # (id, created) -> {(text, tokens): what was asked}, two texts at most; ids alone can be small random numbers
+        self.said = OrderedDict()
+        self.ids = OrderedDict()
+        self.replies = 0
+        self.new = 0 # replies with an id that was new
+
+    def again(self, id, created, said, asked,
+              drawn:bool=True, # at a temperature above 0
+              chosen:bool=False # from a few texts
+             ) -> bool: # a server without ids or times cannot be checked
+        "Return whether the reply to another request came"
+        if not (isinstance(id, str) and isinstance(created, (int, float)) and id and created): return False
+        self._count(id)
+        known = self.said.setdefault((id, created), {})
+        if len(self.said) > 4096: self.said.popitem(last=False)
+        what = hash(said.text), said.tokens
+        before = known.get(what)
+        if len(known) < 2: known.setdefault(what, asked)
+        if before is None or len(known) > 1: return False
+        if chosen: return 2*self.new >= self.replies
+        return drawn or before != asked
+
+    def _count(self, id):
+        self.replies += 1
+        self.new += id not in self.ids
+        self.ids[id] = None
+        if len(self.ids) > 4096: self.ids.popitem(last=False)
 
 # %% ../nbs/parts/remote.ipynb #845ee38e
 class _Asking:
@@ -492,7 +524,9 @@ class _Asking:
         if len(text) > most_characters(max_tokens): return _Said(outcome='unparsed', error=f'a text of {len(text):,} characters, where {max_tokens} tokens were asked for', tokens=tokens)
         name = reply.get('model')
         said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name[:1000])[:200] if isinstance(name, str) else '', tokens=tokens)
-        if self.replayed(reply.get('id'), reply.get('created'), said.text): return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
+        how = dict(drawn=sent.get('temperature') != 0, chosen=self.choices is not None)
+        if w.heard.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
+            return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
         if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(str(refusal)[:5000]).split())[:300]}')
         if choice.get('finish_reason') == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said
@@ -507,15 +541,6 @@ class _Asking:
         status = next((int(part) for part in code.split() if re.fullmatch('[45][0-9][0-9]', part)), None)
         if status is None: return Trouble('error', f'an error with status 200: {line}', tokens=LOST)
         return replace(status_trouble(status, reply, {}, sent, self.writer.hide), tokens=LOST)
-
-    def replayed(self, id, created, text) -> bool: # a server without ids or times cannot be checked
-        "Whether the very same reply came before: there are servers whose ids are small random numbers, so that an id alone says little"
-        if not (isinstance(id, str) and isinstance(created, (int, float)) and id and created): return False
-        mark = id, created, hash(text)
-        before = mark in self.ids
-        self.ids[mark] = None
-        if len(self.ids) > 4096: self.ids.popitem(last=False)
-        return before
 
 def _text(content) -> str: # of a message: a string, or a list of parts
     if isinstance(content, str): return content
@@ -539,7 +564,7 @@ class _Call(_Asking):
     def __init__(self, writer, schema, choices, stage, total, progress):
         from tqdm.auto import tqdm
         self.writer, self.schema, self.choices, self.stage, self.total = writer, schema, choices, stage, total
-        self.under_way, self.ids, self.odd, self.ready, self.client = {}, OrderedDict(), {}, threading.Event(), writer.client()
+        self.under_way, self.odd, self.ready, self.client = {}, {}, threading.Event(), writer.client()
         self.asked, self.done, self.heard, self.barred, self.error = 0, 0, 0, 0, None # requests asked, and done; replies heard; requests turned down; why there is no loop
         self.lost_by, self.ended = {}, {} # key -> kind of the last trouble of a request that failed; key -> its last attempt, not put down yet
         self.bar = tqdm(total=total, disable=not progress, desc=stage or writer.model, unit='reply')
@@ -683,7 +708,9 @@ class _Model:
         if got.kind in ('404', '405') and 'model' not in says.lower():
             return f'{self.where} has no chat completions ({says}): is it the base URL of a server, ending in /v1?'
         if got.kind == '404': return f'{self.where} has no model {self.model!r} for the key in {self.key_env} ({says})'
-        if got.kind.startswith('3'): return f'{self.where} answers with a redirect, which is not followed ({says}): if that is right, make it the base URL'
+        if got.verdict == 'redirect': return f'{self.where} answers with a redirect, which is not followed ({says}): if that is right, make it the base URL'
+        if got.kind.startswith('3'):
+            return f'{self.where} answers with the status {got.kind} and no reply ({says}): is it the URL of a chat completions server, ending in /v1?'
         if got.kind == 'unsent': return f'no request can be sent to {self.where} ({says})'
         if got.stop is ConnectionError: return f'the certificate of {self.where} is not trusted ({says}): SSL_CERT_FILE can name one that is'
         if got.stop: return f'{self.where} does not take this request to the model {self.model!r}, with the key in {self.key_env} ({says})'
@@ -722,6 +749,7 @@ class OpenAIWriter(_Model):
         known = self.store.meta(f'writer {self.name}') or {}
         self.dropped, self.form = list(known.get('dropped', [])), known.get('form', FORMS[0])
         self.ledger = Ledger(budget, price, self.store.spent(price))
+        self.heard = _Heard()
 
     def client(self): # openai.AsyncOpenAI; raises `PermissionError` without a key, unless a server is named
         import openai
