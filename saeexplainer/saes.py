@@ -140,22 +140,50 @@ def hub_folder(release:str, sae_id:str) -> Path|None: # None: it is in another f
     return Path(file).parent if isinstance(file, str) else None
 
 # %% ../nbs/parts/saes.ipynb #09fedb01
+def _check_field(file,
+                 fields, # object of a configuration
+                 name, fits, # value -> bool
+                 wanted:str): # what would be right
+    "Raise `ValueError`, naming the file, where a field is given and does not fit"
+    value = fields.get(name)
+    if value is not None and not fits(value): raise ValueError(f'{file}: {name} is {value!r}, {wanted}')
+
+def _is_truth(value) -> bool: return isinstance(value, bool)
+
+def _is_count(value) -> bool: return type(value) is int and value > 0
+
+def _is_number(value) -> bool: # that fp32 can hold
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+def _check_k(file, cfg, kind): # of a TopK SAE
+    inner = (cfg.get('activation_fn_kwargs') or {}).get('k')
+    k = inner if cfg.get('k') is None else cfg['k']
+    if not _is_count(k): raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
+    if inner not in (None, k): raise ValueError(f'{file}: k is {k}, and in its activation_fn_kwargs {inner!r}: only one of them can be right')
+    if k > cfg['d_sae']: raise ValueError(f"{file}: k is {k}, more than its {cfg['d_sae']} features")
+
+def _check_metadata(file, about): # the metadata, wherever it stands
+    kwargs = about.get('model_from_pretrained_kwargs')
+    _check_field(file, about, 'model_from_pretrained_kwargs', lambda value: isinstance(value, dict), 'not an object')
+    _check_field(file, kwargs or {}, 'center_writing_weights', _is_truth, 'neither true nor false')
+
 def check_config(file) -> str: # a cfg.json in sae-lens' own format, of any version -> its architecture
     "Raise `ValueError`, naming the file, for an SAE's configuration that is malformed, or that sae-lens would read as another one's"
     cfg = read_json(file)
     if 'num_latents' in cfg or 'expansion_factor' in cfg and 'hook_name' not in cfg and 'hook_point' not in cfg and 'architecture' not in cfg:
         raise ValueError(f"{file} is of an SAE of sparsify, whose format is not read: convert it to sae-lens' (cfg.json and {WEIGHTS})")
     for name in ('d_in', 'd_sae'):
-        if type(cfg.get(name)) is not int or cfg[name] < 1: raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
-    for name in ('metadata', 'activation_fn_kwargs'):
-        if not isinstance(cfg.get(name) or {}, dict): raise ValueError(f'{file}: {name} is {cfg[name]!r}, not an object')
-    for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm'):
-        if cfg.get(name) not in (None, True, False) or type(cfg.get(name)) is int: raise ValueError(f'{file}: {name} is {cfg[name]!r}, neither true nor false')
+        if not _is_count(cfg.get(name)): raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
+    for name in ('metadata', 'activation_fn_kwargs'): _check_field(file, cfg, name, lambda value: isinstance(value, dict), 'not an object')
+    for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm', 'stop_on_duplicate_support'): _check_field(file, cfg, name, _is_truth, 'neither true nor false')
+    _check_field(file, cfg, 'residual_threshold', lambda value: _is_number(value) and value >= 0, 'not a number from 0')
+    _check_field(file, cfg, 'max_iterations', _is_count, 'not a number of features above 0')
+    _check_metadata(file, cfg)
+    _check_metadata(file, cfg.get('metadata') or {})
     function = cfg.get('activation_fn') or cfg.get('activation_fn_str') or 'relu'
     kind = 'topk' if function == 'topk' else cfg.get('architecture') or 'standard'
     if function not in ('relu', 'topk'): raise ValueError(f'{file}: its activation function is {function!r}, which sae-lens no longer has: it would be read as ReLU')
-    k = cfg.get('k', (cfg.get('activation_fn_kwargs') or {}).get('k'))
-    if kind in ('topk', 'abstopk') and (type(k) is not int or k < 1): raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
+    if kind in ('topk', 'abstopk'): _check_k(file, cfg, kind)
     _check_kind(kind)
     return kind
 
@@ -176,30 +204,71 @@ def _loading(source): # what sae-lens raises, as one line that names the SAE
         name = ':'.join(source) if isinstance(source, tuple) else source
         raise (OSError if isinstance(e, OSError) else ValueError)(f"the SAE '{name}' cannot be loaded: {what}") from e
 
-def _from_disk(folder, device='cpu', cfg_overrides=None): # what sae-lens reads, with nothing where older files have null
+def _plain_config(cfg, overrides) -> dict: # as all versions of sae-lens read it
+    "Return a configuration without nulls, and with its metadata where sae-lens looks for it if no version is given"
+    from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
+    about = {name: value for name, value in (cfg.get('metadata') or {}).items() if name in LLM_METADATA_KEYS}
+    return {name: value for name, value in {**cfg, **about, **(overrides or {})}.items() if value is not None}
+
+def _from_disk(folder, device='cpu', cfg_overrides=None): # what sae-lens reads from a folder
     from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
     cfg, weights = sae_lens_disk_loader(folder, device, cfg_overrides)
-    return {name: value for name, value in cfg.items() if value is not None}, weights
+    return _plain_config(cfg, cfg_overrides), weights
 
+def _from_hub(cfg_overrides=None, **kwargs): # what sae-lens reads from a repository in its own format
+    from sae_lens.loading.pretrained_sae_loaders import sae_lens_huggingface_loader
+    cfg, weights, sparsity = sae_lens_huggingface_loader(cfg_overrides=cfg_overrides, **kwargs)
+    return _plain_config(cfg, cfg_overrides), weights, sparsity
+
+# %% ../nbs/parts/saes.ipynb #277faa89
+def _check_numbers(sae, what): # raises `ValueError` for a tensor with NaN or infinity: `what` begins the line
+    for name, tensor in sae.state_dict().items():
+        if not all(limit.isfinite() for limit in tensor.aminmax()): raise ValueError(f'{what} {name} is not finite: its activations would mean nothing')
+
+def _check_as_said(file, sae): # raises `ValueError` where sae-lens passes over what the file says
+    cfg, kind = read_json(file), sae.cfg.architecture()
+    k = cfg.get('k') or (cfg.get('activation_fn_kwargs') or {}).get('k')
+    if kind in ('topk', 'abstopk') and sae.cfg.k != k: raise ValueError(f'{file}: k is {k} in its activation_fn_kwargs, and sae-lens reads {sae.cfg.k}: write it as k')
+    if cfg.get('rescale_acts_by_decoder_norm') and not getattr(sae.cfg, 'rescale_acts_by_decoder_norm', False):
+        raise ValueError(f'{file}: rescale_acts_by_decoder_norm is true, which sae-lens does not do in a {kind} SAE: fold it into the weights (save_inference_model)')
+
+def _fold_scale(sae, file): # activation_scaler.json
+    factor = read_json(file).get('scaling_factor')
+    if not _is_number(factor) or factor <= 0: raise ValueError(f'{file}: scaling_factor is {factor!r}, not a number above 0')
+    sae.fold_activation_norm_scaling_factor(factor)
+    _check_numbers(sae, f'{file}: with scaling_factor {factor!r}')
+
+def _load_folder(folder, device): # the sae-lens SAE
+    from sae_lens import SAE
+    wanted = check_config(folder/'cfg.json')
+    if not (folder/WEIGHTS).exists(): raise FileNotFoundError(f'{folder} has a cfg.json and no {WEIGHTS}: its weights are missing')
+    check_tensors(folder/WEIGHTS)
+    with _loading(folder): sae = SAE.load_from_disk(folder, device=str(device), dtype='float32', converter=_from_disk)
+    if sae.cfg.architecture() != wanted:
+        raise ValueError(f"{folder/'cfg.json'} describes a {wanted} SAE, which sae-lens reads as {sae.cfg.architecture()}: its activations would be others")
+    _check_as_said(folder/'cfg.json', sae)
+    _check_numbers(sae, f'{folder/WEIGHTS}:')
+    if sae.cfg.normalize_activations == 'expected_average_only_in' and (scale := folder/'activation_scaler.json').exists(): _fold_scale(sae, scale)
+    return sae
+
+def _load_release(source, device): # the sae-lens SAE of (release, sae_id)
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+    with _loading(source):
+        converter = _from_hub if get_conversion_loader_name(source[0]) == 'sae_lens' else None
+        sae = SAE.from_pretrained(*source, device=str(device), dtype='float32', converter=converter)
+    _check_cached(source)
+    folder = hub_folder(*source)
+    if folder and (folder/'cfg.json').exists(): _check_as_said(folder/'cfg.json', sae)
+    _check_numbers(sae, f'{folder/WEIGHTS}:' if folder else f"the SAE '{':'.join(source)}':")
+    return sae
+
+# %% ../nbs/parts/saes.ipynb #0dba1a16
 def load_sae(source, # as `find_sae` returns it
              device='cpu'
             ): # the sae-lens SAE: fp32, frozen, input scaling folded in
     "Load an SAE with sae-lens; raises `ValueError` for kinds and normalisations that cannot be read exactly, and for damaged files"
-    from sae_lens import SAE
-    if isinstance(source, tuple):
-        with _loading(source): sae = SAE.from_pretrained(*source, device=str(device), dtype='float32')
-        _check_cached(source)
-    else:
-        wanted = check_config(source/'cfg.json')
-        if not (source/WEIGHTS).exists(): raise FileNotFoundError(f'{source} has a cfg.json and no {WEIGHTS}: its weights are missing')
-        check_tensors(source/WEIGHTS)
-        with _loading(source): sae = SAE.load_from_disk(source, device=str(device), dtype='float32', converter=_from_disk)
-        if sae.cfg.normalize_activations=='expected_average_only_in' and (scale := source/'activation_scaler.json').exists():
-            factor = read_json(scale).get('scaling_factor')
-            if type(factor) not in (int, float) or not factor > 0: raise ValueError(f'{scale}: scaling_factor is {factor!r}, not a number above 0')
-            sae.fold_activation_norm_scaling_factor(factor)
-        if sae.cfg.architecture() != wanted:
-            raise ValueError(f"{source/'cfg.json'} describes a {wanted} SAE, which sae-lens reads as {sae.cfg.architecture()}: its activations would be others")
+    sae = _load_release(source, device) if isinstance(source, tuple) else _load_folder(source, device)
     _check_kind(sae.cfg.architecture())
     if (norm := sae.cfg.normalize_activations) not in NORMALISED:
         raise ValueError(f"this SAE expects inputs normalised by '{norm}' and does not bring the factor: fold it into the weights "
