@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'RowSampler', 'draw', 'pad', 'shared_prefix', 'can_share', 'prefilled', 'pad_rest', 'in_float32',
-           'end_ids', 'check_logits', 'check_vocabulary', 'new_tokens', 'sample', 'batches']
+           'own_ends', 'end_ids', 'check_logits', 'check_vocabulary', 'without_settings', 'new_tokens', 'sample',
+           'batches']
 
 # %% ../nbs/parts/sampling.ipynb #dc4ce3a7
-import hashlib
+import copy, hashlib
 from contextlib import contextmanager
 import torch
 from .chat import answer_ends, common_prefix
@@ -121,11 +122,20 @@ def in_float32(model):
         for p, dtype in changed: p.data = p.data.to(dtype) # exact: it was made from such a number
 
 # %% ../nbs/parts/sampling.ipynb #0b403d14
+def own_ends(model) -> list[int]|None: # None: it says nothing
+    "The token ids that a model's settings end at; raises `ValueError` where they are none"
+    ends = getattr(model.generation_config, 'eos_token_id', None)
+    if ends is None: return None
+    if isinstance(ends, torch.Tensor): ends = ends.tolist()
+    ids = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    size = model.get_input_embeddings().weight.shape[0]
+    if all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size for i in ids): return ids
+    raise ValueError(f'{model.name_or_path}: eos_token_id is {ends!r}, not a token id from 0 to {size - 1} or a list of them: mend its generation_config.json')
+
 def end_ids(model, tokenizer) -> list[int]: # empty: it has none
     "The token ids at which a model ends its turn: its own, and those that its chat template puts behind an answer"
-    ends = getattr(model.generation_config, 'eos_token_id', None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    ends = own_ends(model)
+    if ends is None: ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
         said = answer_ends(tokenizer) if tokenizer.chat_template else []
     except ValueError: # a template that fails: whoever writes turns with it hears of it
@@ -143,6 +153,14 @@ def check_vocabulary(model, largest:int): # token id
     "Raise `ValueError` for a token id that the model's embedding does not have"
     if largest >= (size := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f'token {largest} is not in the embedding of {model.name_or_path}, which has {size} rows: it was added to the tokenizer and not to the model')
+
+def without_settings(model) -> torch.nn.Module: # with the same weights and hooks
+    "Return a model whose generate goes by nothing but its arguments"
+    from transformers import GenerationConfig
+    base = model.get_base_model() if hasattr(model, 'get_base_model') else model # PEFT would hand the settings on
+    twin = copy.copy(base)
+    twin.generation_config = GenerationConfig()
+    return twin
 
 @torch.no_grad()
 def new_tokens(model, tokenizer,
@@ -165,12 +183,13 @@ def new_tokens(model, tokenizer,
     if input_ids.numel(): check_vocabulary(model, int(input_ids.max()))
     if ends is None: ends = end_ids(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                              eos_token_id=ends or None, suppress_tokens=list(suppress) or None, repetition_penalty=1., no_repeat_ngram_size=0) # else the model's own hold
+                              eos_token_id=ends or None, suppress_tokens=list(suppress) or None)
     sampler = LogitsProcessorList([check_logits, *([RowSampler(seeds, temperature, top_p)] if temperature else [])])
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     with in_float32(model):
         cache = prefilled(model, input_ids, attention_mask, shared) if shared is not None else None
-        out = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=sampler, **({'past_key_values': cache} if cache else {}))
+        out = without_settings(model).generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=sampler,
+                                               **({'past_key_values': cache} if cache else {}))
     ends, found = set(ends), []
     for row in out[:, input_ids.shape[1]:].tolist():
         stop = next((i + 1 for i, t in enumerate(row) if t in ends), None)
