@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'EMBEDDED_SHA256', 'EMBEDDED_WHEEL', 'PLAIN_TURNS', 'MODEL_JSON', 'TEXT_KEYS', 'cache_dir',
            'weights_sha256', 'embedded_gguf', 'embedded_model_dir', 'model_source', 'check_model_files', 'model_device',
-           'load_tokenizer', 'load_model', 'check_complete', 'check_finite', 'backbone', 'decoder_layers', 'routers',
-           'context_length', 'stream_of', 'with_stream']
+           'load_tokenizer', 'load_model', 'check_complete', 'check_finite', 'check_lora', 'check_lora_scaling',
+           'backbone', 'decoder_layers', 'routers', 'context_length', 'stream_of', 'with_stream']
 
 # %% ../nbs/parts/models.ipynb #7121b5f4
-import codecs, hashlib, os, re, shutil, sys, uuid
+import codecs, hashlib, math, os, re, shutil, sys, uuid
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -208,6 +208,27 @@ def check_finite(model):
         raise ValueError(f'{model.config.name_or_path} is not finite in float16: use dtype bfloat16')
 
 def _contiguous(head, args): return (args[0].contiguous(), *args[1:])
+
+# %% ../nbs/parts/models.ipynb #a99b5df3
+def check_lora(about, # adapter_config.json
+               name:str, # of the model
+               rank:int): # of its largest tensor; 0: not known
+    "Raise `ValueError`, naming the file, where a setting of a LoRA adapter is none"
+    config, fits = read_json(about), f'the adapter does not fit {name}: {about} has'
+    for key, kinds in dict(r=(int,), lora_alpha=(int, float)).items():
+        value = config.get(key)
+        if type(value) not in kinds or not 0 < value < math.inf: raise ValueError(f'{fits} the {key} {value!r}, not a number above 0')
+    if rank and config['r'] > rank: raise ValueError(f"{fits} the r {config['r']}, and its tensors have the rank {rank}")
+    for key in ('use_rslora', 'use_dora', 'fan_in_fan_out'):
+        if not isinstance(config.get(key), bool|None): raise ValueError(f'{fits} the {key} {config[key]!r}, neither true nor false')
+
+def check_lora_scaling(model, # with the adapter 'default'
+                       about): # adapter_config.json
+    "Raise `ValueError`, naming the file, where a layer's adapter is scaled by nothing, or by no number"
+    for layer, module in model.named_modules():
+        scaling = getattr(module, 'scaling', None)
+        scale = scaling.get('default', 1) if isinstance(scaling, dict) else 1
+        if not 0 < scale < math.inf: raise ValueError(f'{about} scales the adapter of {layer} by {scale}, not by a number above 0: mend its alpha_pattern')
 
 # %% ../nbs/parts/models.ipynb #216be6e5
 def backbone(model) -> torch.nn.Module: # a causal LM, with or without PEFT around it
