@@ -53,14 +53,25 @@ def check_directions(directions, # (n, d), or (d,) for one
     return directions
 
 # %% ../nbs/parts/saes.ipynb #8d3fdf8c
+def _as_array(features) -> np.ndarray: # of any dtype; raises `ValueError` for what numpy cannot hold, or would misread
+    if isinstance(features, np.ma.MaskedArray): raise ValueError('a masked array is no list of features: give those that count, as features.compressed()')
+    tensor = isinstance(features, torch.Tensor)
+    if tensor and features.layout != torch.strided: raise ValueError('a sparse tensor is no list of features: give the indices themselves')
+    try:
+        if not tensor: return np.asarray(features)
+        given = features.detach().cpu()
+        return (given.float() if given.is_floating_point() else given).numpy()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'{str(features)[:60]!r} is no feature: features are named by whole numbers') from None
+
 def feature_indices(features # one index, or any array of them: list, tuple, range, numpy, torch, pandas
                    ) -> np.ndarray: # int64, of the same shape
     "Indices of features; raises `ValueError` for masks, fractions, texts and all else that is no whole number"
     truths = isinstance(features, (list, tuple)) and any(isinstance(x, (bool, np.bool_)) or getattr(x, 'dtype', None) == torch.bool for x in features)
-    if isinstance(features, torch.Tensor): features = features.detach().cpu().float() if features.is_floating_point() else features.detach().cpu()
-    array = np.asarray(features)
+    array = _as_array(features)
     if array.dtype == bool or truths: raise ValueError('a mask of True and False is no list of features: give the indices, as numpy.flatnonzero(mask)')
-    if array.size == 0 or np.issubdtype(array.dtype, np.integer): return array.astype(np.int64)
+    whole = array.dtype.kind in 'iu' and not (array > np.iinfo(np.int64).max).any()
+    if array.size == 0 or whole: return array.astype(np.int64)
     try:
         if array.dtype != object or any(isinstance(x, bool) for x in array.flat): raise TypeError
         return np.array([operator.index(x) for x in array.flat], np.int64).reshape(array.shape)

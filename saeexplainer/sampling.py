@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'RowSampler', 'draw', 'pad', 'shared_prefix', 'can_share', 'prefilled', 'pad_rest', 'in_float32',
-           'own_ends', 'end_ids', 'check_logits', 'check_vocabulary', 'without_settings', 'new_tokens', 'sample',
-           'batches']
+           'own_ends', 'end_ids', 'check_logits', 'check_new', 'check_vocabulary', 'without_settings', 'new_tokens',
+           'sample', 'batches']
 
 # %% ../nbs/parts/sampling.ipynb #dc4ce3a7
 import copy, hashlib
 from contextlib import contextmanager
+from numbers import Integral, Real
 import torch
 from .chat import answer_ends, common_prefix
 from .models import context_length
@@ -29,9 +30,10 @@ class RowSampler:
                  temperature:float=1., # > 0
                  top_p:float=1., # nucleus: the smallest set of tokens that holds this share of the probability
                  shortlist:int=256): # likeliest tokens that are looked at first
-        if temperature <= 0: raise ValueError(f'temperature is {temperature}: sampling needs more than 0')
-        if not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p}: it must lie in (0, 1]')
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        if not isinstance(temperature, Real) or not temperature > 0: raise ValueError(f'temperature is {temperature!r}: sampling needs more than 0')
+        if not isinstance(top_p, Real) or not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p!r}: it must lie in (0, 1]')
+        if wrong := [s for s in seeds if not isinstance(s, Integral)]: raise ValueError(f'a seed is {wrong[0]!r}: seeds are whole numbers')
+        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
         self.temperature, self.top_p, self.shortlist = temperature, top_p, shortlist
 
     def __call__(self, input_ids, # (rows, seq)
@@ -146,8 +148,12 @@ def check_logits(input_ids, # (rows, seq)
                  scores     # (rows, vocab)
                 ):          # the scores
     "Raise `ValueError` where scores are no numbers, as in float16 that overflows; else return them"
-    if scores.isnan().any(): raise ValueError('the scores of the next token are not numbers: float16 overflows with this model, use dtype bfloat16')
+    if scores.isnan().any(): raise ValueError('the scores of the next token are not numbers: float16 overflows with this model, use dtype bfloat16; or a feature is clamped to too large a value')
     return scores
+
+def check_new(max_new_tokens):
+    "Raise `ValueError` for what is no number of new tokens"
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1: raise ValueError(f'max_new_tokens is {max_new_tokens!r}: it is a whole number above 0')
 
 def check_vocabulary(model, largest:int): # token id
     "Raise `ValueError` for a token id that the model's embedding does not have"
@@ -176,6 +182,7 @@ def new_tokens(model, tokenizer,
     "Continue each row; a row's randomness depends on its seed alone"
     from transformers import GenerationConfig, LogitsProcessorList
     rows, device = len(input_ids), model.device
+    check_new(max_new_tokens)
     if temperature and (seeds is None or len(seeds) != rows): raise ValueError(f'{rows} rows need {rows} seeds, got {0 if seeds is None else len(seeds)}')
     longest, limit = int(attention_mask.sum(-1).max()) if rows else 0, context_length(model)
     if limit and longest + max_new_tokens - 1 > limit: # the last new token is not read

@@ -451,3 +451,14 @@ def test_a_scaling_factor_that_the_weights_cannot_take_up(tmp_path):
 def test_settings_that_mean_nothing(tmp_path, kind, values, says):
     edit(folder := tiny_sae(tmp_path/'sae', kind), **values)
     with pytest.raises(ValueError, match=f'{folder}/cfg.json: {says}'): FeatureReader.load(folder)
+
+
+@pytest.mark.parametrize('features', [
+    np.ma.masked_array([1, 2, 3], [0, 1, 0]), np.ma.masked_array([1, 2]), np.array([1, 2], 'timedelta64[s]'), pd.to_timedelta([1, 2]), [np.timedelta64(3, 's')], np.array([1, 2], 'datetime64[s]'),
+    torch.tensor([0, 3, 0]).to_sparse(), torch.tensor([[0, 3], [1, 0]]).to_sparse_csr(), torch.empty(3, device='meta', dtype=torch.long), torch.tensor([1 + 0j]), np.array([2**63], np.uint64), [[1, 2], [3]],
+    pd.Series([1, None, 3], dtype='Int64'), {3: 1}, b'5', (x for x in (1, 2))], ids=lambda f: type(f).__name__)
+def test_arrays_that_are_no_indices(tmp_path, resid, features):
+    reader = read(tmp_path)
+    for use in (lambda: reader.directions(features), lambda: reader.activations(resid, features), lambda: reader.clamp(resid, features, 1.)):
+        with pytest.raises(ValueError, match='is no list of features|is no feature: features are named by whole numbers') as e: use()
+        assert '\n' not in str(e.value)
