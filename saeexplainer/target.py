@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TWINS', 'OTHER', 'FEATURES_AT_ONCE', 'LOGITS_AT_ONCE', 'residual_hook', 'residual_stream', 'Tokens', 'special_ids',
            'check_texts', 'tokenise', 'SteeringValue', 'next_sizes', 'check_kls', 'find_steering_values', 'check_fits',
-           'plain_name', 'check_model_name', 'check_weights', 'Reading', 'unreadable', 'check_length', 'check_stream',
-           'distinct_texts', 'read_features', 'read_tokens', 'check_count', 'TextReader', 'editing', 'check_reference',
-           'clamp_values', 'each', 'steering', 'unsteered', 'CleanRun', 'log_probs_at', 'clean_run', 'steered_kls',
-           'steering_scale', 'SteeredModel', 'Target']
+           'name_words', 'plain_name', 'words_around', 'check_model_name', 'check_weights', 'Reading', 'unreadable',
+           'check_length', 'check_stream', 'distinct_texts', 'read_features', 'read_tokens', 'check_count',
+           'TextReader', 'editing', 'check_reference', 'clamp_values', 'each', 'steering', 'unsteered', 'CleanRun',
+           'log_probs_at', 'clean_run', 'steered_kls', 'steering_scale', 'SteeredModel', 'Target']
 
 # %% ../nbs/parts/target.ipynb #0c8f48f7
 import math, re, sys
@@ -163,23 +163,37 @@ def check_fits(model, reader): # raises `ValueError` where they do not
 TWINS = {'it', 'instruct', 'chat', 'base', 'pt', 'hf', 'meta'} # words of a name that a base model and its instruct twin may differ in
 OTHER = r'deduped|seed|small|medium|large|xl|distil|v\d' # what, added to a name, means other weights
 
-def plain_name(name:str) -> str:
+def name_words(name:str) -> list[str]: # runs of letters, and of digits
     "A model's name without owner, punctuation and the words in `TWINS`; a name of TransformerLens becomes the hub's"
     from transformer_lens.supported_models import MODEL_ALIASES
     hub = {alias.lower(): real for real, aliases in MODEL_ALIASES.items() for alias in aliases}
     name = str(name).rstrip('/').split('/')[-1].lower()
     words = re.split(r'[^a-z0-9]+', hub.get(name, name).split('/')[-1].lower())
-    return ''.join(w for w in words if w not in TWINS)
+    twins = TWINS - {'instruct'} if 'tinystories' in words else TWINS # those were trained on other stories, from scratch
+    return [run for word in words if word not in twins for run in re.findall(r'[a-z]+|[0-9]+', word)]
+
+def plain_name(name:str) -> str: # its numbers stay apart: 1.5b is not 15b
+    "The words of a model's name in one"
+    return re.sub(r'(?<=[0-9]) (?=[0-9])', '.', ' '.join(name_words(name))).replace(' ', '')
+
+def words_around(longer, shorter) -> list[str]|None: # None: it is not in there
+    "The words that a name has beyond those of another; None too where a number of that one goes on, as in phi-1 and phi-1.5"
+    n = len(shorter)
+    for i in range(len(longer) - n + 1):
+        after = longer[i+n:]
+        goes_on = bool(after and shorter) and (shorter[-1] + after[0]).isdigit()
+        if shorter and longer[i:i+n] == shorter and not goes_on: return longer[:i] + after
+    return None
 
 def check_model_name(name:str, reader): # raises `ValueError` for the name of another model
     "The model's name against the one in the SAE's metadata; a base model and its instruct twin pass, and so does a folder"
     known = reader.sae.cfg.metadata.model_name
     if name != EMBEDDED: model_source(name) # a folder that does not exist is said to be missing
     if not known or Path(name).expanduser().exists(): return
-    longer, shorter = sorted((plain_name(name), plain_name(known)), key=len, reverse=True)
-    more = longer.replace(shorter, '', 1) if shorter else longer
-    if longer == shorter: return
-    if shorter not in longer or not shorter or re.search(OTHER, more):
+    if plain_name(name) == plain_name(known) != '': return
+    longer, shorter = sorted((name_words(name), name_words(known)), key=len, reverse=True)
+    more = words_around(longer, shorter)
+    if more is None or re.search(OTHER, ''.join(more)):
         raise ValueError(f"this SAE is for the model '{known}', not for '{name}'; if these are two names of one model, say so in the preset: `sae_model: {name}`")
     print(f"the SAE is for the model '{known}', the target is '{name}': its activations mean something only if their weights are the same "
           f"(`sae_model: {name}` in the preset says so)", file=sys.stderr)

@@ -497,9 +497,13 @@ def test_names_that_go_together(tmp_path):
 
 SAME = [('google/gemma-2-9b-it', 'gemma-2-9b'), ('openai-community/gpt2', 'gpt2-small'), ('gpt2', 'https://huggingface.co/gpt2'), ('meta-llama/Meta-Llama-3.1-8B', 'meta-llama/Llama-3.1-8B-Instruct'),
         ('mistralai/Mistral-7B-v0.1', 'mistral-7b'), ('mistralai/Mistral-7B-Instruct-v0.1', 'mistral-7b'), ('roneneldan/TinyStories-1Layer-21M', 'tiny-stories-1L-21M'), ('Qwen/Qwen3-8B-Base', 'qwen3-8b'),
-        ('EleutherAI/pythia-70m-deduped', 'https://huggingface.co/EleutherAI/pythia-70m-deduped'), ('google/gemma-3-4b-pt', 'google/gemma-3-4b-it'), ('smollm2-135m-instruct', 'SmolLM2-135M')]
+        ('EleutherAI/pythia-70m-deduped', 'https://huggingface.co/EleutherAI/pythia-70m-deduped'), ('google/gemma-3-4b-pt', 'google/gemma-3-4b-it'), ('smollm2-135m-instruct', 'SmolLM2-135M'),
+        ('Qwen/Qwen2.5-1.5B-Instruct', 'qwen2.5-1.5b'), ('Qwen/Qwen2-1.5B', 'Qwen2-1_5B'), ('me/Smol-LM2-135M', 'SmolLM2-135M'), ('roneneldan/TinyStories-33M', 'tiny-stories-33M'), ('me/gemma2-9b', 'gemma-2-9b')]
 OTHERS = [('EleutherAI/pythia-70m', 'pythia-70m-deduped'), ('EleutherAI/pythia-70m-deduped', 'pythia-70m'), ('mistralai/Mistral-7B-v0.3', 'mistral-7b'), ('gpt2-medium', 'gpt2-small'), ('gpt2-medium', 'gpt2'),
-          ('distilgpt2', 'gpt2'), ('google/gemma-2-2b', 'gemma-2-9b'), ('meta-llama/Llama-3.1-8B', 'meta-llama/Llama-3.2-8B'), ('me/it', 'gemma-2-9b'), ('EleutherAI/pythia-160m-seed1', 'pythia-160m')]
+          ('distilgpt2', 'gpt2'), ('google/gemma-2-2b', 'gemma-2-9b'), ('meta-llama/Llama-3.1-8B', 'meta-llama/Llama-3.2-8B'), ('me/it', 'gemma-2-9b'), ('EleutherAI/pythia-160m-seed1', 'pythia-160m'),
+          ('roneneldan/TinyStories-Instruct-33M', 'tiny-stories-33M'), ('roneneldan/TinyStories-33M', 'tiny-stories-instruct-33M'), ('Qwen/Qwen2.5-15B', 'qwen2.5-1.5b'), ('facebook/opt-1.3b', 'opt-13b'),
+          ('me/gemma-29b', 'gemma-2-9b'), ('meta-llama/Llama-3-18B', 'Llama-3.1-8B'), ('microsoft/phi-1.5', 'microsoft/phi-1'), ('google/codegemma-7b', 'google/gemma-7b'), ('google/gemma-2b', 'gemma-2-2b'),
+          ('me/it', 'instruct'), ('me/model', 'it')]
 UNSURE = [('unsloth/gemma-2-9b-bnb-4bit', 'gemma-2-9b'), ('me/gemma-2-9b-medicine', 'gemma-2-9b'), ('google/gemma-2-9b', 'me/gemma-2-9b-tuned')]
 
 
