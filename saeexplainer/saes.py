@@ -8,7 +8,7 @@ __all__ = ['ONE_COLUMN', 'FULL_ENCODE', 'NORMALISED', 'MODULE', 'ENCODE_AT_ONCE'
            'check_config', 'load_sae', 'tensors_sha256', 'LoadedSAE', 'FeatureReader']
 
 # %% ../nbs/parts/saes.ipynb #b396df38
-import hashlib, operator, re
+import hashlib, operator, os, re
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -133,10 +133,14 @@ def find_sae(source # a folder, absolute or relative to data/; 'release:sae_id' 
             ) -> Path|tuple[str, str]: # a folder with cfg.json, or (release, sae_id)
     "Where an SAE comes from; raises `FileNotFoundError` where there is nothing"
     from saeexplainer.presets import data_dir, no_data
-    if isinstance(source, (tuple, list)): return tuple(source)
+    if isinstance(source, (tuple, list)):
+        if len(source) == 2 and all(isinstance(part, str) and part.strip() for part in source): return tuple(source)
+        raise ValueError(f'{source!r} names no SAE: a pair is (release, sae_id) or (repository, folder)')
+    if not isinstance(source, (str, os.PathLike)): raise ValueError(f"{source!r} names no SAE: give a folder, 'release:sae_id' or 'user/repo:folder'")
     for folder in (Path(source).expanduser(), data_dir()/source):
         if (folder/'cfg.json').exists(): return folder
-    if ':' in str(source) and not Path(source).expanduser().exists(): return tuple(str(source).split(':', 1))
+    pair = tuple(str(source).split(':', 1))
+    if len(pair) == 2 and all(part.strip() for part in pair) and not Path(source).expanduser().exists(): return pair
     raise FileNotFoundError(f"no SAE in '{source}' (looked for cfg.json there and under {data_dir()}); a hub SAE is written 'release:sae_id' or 'user/repo:folder'{no_data()}")
 
 # %% ../nbs/parts/saes.ipynb #faed70a2

@@ -462,3 +462,27 @@ def test_arrays_that_are_no_indices(tmp_path, resid, features):
     for use in (lambda: reader.directions(features), lambda: reader.activations(resid, features), lambda: reader.clamp(resid, features, 1.)):
         with pytest.raises(ValueError, match='is no list of features|is no feature: features are named by whole numbers') as e: use()
         assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('source', [None, 5, b'x', {}, True, (), ['a'], ('a', 'b', 'c'), ('a', None), ('', 'x')], ids=str)
+def test_what_names_no_sae(source):
+    for use in (find_sae, FeatureReader.load):
+        with pytest.raises(ValueError, match='names no SAE'): use(source)
+
+
+@pytest.mark.parametrize('source', ['', ':', 'a:', ':x', '  :x', '.'])
+def test_texts_that_name_no_sae(source):
+    for use in (find_sae, FeatureReader.load):
+        with pytest.raises(FileNotFoundError, match='no SAE in .*a hub SAE is written'): use(source)
+
+
+def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
+    import os
+    folder = tiny_sae(tmp_path/'sae')
+    access, closed = os.access, str(folder/'sae_weights.safetensors')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'access', lambda file, mode: str(file) != closed and access(file, mode))
+        with pytest.raises(PermissionError, match=f'{closed} may not be read by this user'): FeatureReader.load(folder)
+    (folder/'sae_weights.safetensors').unlink()
+    (folder/'sae_weights.safetensors').mkdir()
+    with pytest.raises(IsADirectoryError, match=f'{closed} is a folder, not a file'): FeatureReader.load(folder)
