@@ -199,6 +199,7 @@ def check_config(file) -> str: # a cfg.json in sae-lens' own format, of any vers
     kind = 'topk' if function == 'topk' else cfg.get('architecture') or 'standard'
     if function not in ('relu', 'topk'): raise ValueError(f'{file}: its activation function is {function!r}, which sae-lens no longer has: it would be read as ReLU')
     if kind in ('topk', 'abstopk'): _check_k(file, cfg, kind)
+    if kind == 'standard' and cfg.get('k') is not None: raise ValueError(f"{file}: k is {cfg['k']!r}, and a standard SAE has none: name its architecture, such as topk")
     _check_kind(kind)
     return kind
 
@@ -215,15 +216,15 @@ def _loading(source): # what sae-lens raises, as one line that names the SAE
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
         if isinstance(source, tuple): _check_cached(source)
-        what = ' '.join(str(e).split()) or type(e).__name__
+        what = f'{e} is missing' if isinstance(e, KeyError) else ' '.join(str(e).split()) or type(e).__name__
         name = ':'.join(source) if isinstance(source, tuple) else source
         raise (OSError if isinstance(e, OSError) else ValueError)(f"the SAE '{name}' cannot be loaded: {what}") from e
 
 def _plain_config(cfg, overrides) -> dict: # as all versions of sae-lens read it
-    "Return a configuration without nulls, and with its metadata where sae-lens looks for it if no version is given"
+    "Return a configuration without nulls and empty settings, and with its metadata where sae-lens looks for it if no version is given"
     from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
     about = {name: value for name, value in (cfg.get('metadata') or {}).items() if name in LLM_METADATA_KEYS}
-    return {name: value for name, value in {**cfg, **about, **(overrides or {})}.items() if value is not None}
+    return {name: value for name, value in {**cfg, **about, **(overrides or {})}.items() if value is not None and (name, value) != ('activation_fn_kwargs', {})}
 
 def _from_disk(folder, device='cpu', cfg_overrides=None): # what sae-lens reads from a folder
     from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
@@ -302,6 +303,14 @@ def tensors_sha256(module) -> str: # of a module's tensors in memory, in the ord
     return digest.hexdigest()
 
 # %% ../nbs/parts/saes.ipynb #1c8535f7
+@contextmanager
+def _named(source): # what is wrong with an SAE, in a line that names it
+    try: yield
+    except ValueError as e:
+        name = ':'.join(source) if isinstance(source, tuple) else str(source)
+        if name in str(e): raise
+        raise ValueError(f"the SAE '{name}': {e}") from None
+
 class LoadedSAE:
     "An SAE, where it reads, and what it is bound to"
     def __init__(self, sae, # sae-lens SAE, fp32
@@ -318,15 +327,19 @@ class LoadedSAE:
     def load(cls, source, # a `Preset`; or as `find_sae` takes it
              device='cpu', hook=None, bos=None, model=None): # an instance of this class; what is given here overrides the metadata
         "Load the SAE and the `card.json` beside it; raises `FileNotFoundError` or `ValueError` with what is wrong"
-        from saeexplainer.models import weights_sha256
         from saeexplainer.presets import Preset
         if isinstance(source, Preset):
             reader = cls.load(source.sae, device, source.sae_hook, source.sae_bos, source.sae_model)
             if reader.layer == source.layer: return reader
             raise ValueError(f"the preset says layer {source.layer}, its SAE '{source.sae}' reads layer {reader.layer}")
         source = find_sae(source)
+        with _named(source): return cls._loaded(source, device, dict(hook_name=hook, prepend_bos=bos, model_name=model))
+
+    @classmethod
+    def _loaded(cls, source, device, given): # given: name -> value in the metadata, or None
+        from saeexplainer.models import weights_sha256
         sae, folder = load_sae(source, device), hub_folder(*source) if isinstance(source, tuple) else source
-        for key, value in dict(hook_name=hook, prepend_bos=bos, model_name=model).items():
+        for key, value in given.items():
             if value is not None: setattr(sae.cfg.metadata, key, value)
         if folder is None: return cls(sae)
         card = read_json(folder/'card.json') if (folder/'card.json').exists() else {}

@@ -486,3 +486,22 @@ def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
     (folder/'sae_weights.safetensors').unlink()
     (folder/'sae_weights.safetensors').mkdir()
     with pytest.raises(IsADirectoryError, match=f'{closed} is a folder, not a file'): FeatureReader.load(folder)
+
+
+def test_a_topk_that_does_not_say_so_is_not_read_as_relu(tmp_path, resid):
+    folder = tiny_sae(tmp_path/'sae', 'topk', k=4)
+    wanted = FeatureReader.load(folder).encode(resid)
+    about = {'hook_name': 'blocks.2.hook_resid_post'}
+    edit(folder, metadata=about, activation_fn_kwargs={}) # of no version
+    assert torch.equal(FeatureReader.load(folder).encode(resid), wanted)
+    for architecture in (None, ..., 'standard'):
+        edit(folder, architecture=architecture)
+        with pytest.raises(ValueError, match=f'{folder}/cfg.json: k is 4, and a standard SAE has none: name its architecture'): FeatureReader.load(folder)
+
+
+@pytest.mark.parametrize('values, says', [(dict(architecture='nosuch'), "SAEs of kind 'nosuch' cannot be read"), (dict(architecture='batchtopk'), 'holds an SAE in training'), (dict(reshape_activations='hook_q'), 'reshapes its input'),
+                                          (dict(normalize_activations='expected_average_only_in'), 'expects inputs normalised by'), (dict(metadata={'hook_name': 'hook_embed', 'sae_lens_version': '6.54.12'}), "this SAE reads 'hook_embed'"),
+                                          (dict(metadata={'prepend_bos': 'no', 'sae_lens_version': '6.54.12'}), 'does not say where it reads')])
+def test_what_is_wrong_names_the_sae(tmp_path, values, says):
+    edit(folder := tiny_sae(tmp_path/'sae'), **values)
+    with pytest.raises(ValueError, match=f"the SAE '{folder}': .*{says}"): FeatureReader.load(folder)
