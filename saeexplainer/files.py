@@ -52,7 +52,8 @@ def check_readable(file): # safetensors says of a closed file that there is none
     "Raise `OSError`, naming the file, where it is missing, a folder, or closed to this user"
     if Path(file).is_dir(): raise IsADirectoryError(f'{file} is a folder, not a file')
     if not Path(file).exists(): raise FileNotFoundError(f'no file {file}')
-    if not os.access(file, os.R_OK): raise PermissionError(f'{file} may not be read by this user: open it with chmod, or ask its owner')
+    if not os.access(file, os.R_OK):
+        raise PermissionError(f'{file} may not be read by this user: open it with chmod, or ask its owner')
 
 def check_tensors(file):
     "Raise `ValueError`, naming the file, where it is not a complete safetensors file"

@@ -89,7 +89,8 @@ def model_source(name:str # `EMBEDDED`, a hub id or a folder
                 ) -> str: # what transformers loads: a folder or a hub id
     "Where a model comes from; raises `FileNotFoundError` where there is no such folder"
     if name == EMBEDDED: return str(embedded_model_dir())
-    if not isinstance(name, (str, os.PathLike)): raise FileNotFoundError(f'no model in {name!r}: give a folder with config.json and safetensors, or a hub id')
+    if not isinstance(name, (str, os.PathLike)):
+        raise FileNotFoundError(f'no model in {name!r}: give a folder with config.json and safetensors, or a hub id')
     folder = Path(name).expanduser()
     if name and '\0' not in str(name) and folder.exists():
         if (folder/'config.json').exists(): return str(folder)
@@ -100,7 +101,8 @@ def model_source(name:str # `EMBEDDED`, a hub id or a folder
 def _read_own_json(file) -> dict: # transformers does not pass over a byte-order mark
     value = read_json(file)
     with open(file, 'rb') as start:
-        if start.read(3) == codecs.BOM_UTF8: raise ValueError(f'{file} begins with a byte-order mark: save it as UTF-8 without one')
+        if start.read(3) == codecs.BOM_UTF8:
+            raise ValueError(f'{file} begins with a byte-order mark: save it as UTF-8 without one')
     return value
 
 def check_index(file): # model.safetensors.index.json
@@ -108,18 +110,28 @@ def check_index(file): # model.safetensors.index.json
     index = _read_own_json(file)
     shards = index.get('weight_map')
     if not isinstance(shards, dict) or not shards: raise ValueError(f'{file} has no weight_map: fetch it again')
-    if not isinstance(index.get('metadata'), dict): raise ValueError(f'{file} has no metadata, which transformers asks for: fetch it again, or add "metadata": {{}}')
+    if not isinstance(index.get('metadata'), dict):
+        raise ValueError(f'{file} has no metadata, which transformers asks for: fetch it again, or add '
+                         f'"metadata": {{}}')
     for name, shard in shards.items():
-        if not isinstance(shard, str) or shard in ('', '.', '..') or Path(shard).name != shard: raise ValueError(f'{file}: {name} is in {shard!r}, not in a file beside it')
+        if not isinstance(shard, str) or shard in ('', '.', '..') or Path(shard).name != shard:
+            raise ValueError(f'{file}: {name} is in {shard!r}, not in a file beside it')
     for shard in sorted(set(shards.values())):
-        if not (file.parent/shard).exists(): raise FileNotFoundError(f'{file.parent/shard} is missing, and {file.name} names it: fetch it again')
+        if not (file.parent/shard).exists():
+            raise FileNotFoundError(f'{file.parent/shard} is missing, and {file.name} names it: fetch it again')
 
 def check_merges(file): # merges.txt
     "Raise `ValueError`, naming the file and the line, where the merges of a tokenizer are damaged"
     lines = [line for line in file.read_text(encoding='utf-8').splitlines() if not line.startswith('#version')]
     if not any(lines): raise ValueError(f'{file} is empty: fetch it again')
     for number, line in enumerate(lines, 1):
-        if line and len(line.split(' ')) != 2: raise ValueError(f'{file}: merge {number} is {line[:40]!r}, not two tokens: fetch it again')
+        if line and len(line.split(' ')) != 2:
+            raise ValueError(f'{file}: merge {number} is {line[:40]!r}, not two tokens: fetch it again')
+
+def _check_values(file, kind, wanted:str): # raises `ValueError` where a value is of another type
+    if not file.exists(): return
+    for token, value in read_json(file).items():
+        if not isinstance(value, kind) or isinstance(value, bool): raise ValueError(f'{file}: {token} is {value!r}, {wanted}')
 
 def check_tokenizer_files(folder):
     "Raise `ValueError`, naming the file, where one that a tokenizer is made of is damaged"
@@ -127,13 +139,12 @@ def check_tokenizer_files(folder):
         if (folder/name).exists(): _read_own_json(folder/name)
     for name in TOKENIZER_TEXTS:
         try:
-            if (folder/name).exists(): check_merges(folder/name) if name == 'merges.txt' else (folder/name).read_text(encoding='utf-8')
+            if (folder/name).exists(): (folder/name).read_text(encoding='utf-8')
         except UnicodeDecodeError as error:
             raise ValueError(f'{folder/name} is not UTF-8 ({error}): fetch it again') from None
-    checks = {'added_tokens.json': (lambda value: type(value) is int, 'not a token id'), 'special_tokens_map.json': (lambda value: isinstance(value, str|dict|list|None), 'not a token')}
-    for name, (fits, wanted) in checks.items():
-        for token, value in (read_json(folder/name) if (folder/name).exists() else {}).items():
-            if not fits(value): raise ValueError(f'{folder/name}: {token} is {value!r}, {wanted}')
+    if (folder/'merges.txt').exists(): check_merges(folder/'merges.txt')
+    _check_values(folder/'added_tokens.json', int, 'not a token id')
+    _check_values(folder/'special_tokens_map.json', str|dict|list|None, 'not a token')
 
 def check_model_files(folder, tokenizer:bool=False): # tokenizer: also its large files
     "Raise `ValueError` or `OSError`, naming the file, where one in a model's folder is damaged, closed or missing"
@@ -266,10 +277,13 @@ def check_lora(about, # adapter_config.json
     config, fits = read_json(about), f'the adapter does not fit {name}: {about} has'
     for key, kinds in dict(r=(int,), lora_alpha=(int, float)).items():
         value = config.get(key)
-        if type(value) not in kinds or not 0 < value < math.inf: raise ValueError(f'{fits} the {key} {value!r}, not a number above 0')
-    if rank and config['r'] > rank: raise ValueError(f"{fits} the r {config['r']}, and its tensors have the rank {rank}")
+        if type(value) not in kinds or not 0 < value < math.inf:
+            raise ValueError(f'{fits} the {key} {value!r}, not a number above 0')
+    if rank and config['r'] > rank:
+        raise ValueError(f"{fits} the r {config['r']}, and its tensors have the rank {rank}")
     for key in ('use_rslora', 'use_dora', 'fan_in_fan_out'):
-        if not isinstance(config.get(key), bool|None): raise ValueError(f'{fits} the {key} {config[key]!r}, neither true nor false')
+        if not isinstance(config.get(key), bool|None):
+            raise ValueError(f'{fits} the {key} {config[key]!r}, neither true nor false')
 
 def check_lora_scaling(model, # with the adapter 'default'
                        about): # adapter_config.json
@@ -277,7 +291,9 @@ def check_lora_scaling(model, # with the adapter 'default'
     for layer, module in model.named_modules():
         scaling = getattr(module, 'scaling', None)
         scale = scaling.get('default', 1) if isinstance(scaling, dict) else 1
-        if not 0 < scale < math.inf: raise ValueError(f'{about} scales the adapter of {layer} by {scale}, not by a number above 0: mend its alpha_pattern')
+        if not 0 < scale < math.inf:
+            raise ValueError(f'{about} scales the adapter of {layer} by {scale}, not by a number above 0: mend '
+                             f'its alpha_pattern')
 
 # %% ../nbs/parts/models.ipynb #216be6e5
 def backbone(model) -> torch.nn.Module: # a causal LM, with or without PEFT around it

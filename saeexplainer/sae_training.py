@@ -141,7 +141,8 @@ def _train(s, model_name, d_in, activations, work, bos):
     same_settings(read_json(work/'settings.json'), about, f'{work} holds another training')
     if (work/'sae').exists(): return work/'sae'
     torch.manual_seed(s.seed)
-    metadata = SAEMetadata(model_name=model_name, hook_name=f'blocks.{s.layer}.hook_resid_post', hf_hook_name=f'model.layers.{s.layer}', context_size=s.context, prepend_bos=fed_bos(model_name, bos))
+    metadata = SAEMetadata(model_name=model_name, hook_name=f'blocks.{s.layer}.hook_resid_post', hf_hook_name=f'model.layers.{s.layer}', context_size=s.context,
+                           prepend_bos=fed_bos(model_name, bos))
     sae = CompactAuxLoss(BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=s.features, k=s.k, normalize_activations='expected_average_only_in', metadata=metadata))
     config = SAETrainerConfig(total_training_samples=s.steps*s.batch, train_batch_size_samples=s.batch, lr=s.lr, lr_end=s.lr/10, lr_warm_up_steps=min(100, s.steps//4), lr_decay_steps=s.steps//4,
                               dead_feature_window=250, feature_sampling_window=500, n_batches_for_norm_estimate=20, autocast=True)

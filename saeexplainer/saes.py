@@ -54,9 +54,11 @@ def check_directions(directions, # (n, d), or (d,) for one
 
 # %% ../nbs/parts/saes.ipynb #8d3fdf8c
 def _as_array(features) -> np.ndarray: # of any dtype; raises `ValueError` for what numpy cannot hold, or would misread
-    if isinstance(features, np.ma.MaskedArray): raise ValueError('a masked array is no list of features: give those that count, as features.compressed()')
+    if isinstance(features, np.ma.MaskedArray):
+        raise ValueError('a masked array is no list of features: give those that count, as features.compressed()')
     tensor = isinstance(features, torch.Tensor)
-    if tensor and features.layout != torch.strided: raise ValueError('a sparse tensor is no list of features: give the indices themselves')
+    if tensor and features.layout != torch.strided:
+        raise ValueError('a sparse tensor is no list of features: give the indices themselves')
     try:
         if not tensor: return np.asarray(features)
         given = features.detach().cpu()
@@ -136,7 +138,8 @@ def find_sae(source # a folder, absolute or relative to data/; 'release:sae_id' 
     if isinstance(source, (tuple, list)):
         if len(source) == 2 and all(isinstance(part, str) and part.strip() for part in source): return tuple(source)
         raise ValueError(f'{source!r} names no SAE: a pair is (release, sae_id) or (repository, folder)')
-    if not isinstance(source, (str, os.PathLike)): raise ValueError(f"{source!r} names no SAE: give a folder, 'release:sae_id' or 'user/repo:folder'")
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"{source!r} names no SAE: give a folder, 'release:sae_id' or 'user/repo:folder'")
     for folder in (Path(source).expanduser(), data_dir()/source):
         if (folder/'cfg.json').exists(): return folder
     pair = tuple(str(source).split(':', 1))
@@ -174,7 +177,8 @@ def _check_k(file, cfg, kind): # of a TopK SAE
     inner = (cfg.get('activation_fn_kwargs') or {}).get('k')
     k = inner if cfg.get('k') is None else cfg['k']
     if not _is_count(k): raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
-    if inner not in (None, k): raise ValueError(f'{file}: k is {k}, and in its activation_fn_kwargs {inner!r}: only one of them can be right')
+    if inner not in (None, k):
+        raise ValueError(f'{file}: k is {k}, and in its activation_fn_kwargs {inner!r}: only one of them can be right')
     if k > cfg['d_sae']: raise ValueError(f"{file}: k is {k}, more than its {cfg['d_sae']} features")
 
 def _check_metadata(file, about): # the metadata, wherever it stands
@@ -188,9 +192,12 @@ def check_config(file) -> str: # a cfg.json in sae-lens' own format, of any vers
     if 'num_latents' in cfg or 'expansion_factor' in cfg and 'hook_name' not in cfg and 'hook_point' not in cfg and 'architecture' not in cfg:
         raise ValueError(f"{file} is of an SAE of sparsify, whose format is not read: convert it to sae-lens' (cfg.json and {WEIGHTS})")
     for name in ('d_in', 'd_sae'):
-        if not _is_count(cfg.get(name)): raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
-    for name in ('metadata', 'activation_fn_kwargs'): _check_field(file, cfg, name, lambda value: isinstance(value, dict), 'not an object')
-    for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm', 'stop_on_duplicate_support'): _check_field(file, cfg, name, _is_truth, 'neither true nor false')
+        if not _is_count(cfg.get(name)):
+            raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
+    for name in ('metadata', 'activation_fn_kwargs'):
+        _check_field(file, cfg, name, lambda value: isinstance(value, dict), 'not an object')
+    for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm', 'stop_on_duplicate_support'):
+        _check_field(file, cfg, name, _is_truth, 'neither true nor false')
     _check_field(file, cfg, 'residual_threshold', lambda value: _is_number(value) and value >= 0, 'not a number from 0')
     _check_field(file, cfg, 'max_iterations', _is_count, 'not a number of features above 0')
     _check_metadata(file, cfg)
@@ -199,7 +206,8 @@ def check_config(file) -> str: # a cfg.json in sae-lens' own format, of any vers
     kind = 'topk' if function == 'topk' else cfg.get('architecture') or 'standard'
     if function not in ('relu', 'topk'): raise ValueError(f'{file}: its activation function is {function!r}, which sae-lens no longer has: it would be read as ReLU')
     if kind in ('topk', 'abstopk'): _check_k(file, cfg, kind)
-    if kind == 'standard' and cfg.get('k') is not None: raise ValueError(f"{file}: k is {cfg['k']!r}, and a standard SAE has none: name its architecture, such as topk")
+    if kind == 'standard' and cfg.get('k') is not None:
+        raise ValueError(f"{file}: k is {cfg['k']!r}, and a standard SAE has none: name its architecture, such as topk")
     _check_kind(kind)
     return kind
 
@@ -224,7 +232,9 @@ def _plain_config(cfg, overrides) -> dict: # as all versions of sae-lens read it
     "Return a configuration without nulls and empty settings, and with its metadata where sae-lens looks for it if no version is given"
     from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
     about = {name: value for name, value in (cfg.get('metadata') or {}).items() if name in LLM_METADATA_KEYS}
-    return {name: value for name, value in {**cfg, **about, **(overrides or {})}.items() if value is not None and (name, value) != ('activation_fn_kwargs', {})}
+    fields = {**cfg, **about, **(overrides or {})}
+    if fields.get('activation_fn_kwargs') == {}: del fields['activation_fn_kwargs']
+    return {name: value for name, value in fields.items() if value is not None}
 
 def _from_disk(folder, device='cpu', cfg_overrides=None): # what sae-lens reads from a folder
     from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
@@ -239,32 +249,37 @@ def _from_hub(cfg_overrides=None, **kwargs): # what sae-lens reads from a reposi
 # %% ../nbs/parts/saes.ipynb #277faa89
 def _check_numbers(sae, what): # raises `ValueError` for a tensor with NaN or infinity: `what` begins the line
     for name, tensor in sae.state_dict().items():
-        if not all(limit.isfinite() for limit in tensor.aminmax()): raise ValueError(f'{what} {name} is not finite: its activations would mean nothing')
+        if not all(limit.isfinite() for limit in tensor.aminmax()):
+            raise ValueError(f'{what} {name} is not finite: its activations would mean nothing')
 
 def _check_as_said(file, sae): # raises `ValueError` where sae-lens passes over what the file says
     cfg, kind = read_json(file), sae.cfg.architecture()
     k = cfg.get('k') or (cfg.get('activation_fn_kwargs') or {}).get('k')
-    if kind in ('topk', 'abstopk') and sae.cfg.k != k: raise ValueError(f'{file}: k is {k} in its activation_fn_kwargs, and sae-lens reads {sae.cfg.k}: write it as k')
+    if kind in ('topk', 'abstopk') and sae.cfg.k != k:
+        raise ValueError(f'{file}: k is {k} in its activation_fn_kwargs, and sae-lens reads {sae.cfg.k}: write it as k')
     if cfg.get('rescale_acts_by_decoder_norm') and not getattr(sae.cfg, 'rescale_acts_by_decoder_norm', False):
         raise ValueError(f'{file}: rescale_acts_by_decoder_norm is true, which sae-lens does not do in a {kind} SAE: fold it into the weights (save_inference_model)')
 
 def _fold_scale(sae, file): # activation_scaler.json
     factor = read_json(file).get('scaling_factor')
-    if not _is_number(factor) or factor <= 0: raise ValueError(f'{file}: scaling_factor is {factor!r}, not a number above 0')
+    if not _is_number(factor) or factor <= 0:
+        raise ValueError(f'{file}: scaling_factor is {factor!r}, not a number above 0')
     sae.fold_activation_norm_scaling_factor(factor)
     _check_numbers(sae, f'{file}: with scaling_factor {factor!r}')
 
 def _load_folder(folder, device): # the sae-lens SAE
     from sae_lens import SAE
     wanted = check_config(folder/'cfg.json')
-    if not (folder/WEIGHTS).exists(): raise FileNotFoundError(f'{folder} has a cfg.json and no {WEIGHTS}: its weights are missing')
+    if not (folder/WEIGHTS).exists():
+        raise FileNotFoundError(f'{folder} has a cfg.json and no {WEIGHTS}: its weights are missing')
     check_tensors(folder/WEIGHTS)
     with _loading(folder): sae = SAE.load_from_disk(folder, device=str(device), dtype='float32', converter=_from_disk)
     if sae.cfg.architecture() != wanted:
         raise ValueError(f"{folder/'cfg.json'} describes a {wanted} SAE, which sae-lens reads as {sae.cfg.architecture()}: its activations would be others")
     _check_as_said(folder/'cfg.json', sae)
     _check_numbers(sae, f'{folder/WEIGHTS}:')
-    if sae.cfg.normalize_activations == 'expected_average_only_in' and (scale := folder/'activation_scaler.json').exists(): _fold_scale(sae, scale)
+    if sae.cfg.normalize_activations == 'expected_average_only_in' and (scale := folder/'activation_scaler.json').exists():
+        _fold_scale(sae, scale)
     return sae
 
 def _load_release(source, device): # the sae-lens SAE of (release, sae_id)

@@ -8,7 +8,7 @@ __all__ = ['seed_for', 'RowSampler', 'draw', 'pad', 'shared_prefix', 'can_share'
            'sample', 'batches']
 
 # %% ../nbs/parts/sampling.ipynb #dc4ce3a7
-import copy, hashlib
+import copy, hashlib, operator
 from contextlib import contextmanager
 from numbers import Integral, Real
 import torch
@@ -24,16 +24,23 @@ def seed_for(seed:int, # of the run
     return int.from_bytes(digest[:8], 'big') >> 1
 
 # %% ../nbs/parts/sampling.ipynb #cd394e0a
+def _whole_seed(seed) -> int: # raises `ValueError` for what is no whole number
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(f'a seed is {seed!r}: seeds are whole numbers') from None
+
 class RowSampler:
     "A logits processor that draws each row's next token with that row's own generator: the drawn token keeps a score, all others get -inf"
     def __init__(self, seeds, # one int per row
                  temperature:float=1., # > 0
                  top_p:float=1., # nucleus: the smallest set of tokens that holds this share of the probability
                  shortlist:int=256): # likeliest tokens that are looked at first
-        if not isinstance(temperature, Real) or not temperature > 0: raise ValueError(f'temperature is {temperature!r}: sampling needs more than 0')
-        if not isinstance(top_p, Real) or not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p!r}: it must lie in (0, 1]')
-        if wrong := [s for s in seeds if not isinstance(s, Integral)]: raise ValueError(f'a seed is {wrong[0]!r}: seeds are whole numbers')
-        self.generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        if not isinstance(temperature, Real) or not temperature > 0:
+            raise ValueError(f'temperature is {temperature!r}: sampling needs more than 0')
+        if not isinstance(top_p, Real) or not 0 < top_p <= 1:
+            raise ValueError(f'top_p is {top_p!r}: it must lie in (0, 1]')
+        self.generators = [torch.Generator().manual_seed(_whole_seed(s)) for s in seeds]
         self.temperature, self.top_p, self.shortlist = temperature, top_p, shortlist
 
     def __call__(self, input_ids, # (rows, seq)
@@ -148,12 +155,15 @@ def check_logits(input_ids, # (rows, seq)
                  scores     # (rows, vocab)
                 ):          # the scores
     "Raise `ValueError` where scores are no numbers, as in float16 that overflows; else return them"
-    if scores.isnan().any(): raise ValueError('the scores of the next token are not numbers: float16 overflows with this model, use dtype bfloat16; or a feature is clamped to too large a value')
+    if scores.isnan().any():
+        raise ValueError('the scores of the next token are not numbers: float16 overflows with this model, use '
+                         'dtype bfloat16; or a feature is clamped to too large a value')
     return scores
 
 def check_new(max_new_tokens):
     "Raise `ValueError` for what is no number of new tokens"
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1: raise ValueError(f'max_new_tokens is {max_new_tokens!r}: it is a whole number above 0')
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f'max_new_tokens is {max_new_tokens!r}: it is a whole number above 0')
 
 def check_vocabulary(model, largest:int): # token id
     "Raise `ValueError` for a token id that the model's embedding does not have"

@@ -132,7 +132,8 @@ def check_kls(kls, # wanted, in nats
     for kl in kls:
         if not isinstance(kl, Real) or isinstance(kl, bool) or not 0 < abs(kl) < math.inf:
             raise ValueError(f'the KL to reach is {kl!r}: it must be positive, or negative for a negative clamp')
-    if not isinstance(tolerance, Real) or not 0 < tolerance < 1: raise ValueError(f'the tolerance of a KL is {tolerance!r}: it lies between 0 and 1')
+    if not isinstance(tolerance, Real) or not 0 < tolerance < 1:
+        raise ValueError(f'the tolerance of a KL is {tolerance!r}: it lies between 0 and 1')
 
 def find_steering_values(kls_at, # list of values -> their KLs
                          targets, # KLs that are wanted, > 0
@@ -289,7 +290,8 @@ def read_tokens(model, reader, tokens, # list of `Tokens`
 # %% ../nbs/parts/target.ipynb #b907c4fb
 def check_count(texts, features): # an index for all, or one for each
     "Raise `ValueError` where there are not as many features as texts"
-    if features.shape not in ((), (len(texts),)): raise ValueError(f'{len(texts)} texts and {len(features)} features: one feature per text is needed')
+    if features.shape not in ((), (len(texts),)):
+        raise ValueError(f'{len(texts)} texts and {len(features)} features: one feature per text is needed')
 
 class TextReader:
     "Reads features' activations on texts"
@@ -351,7 +353,9 @@ def editing(model, reader, edit, # residual stream -> residual stream
 
 def check_reference(reference): # raises `ValueError` for one that is not known
     "The model that a steered one is compared with, by name"
-    if reference not in ('raw', 'sae'): raise ValueError(f"the reference is {reference!r}: it is 'raw', the model itself, or 'sae', the model with the SAE's reconstruction spliced in")
+    if reference not in ('raw', 'sae'):
+        raise ValueError(f"the reference is {reference!r}: it is 'raw', the model itself, or 'sae', the model "
+                         f"with the SAE's reconstruction spliced in")
 
 def clamp_values(values) -> np.ndarray: # fp32, of the same shape
     "What features are clamped to; raises `ValueError` for what is no number that fp32 can hold"
@@ -364,7 +368,8 @@ def clamp_values(values) -> np.ndarray: # fp32, of the same shape
 def each(what, # one for all prompts, or one per prompt
          n:int, name:str) -> np.ndarray: # (n,)
     "One for each prompt; raises `ValueError` for another number of them"
-    if what.size not in (1, n) or what.ndim > 1: raise ValueError(f'{n} prompts and {what.size} {name}: one for all or one per prompt is needed')
+    if what.size not in (1, n) or what.ndim > 1:
+        raise ValueError(f'{n} prompts and {what.size} {name}: one for all or one per prompt is needed')
     return np.broadcast_to(what.reshape(-1), n)
 
 def steering(model, reader, features, values, # (n,) each
@@ -462,7 +467,8 @@ class SteeredModel(TextReader):
         if self._clean is None or self._clean[0] != (prompts, reference):
             tokens = tokenise(self.tokenizer, prompts, self.bos)
             if not tokens: raise ValueError('no prompts were given: a KL is measured on at least one')
-            if not all(t.ids for t in tokens): raise ValueError('a prompt is empty and this model has no BOS token: there is nothing to steer')
+            if not all(t.ids for t in tokens):
+                raise ValueError('a prompt is empty and this model has no BOS token: there is nothing to steer')
             check_length(self.model, tokens, what='prompt')
             batch = pad([t.ids for t in tokens], self.pad_id, left=True, device=self.model.device)
             self._clean = (prompts, reference), clean_run(self.model, self.reader, batch, self.bos, reference)
@@ -475,7 +481,8 @@ class SteeredModel(TextReader):
         check_kls(kls, tolerance)
         check_reference(reference)
         feature = feature_indices(feature)
-        if feature.size != 1: raise ValueError(f'{feature.size} features were given: the clamps of one are looked for at a time')
+        if feature.size != 1:
+            raise ValueError(f'{feature.size} features were given: the clamps of one are looked for at a time')
         feature = int(feature.item())
         self.reader.directions(feature) # a dead feature cannot steer: says so
         clean = self._clean_run(tuple(check_texts(prompts)), reference)
