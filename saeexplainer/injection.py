@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from .chat import prompt_ids
 from .files import check_tensors, read_json, read_tensors, whole, write_json
-from .models import EMBEDDED, EMBEDDED_SHA256, backbone, decoder_layers, load_model, model_source, stream_of, weights_sha256, with_stream
+from .models import EMBEDDED, EMBEDDED_SHA256, backbone, check_lora, check_lora_scaling, decoder_layers, load_model, model_source, stream_of, weights_sha256, with_stream
 from .saes import check_directions
 from .sampling import check_vocabulary, sample, seed_for
 
@@ -259,7 +259,9 @@ def load_adapter(model, # causal LM
     weights, about = folder/'adapter_model.safetensors', folder/'adapter_config.json'
     kind = read_json(about).get('peft_type')
     if kind != 'LORA': raise ValueError(f'{about} has the peft_type {kind!r}: an explainer needs a LoRA adapter (LORA)')
-    if broken := [k for k, t in read_tensors(weights).items() if not torch.isfinite(t).all()]:
+    tensors = read_tensors(weights)
+    check_lora(about, name, max((len(t) for k, t in tensors.items() if 'lora_A' in k), default=0))
+    if broken := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
         raise ValueError(f'{weights} has numbers that are not finite, in {len(broken)} of its tensors: its training has failed')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # PEFT asks transformers for a name that is being renamed, and warns of what is refused below
@@ -274,6 +276,7 @@ def load_adapter(model, # causal LM
     if lost or more:
         raise ValueError(f'the adapter in {folder} does not fit {name}: {len(lost)} of its tensors are missing, {len(more)} are for no layer of it '
                          f'(for example {[*lost, *more][0]}): it was made for another model, or its file is not complete')
+    check_lora_scaling(model, about)
     return model
 
 # %% ../nbs/00_injection.ipynb #27dc6f79

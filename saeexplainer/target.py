@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['TWINS', 'OTHER', 'FEATURES_AT_ONCE', 'LOGITS_AT_ONCE', 'residual_hook', 'residual_stream', 'Tokens', 'special_ids',
-           'check_texts', 'tokenise', 'SteeringValue', 'next_sizes', 'find_steering_values', 'check_fits', 'plain_name',
-           'check_model_name', 'check_weights', 'Reading', 'unreadable', 'check_length', 'check_stream',
-           'distinct_texts', 'read_features', 'read_tokens', 'TextReader', 'editing', 'steering', 'unsteered',
-           'CleanRun', 'log_probs_at', 'clean_run', 'steered_kls', 'steering_scale', 'SteeredModel', 'Target']
+           'check_texts', 'tokenise', 'SteeringValue', 'next_sizes', 'check_kls', 'find_steering_values', 'check_fits',
+           'name_words', 'plain_name', 'words_around', 'check_model_name', 'check_weights', 'Reading', 'unreadable',
+           'check_length', 'check_stream', 'distinct_texts', 'read_features', 'read_tokens', 'check_count',
+           'TextReader', 'editing', 'check_reference', 'clamp_values', 'each', 'steering', 'unsteered', 'CleanRun',
+           'log_probs_at', 'clean_run', 'steered_kls', 'steering_scale', 'SteeredModel', 'Target']
 
 # %% ../nbs/parts/target.ipynb #0c8f48f7
 import math, re, sys
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .models import EMBEDDED, backbone, context_length, decoder_layers, load_model, model_source, stream_of, weights_sha256, with_stream
-from .sampling import batches, pad, sample, seed_for
+from .sampling import batches, check_new, pad, sample, seed_for
 from .saes import FeatureReader, decoder_step, feature_indices
 
 # %% ../nbs/parts/target.ipynb #10e601bf
@@ -75,6 +78,7 @@ def special_ids(tokenizer) -> set:
 def check_texts(texts) -> list[str]: # a list, a pandas column, an array ... of str
     "Texts as a list; raises `ValueError` for a single text, and for what is none"
     if isinstance(texts, (str, bytes)): raise ValueError(f'one text ({texts[:40]!r}) was given for a list of texts: put it into brackets')
+    if not isinstance(texts, Iterable): raise ValueError(f'{texts!r:.60} is no list of texts')
     texts = list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str): raise ValueError(f'text {i} is no text but {text!r:.60}')
@@ -122,6 +126,15 @@ def next_sizes(known, # {size: its KL}; NaN: beyond what the model can take
         more = [low * (high/low)**min(max(s, .02), .98) for s in (share-.1, share, share+.1, .5)]
     return [s for s in more if 1/limit <= s <= limit]
 
+def check_kls(kls, # wanted, in nats
+              tolerance): # relative
+    "Raise `ValueError` for a KL that cannot be reached, or a tolerance that cannot be kept"
+    for kl in kls:
+        if not isinstance(kl, Real) or isinstance(kl, bool) or not 0 < abs(kl) < math.inf:
+            raise ValueError(f'the KL to reach is {kl!r}: it must be positive, or negative for a negative clamp')
+    if not isinstance(tolerance, Real) or not 0 < tolerance < 1:
+        raise ValueError(f'the tolerance of a KL is {tolerance!r}: it lies between 0 and 1')
+
 def find_steering_values(kls_at, # list of values -> their KLs
                          targets, # KLs that are wanted, > 0
                          base:float=0., # the search moves away from here
@@ -129,6 +142,7 @@ def find_steering_values(kls_at, # list of values -> their KLs
                          tolerance:float=.05, # relative
                          max_forwards:int=12, limit:float=2**12) -> list[SteeringValue]: # one per target
     "The values whose KLs are closest to the targets; `reached` is False where that is not close enough"
+    check_kls(targets, tolerance)
     known = {}
     for _ in range(max_forwards):
         todo = sorted({s for t in targets for s in next_sizes(known, t, tolerance, limit)} - known.keys())
@@ -150,23 +164,37 @@ def check_fits(model, reader): # raises `ValueError` where they do not
 TWINS = {'it', 'instruct', 'chat', 'base', 'pt', 'hf', 'meta'} # words of a name that a base model and its instruct twin may differ in
 OTHER = r'deduped|seed|small|medium|large|xl|distil|v\d' # what, added to a name, means other weights
 
-def plain_name(name:str) -> str:
+def name_words(name:str) -> list[str]: # runs of letters, and of digits
     "A model's name without owner, punctuation and the words in `TWINS`; a name of TransformerLens becomes the hub's"
     from transformer_lens.supported_models import MODEL_ALIASES
     hub = {alias.lower(): real for real, aliases in MODEL_ALIASES.items() for alias in aliases}
     name = str(name).rstrip('/').split('/')[-1].lower()
     words = re.split(r'[^a-z0-9]+', hub.get(name, name).split('/')[-1].lower())
-    return ''.join(w for w in words if w not in TWINS)
+    twins = TWINS - {'instruct'} if 'tinystories' in words else TWINS # those were trained on other stories, from scratch
+    return [run for word in words if word not in twins for run in re.findall(r'[a-z]+|[0-9]+', word)]
+
+def plain_name(name:str) -> str: # its numbers stay apart: 1.5b is not 15b
+    "The words of a model's name in one"
+    return re.sub(r'(?<=[0-9]) (?=[0-9])', '.', ' '.join(name_words(name))).replace(' ', '')
+
+def words_around(longer, shorter) -> list[str]|None: # None: it is not in there
+    "The words that a name has beyond those of another; None too where a number of that one goes on, as in phi-1 and phi-1.5"
+    n = len(shorter)
+    for i in range(len(longer) - n + 1):
+        after = longer[i+n:]
+        goes_on = bool(after and shorter) and (shorter[-1] + after[0]).isdigit()
+        if shorter and longer[i:i+n] == shorter and not goes_on: return longer[:i] + after
+    return None
 
 def check_model_name(name:str, reader): # raises `ValueError` for the name of another model
     "The model's name against the one in the SAE's metadata; a base model and its instruct twin pass, and so does a folder"
     known = reader.sae.cfg.metadata.model_name
     if name != EMBEDDED: model_source(name) # a folder that does not exist is said to be missing
     if not known or Path(name).expanduser().exists(): return
-    longer, shorter = sorted((plain_name(name), plain_name(known)), key=len, reverse=True)
-    more = longer.replace(shorter, '', 1) if shorter else longer
-    if longer == shorter: return
-    if shorter not in longer or not shorter or re.search(OTHER, more):
+    if plain_name(name) == plain_name(known) != '': return
+    longer, shorter = sorted((name_words(name), name_words(known)), key=len, reverse=True)
+    more = words_around(longer, shorter)
+    if more is None or re.search(OTHER, ''.join(more)):
         raise ValueError(f"this SAE is for the model '{known}', not for '{name}'; if these are two names of one model, say so in the preset: `sae_model: {name}`")
     print(f"the SAE is for the model '{known}', the target is '{name}': its activations mean something only if their weights are the same "
           f"(`sae_model: {name}` in the preset says so)", file=sys.stderr)
@@ -260,6 +288,11 @@ def read_tokens(model, reader, tokens, # list of `Tokens`
                     bar.update(len(asked))
 
 # %% ../nbs/parts/target.ipynb #b907c4fb
+def check_count(texts, features): # an index for all, or one for each
+    "Raise `ValueError` where there are not as many features as texts"
+    if features.shape not in ((), (len(texts),)):
+        raise ValueError(f'{len(texts)} texts and {len(features)} features: one feature per text is needed')
+
 class TextReader:
     "Reads features' activations on texts"
     def __init__(self, model, # causal LM, never trained
@@ -276,8 +309,8 @@ class TextReader:
 
     def _read(self, texts, features, progress): # yields (i, its Tokens, its values)
         features = feature_indices(features)
+        check_count(texts, features)
         if features.ndim == 0: features = np.full(len(texts), features)
-        if features.shape != (len(texts),): raise ValueError(f'{len(texts)} texts and {len(features)} features: one feature per text is needed')
         tokens = tokenise(self.tokenizer, texts, self.bos)
         for i, values in read_tokens(self.model, self.reader, tokens, features.tolist(), self.pad_id, self.batch_size, self.max_tokens, progress):
             yield i, tokens[i], values
@@ -300,6 +333,7 @@ class TextReader:
     def scores(self, texts, features, progress=False) -> list: # of each text: its largest activation, or the reason why it has none
         "As `max_acts`, for texts of which some cannot be read: 'empty' for those without tokens, 'too long' for those beyond the model's context"
         texts, features = check_texts(texts), feature_indices(features)
+        check_count(texts, features)
         errors = unreadable(self.model, tokenise(self.tokenizer, texts, self.bos))
         out, read = [errors[i][0] if i in errors else 'empty' for i in range(len(texts))], [i for i in range(len(texts)) if i not in errors]
         found = self.max_acts([texts[i] for i in read], features[read] if features.ndim else features, progress)
@@ -317,13 +351,37 @@ def editing(model, reader, edit, # residual stream -> residual stream
         return torch.where(attention_mask[..., None].bool(), new, resid) if resid.shape[1]==attention_mask.shape[1] else new
     with residual_hook(model, reader.layer, reader.hook, fn): yield
 
+def check_reference(reference): # raises `ValueError` for one that is not known
+    "The model that a steered one is compared with, by name"
+    if reference not in ('raw', 'sae'):
+        raise ValueError(f"the reference is {reference!r}: it is 'raw', the model itself, or 'sae', the model "
+                         f"with the SAE's reconstruction spliced in")
+
+def clamp_values(values) -> np.ndarray: # fp32, of the same shape
+    "What features are clamped to; raises `ValueError` for what is no number that fp32 can hold"
+    array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
+    numbers = array.dtype.kind in 'iuf' and not isinstance(values, np.ma.MaskedArray)
+    if not numbers or not (abs(array.astype(np.float64)) <= np.finfo(np.float32).max).all():
+        raise ValueError(f'a feature is clamped to {str(values)[:60]!r}: a clamp is a number, and finite')
+    return array.astype(np.float32)
+
+def each(what, # one for all prompts, or one per prompt
+         n:int, name:str) -> np.ndarray: # (n,)
+    "One for each prompt; raises `ValueError` for another number of them"
+    if what.size not in (1, n) or what.ndim > 1:
+        raise ValueError(f'{n} prompts and {what.size} {name}: one for all or one per prompt is needed')
+    return np.broadcast_to(what.reshape(-1), n)
+
 def steering(model, reader, features, values, # (n,) each
              attention_mask, reference:str='raw'): # 'raw', or 'sae': on the SAE's reconstruction
     "Clamp feature i to `values[i]` in row i"
+    check_reference(reference)
+    values = clamp_values(values)
     return editing(model, reader, lambda resid: reader.clamp(resid, features, values, spliced=reference=='sae'), attention_mask)
 
 def unsteered(model, reader, attention_mask, reference:str='raw'):
     "The model that steering is compared with"
+    check_reference(reference)
     return nullcontext() if reference=='raw' else editing(model, reader, reader.reconstruct, attention_mask)
 
 # %% ../nbs/parts/target.ipynb #9318e58e
@@ -388,14 +446,18 @@ class SteeredModel(TextReader):
         prompts = check_texts(prompts)
         seeds = [seed_for(0, 'generate', i) for i in range(len(prompts))] if seeds is None else list(seeds)
         if len(seeds) != len(prompts): raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds: one seed per prompt is needed')
-        each = lambda x: np.broadcast_to(x, len(prompts))
+        if feature is not None:
+            features = each(feature_indices(feature), len(prompts), 'features')
+            values = each(clamp_values(value), len(prompts), 'values')
+        check_reference(reference)
         tokens, out = tokenise(self.tokenizer, prompts, self.bos), [None]*len(prompts)
         if not all(t.ids for t in tokens): raise ValueError('a prompt is empty and this model has no BOS token: there is nothing to continue')
+        check_new(max_new_tokens)
         check_length(self.model, tokens, max_new_tokens, 'prompt')
         for rows in batches([len(t.ids) for t in tokens], self.batch_size, self.max_tokens):
             batch = pad([tokens[i].ids for i in rows], self.pad_id, left=True, device=self.model.device)
             model, mask = (self.model, self.reader), batch['attention_mask']
-            with unsteered(*model, mask, reference) if feature is None else steering(*model, each(feature)[rows], each(value)[rows], mask, reference):
+            with unsteered(*model, mask, reference) if feature is None else steering(*model, features[rows], values[rows], mask, reference):
                 texts = sample(self.model, self.tokenizer, **batch, seeds=[seeds[i] for i in rows], max_new_tokens=max_new_tokens,
                                temperature=temperature, top_p=top_p)
             for i, text in zip(rows, texts): out[i] = text
@@ -404,6 +466,9 @@ class SteeredModel(TextReader):
     def _clean_run(self, prompts, reference) -> CleanRun: # kept: all features of a run are steered on the same prompts
         if self._clean is None or self._clean[0] != (prompts, reference):
             tokens = tokenise(self.tokenizer, prompts, self.bos)
+            if not tokens: raise ValueError('no prompts were given: a KL is measured on at least one')
+            if not all(t.ids for t in tokens):
+                raise ValueError('a prompt is empty and this model has no BOS token: there is nothing to steer')
             check_length(self.model, tokens, what='prompt')
             batch = pad([t.ids for t in tokens], self.pad_id, left=True, device=self.model.device)
             self._clean = (prompts, reference), clean_run(self.model, self.reader, batch, self.bos, reference)
@@ -413,7 +478,12 @@ class SteeredModel(TextReader):
                         prompts, tolerance:float=.05, # relative
                         reference:str='raw') -> list[SteeringValue]: # one for each of `kls`
         "The clamps of a feature at which KL(clean || steered) of the next token, averaged over positions and prompts, is `|kl|`"
-        if not all(kls): raise ValueError('the KL to reach is 0: it must be positive, or negative for a negative clamp')
+        check_kls(kls, tolerance)
+        check_reference(reference)
+        feature = feature_indices(feature)
+        if feature.size != 1:
+            raise ValueError(f'{feature.size} features were given: the clamps of one are looked for at a time')
+        feature = int(feature.item())
         self.reader.directions(feature) # a dead feature cannot steer: says so
         clean = self._clean_run(tuple(check_texts(prompts)), reference)
         active, step = steering_scale(self.reader, feature, clean)
