@@ -29,6 +29,7 @@ def read_explanations(file): # DataFrame, columns feature (str), explanation (st
         if not (text is None or isinstance(text, str) or text != text): raise ValueError(f'{file}, row {number}: the explanation is {str(text)[:80]}, not a text')
         said.append(text if isinstance(text, str) and text.strip() else None)
         models.append(row.get('explanationModelName'))
+    if not names: raise ValueError(f'{file} holds no explanation: it needs rows with feature and explanation')
     _check_named_once(names, models, file)
     return pd.DataFrame({'feature': pd.Series(names, dtype=str), 'explanation': pd.Series(said, dtype=object)})
 
