@@ -43,7 +43,7 @@ class FeatureId:
     def parse(cls, text:str): # 'model/source/index'
         "The `FeatureId` of a name; raises `ValueError` where it is none"
         parts = str(text).strip().split('/')
-        if len(parts)!=3 or not all(parts) or not parts[2].isdecimal():
+        if len(parts)!=3 or not all(parts) or not parts[2].isdecimal() or len(parts[2]) > 10:
             raise ValueError(f"{text!r} is not a feature: write model/source/index, such as 'smollm2-135m/9-res-4k/123'")
         return cls(parts[0], parts[1], int(parts[2]))
 
@@ -389,6 +389,7 @@ def load_features(preset) -> list[Feature]:
         if not (label or '').strip(): # a blank is no label
             label, status = None, 'unlabelled' if status == 'ok' else status
         max_act, density = (math.nan if x is None else x for x in (r['max_act'], r['density'])) # pandas writes NaN as nothing
+        if max_act == 0: label, status = None, 'dead' # whatever its writer called it
         words = tuple(word for word in r['words'] or () if word.strip())
         features.append(Feature(FeatureId(model, source, r['index']), label, max_act, density, c, status, words, s))
     return features

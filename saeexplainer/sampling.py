@@ -28,7 +28,7 @@ class RowSampler:
                  temperature:float=1., # > 0
                  top_p:float=1., # nucleus: the smallest set of tokens that holds this share of the probability
                  shortlist:int=256): # likeliest tokens that are looked at first
-        if temperature <= 0: raise ValueError(f'temperature is {temperature}: sampling needs more than 0')
+        if not temperature > 0: raise ValueError(f'temperature is {temperature}: sampling needs more than 0')
         if not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p}: it must lie in (0, 1]')
         self.generators = [torch.Generator().manual_seed(s) for s in seeds]
         self.temperature, self.top_p, self.shortlist = temperature, top_p, shortlist

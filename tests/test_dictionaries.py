@@ -273,7 +273,9 @@ def test_a_file_of_all_features_is_what_evaluate_reads(world, tmp_path, capsys, 
     "Dead features, and features that the table does not know, are left out and counted"
     folder, file, preset = world
     monkeypatch.chdir(tmp_path)
-    explain_dictionary(preset, folder/'sft', tmp_path/'all.parquet', progress=False)
+    main(['explain', str(file), '--all', '--out', 'all.parquet', '--explainer', str(folder/'sft'), '--json'])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)['features'] == 40 and '2 of 40 features are dead: they fired on none of the texts' in shown.err
     main(['evaluate', 'all.parquet', '--preset', str(file), '--json', '-s', 'n_output=1', '-s', 'n_generative=1', '-s', 'n_activating=1', '-s', 'n_neutral=1'])
     shown = capsys.readouterr()
     assert 'are dead or unknown and are left out' in shown.err

@@ -200,6 +200,7 @@ def test_what_is_missing_in_a_table(tmp_path):
     said = [[dict(text='a', model=None, type=None), dict(text=None, model='m', type='t'), dict(text='  ', model='m', type='t')], [], None]
     pd.DataFrame(dict(index=[0, 1, 2], density=[.1, None, .1], max_act=[8., np.nan, 1.], status='ok', explanation=['a', '  ', None], words=[[], [], None], explanations=said, contexts=[[], [], None])).to_parquet(tmp_path/'features.parquet')
     a, b, c = load_features(preset_with(tmp_path/'features.parquet'))
+    assert [f.status for f in load_features(preset_with(save_features([row(0, 'a'), {**row(1, 'b'), 'max_act': 0.}], tmp_path/'silent.parquet')))] == ['ok', 'dead']
     assert a.explanations == (Explanation('a', 'unnamed'),) and (a.explanation, a.status) == ('a', 'ok')
     assert (b.explanation, b.status) == (c.explanation, c.status) == (None, 'unlabelled') and math.isnan(b.max_act) and math.isnan(b.density) and len(c.contexts) == 0
 
