@@ -130,6 +130,8 @@ def split_features(ids, # `FeatureId`s or names
                    seed:int=0) -> dict: # split -> list of ids
     "Disjoint random splits; raises `ValueError` where there are too few features"
     from saeexplainer.sampling import seed_for
+    for name, n in sizes.items():
+        if isinstance(n, bool) or n != int(n) or n < 0: raise ValueError(f'{n} features are wanted for {name}: it is a whole number from 0')
     ids = sorted(set(ids), key=lambda i: (seed_for(seed, 'split', str(i)), str(i)))
     if sum(sizes.values()) > len(ids):
         raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in sizes.items())} features are wanted, there are {len(ids)}")
@@ -282,7 +284,7 @@ def _fits(found, wanted) -> bool: # Arrow types; whoever wrote the file may have
     return kinds.is_integer(found) or (kinds.is_floating(found) and kinds.is_floating(wanted))
 
 def _check_types(table, schema, file): # raises `ValueError`
-    for field in schema:
+    for field in schema if len(table) else (): # pandas gives an empty column any type
         if field.name in table.column_names and not _fits(found := table.schema.field(field.name).type, field.type):
             raise ValueError(f'{file} has {str(found)[:80]} in its column {field.name}: it needs {field.type}')
 
@@ -377,7 +379,7 @@ def load_features(preset) -> list[Feature]:
     _check_contexts(table, file)
     contexts = [Contexts(column, i) for column in table['contexts'].chunks for i in range(len(column))]
     more = more_labels(file)
-    said = [(*_said(r.get('explanations')), *more[r['index']]) for r in rows]
+    said = [tuple(dict.fromkeys((*_said(r.get('explanations')), *more[r['index']]))) for r in rows]
     if unknown := len(more.keys() - {r['index'] for r in rows}): print(f'labels.parquet beside {file} has labels of {unknown:,} features that it does not hold: they are left out', file=sys.stderr)
     chosen, (model, source) = preset.label_model, preset.source.split('/')
     if not any(said): chosen = None # a table that names no models has one label per feature
@@ -427,7 +429,9 @@ def stats_row(row:dict) -> dict: # max_act and density; NaN where no density is 
 
 def label_row(row:dict) -> Explanation|None: # None: no text
     "Of a line of explanations*/"
-    text, model, kind = (row['description'] or '').strip(), row.get('explanationModelName') or 'unnamed', row.get('typeName') or ''
+    text = row['description']
+    text = '' if text is None else text.strip()
+    model, kind = row.get('explanationModelName') or 'unnamed', row.get('typeName') or ''
     if not (isinstance(model, str) and isinstance(kind, str)): raise TypeError(f'{model!r} and {kind!r} are no names')
     return Explanation(text, model, kind) if text else None
 
@@ -436,6 +440,7 @@ BEFORE, LENGTH = 20, 32 # tokens of a context: before its peak, and in all
 
 def context_row(row:dict, before:int=BEFORE, length:int=LENGTH) -> Context|None: # None: the feature is silent
     "Of a line of activations/: the tokens around the peak"
+    if not (isinstance(row['tokens'], list) and isinstance(row['values'], list)): raise TypeError('tokens and values are no lists')
     tokens, values = row['tokens'], [*map(_finite, row['values'])]
     if not tokens or len(tokens) != len(values) or not all(isinstance(t, str) for t in tokens): raise ValueError('tokens and values do not fit together')
     peak = max(range(len(values)), key=values.__getitem__)
@@ -701,6 +706,8 @@ def neuronpedia_export(model:str, source:str, # as on Neuronpedia: 'gemma-2-9b',
     """Labels, statistics and contexts of all features of a source, as features.parquet; goes on where it was stopped
 
     Raises `ValueError` for a source or explainer that is not there, with those that are, and `ConnectionError` where files cannot be read."""
+    for name in (model, source):
+        if '/' in name or name.strip() in ('', '.', '..'): raise ValueError(f'{name!r} is no model or source of Neuronpedia, such as gemma-2-9b or 20-gemmascope-res-16k')
     folder = Path(folder or _kept(f'{model}/{source}'))
     store, session, shards = (store or os.environ.get('NEURONPEDIA_STORE') or STORE_URL).rstrip('/'), _session(), folder/'shards'
     files, skipped = source_files(session, store, model, source, shards, n_contexts)

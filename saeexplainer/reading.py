@@ -329,6 +329,7 @@ def _shares(words, weights, frequency, total): # casefolded word -> (share of th
     for w, x in zip(words, weights):
         if w: weight[w.casefold()] += x; form[w.casefold()][w] += x
     whole = sum(weights)
+    if not whole > 0: return {} # nothing fires
     return {w: (x/whole, x/whole * total/(frequency.get(w, 0)+1), form[w].most_common(1)[0][0]) for w, x in weight.items()}
 
 def word_label(contexts, # of `Context`, strongest first

@@ -243,6 +243,13 @@ def test_tables_that_would_lose_something_are_refused(tmp_path, name):
     assert says in written(tmp_path/name)
 
 
+def test_missing_texts_as_python_spells_them(tmp_path):
+    (tmp_path/'x.csv').write_text('feature,explanation\n5,nan\n6,NaN\n7,<NA>\n8,the word NaN\n')
+    assert written(tmp_path/'x.csv') == {'5': None, '6': None, '7': None, '8': 'the word NaN'}
+    (tmp_path/'x.jsonl').write_text('{"feature": 5, "explanation": "a"}\n{"explanation": "b"}\n')
+    assert 'x.jsonl, row 2, has the columns explanation: it needs feature and explanation' in written(tmp_path/'x.jsonl')
+
+
 def test_two_columns_of_one_name_in_a_parquet_file(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

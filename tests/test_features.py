@@ -26,6 +26,8 @@ def test_splits_depend_on_ids_sizes_and_seed_alone():
     assert len(set(sum(a.values(), []))) == 150
     assert split_features(ids, dict(test=20), seed=3)['test'] == a['test'] # a smaller run tests on what the larger tests on
     with pytest.raises(ValueError, match='150 test \\+ 100 sft features are wanted, there are 200'): split_features(ids, dict(test=150, sft=100))
+    for n in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f'{n} features are wanted for a: it is a whole number from 0'): split_features(['a', 'b', 'c'], dict(a=n, b=1))
 
 
 # the file
@@ -215,6 +217,7 @@ def test_labels_that_others_wrote(tmp_path, capsys):
     with pytest.raises(ValueError, match='labels.parquet lacks the columns index, text, model: .*; it has feature, explanation'): labels(dict(feature=[0], explanation=['x']))
     with pytest.raises(ValueError, match='labels.parquet has int64 in its column text: it needs string'): labels(dict(index=[0], text=[7], model='m'))
     with pytest.raises(ValueError, match='labels.parquet has double in its column index: it needs int32'): labels(dict(index=[0, None], text=['a', 'b'], model='m'))
+    assert labels(dict(index=[], text=[], model=[]))[0] == labels(dict(index=[0, 0], text=['x', 'x'], model='m'))[0] == (Explanation('x', 'm'),) # no label, and the same one again
     with pytest.raises(ValueError, match='labels.parquet has a label of feature -1'): labels(dict(index=[-1], text=['a'], model='m'))
     capsys.readouterr()
     assert labels(dict(index=[0, 7, 8], text=['a', 'b', 'c'], model='m'))[0][-1].text == 'a' and 'has labels of 2 features that it does not hold: they are left out' in capsys.readouterr().err
@@ -276,9 +279,9 @@ BAD = ['{"index": 1', 'null', '[]', '{}', *map(json.dumps, [dict(index=-1), dict
 
 @pytest.mark.parametrize('kind, more', [
     ('features', [dict(index=1), stats(1, None), stats(1, 'x'), stats(1, math.nan), stats(1, math.inf), stats(1, -1.), {**stats(1), 'frac_nonzero': 'x'}, stats(1, 1e39), stats(1, True), stats(1, 8., 1.5), stats(1, 8., -.1), {**stats(1), 'index': '1_0'}]),
-    ('explanations', [dict(index=1), {**label(1, ''), 'description': 7}, label(1, 'x', 7), label(1, math.nan), label(1, 'x', math.nan), label(1, 'x', ['m']), {**label(1, 'x'), 'typeName': 7}, {**label(1, 'x'), 'index': 'one'}]),
+    ('explanations', [dict(index=1), {**label(1, ''), 'description': 7}, label(1, 'x', 7), label(1, 0), label(1, []), label(1, False), label(1, math.nan), label(1, 'x', math.nan), label(1, 'x', ['m']), {**label(1, 'x'), 'typeName': 7}, {**label(1, 'x'), 'index': 'one'}]),
     ('activations', [dict(index=1, tokens=['a'], values=[1., 2.]), dict(index=1, tokens=[], values=[]), dict(index=1, tokens=[3], values=[1.]), dict(index=1, tokens=None, values=[1.]),
-                     dict(index=1, tokens=['a'], values=[None]), dict(index=1, tokens=['a'], values=[math.nan]), dict(index=1, tokens=['a'], values=[10**400]), dict(index=1, tokens=['a'], values=[1e39])])])
+                     dict(index=1, tokens=['a'], values=[None]), dict(index=1, tokens=['a'], values=[math.nan]), dict(index=1, tokens=['a'], values=[10**400]), dict(index=1, tokens=['a'], values=[1e39]), dict(index=1, tokens='ab', values=[1., 2.]), dict(index=1, tokens=['a'], values='5'), dict(index=1, tokens=['a'], values=[True])])])
 def test_malformed_lines_are_counted(kind, more):
     good = dict(features=stats, explanations=lambda i: label(i, 'x'), activations=activation)[kind](1)
     lines = [json.dumps(good), *BAD, '', ' \n', *map(json.dumps, more), b'\xff\xfe{', json.dumps({**good, 'index': 2}).encode()]
@@ -428,6 +431,12 @@ def test_unknown_explainer_is_said_before_the_rest_is_fetched(tmp_path):
     with Neuronpedia(source()) as server:
         with pytest.raises(ValueError, match=r"m/s has no labels of 'gpt-6': it has those of gpt-4o-mini \(13\)"): export(server, tmp_path, explainer='gpt-6')
         assert len(server.asked('explanations/')) == len(server.asked()) == 2
+
+
+def test_names_that_lead_elsewhere_are_refused(tmp_path):
+    for name in ('../x', '..', '', ' '):
+        for model, source in ((name, 's'), ('m', name)):
+            with pytest.raises(ValueError, match='is no model or source of Neuronpedia'): neuronpedia_export(model, source, folder=tmp_path, store='http://127.0.0.1:9')
 
 
 def test_unknown_source(tmp_path):

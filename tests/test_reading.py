@@ -378,3 +378,4 @@ def test_labels():
     assert word_label([context([f'x{i}', 'the'], 1) for i in range(6)], corpus) == (None, ()) # only a common word
     label = word_label([context(['such', w], 1) for w in 'abcdefgh'], Counter({'the': 10**5, 'such': 9}))
     assert label == ("what follows the word 'such'", ('such',))
+    assert word_label([Context('t', ('a', ' cat'), (0., 0.), 1)], corpus) == word_label([], corpus) == (None, ()) # nothing fires
