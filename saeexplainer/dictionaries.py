@@ -24,12 +24,13 @@ def read_explanations(file): # DataFrame, columns feature (str), explanation (st
     names, said, models = [], [], []
     for number, row in enumerate(table_rows(file, ('feature', 'explanation')), 1):
         row = {key.strip().casefold(): value for key, value in row.items() if isinstance(key, str)} | row # a column's own spelling goes first
-        name, text = _named(row, file)
+        name, text = _named(row, file if number == 1 else f'{file}, row {number},')
         try: names.append(_feature(name))
         except ValueError: raise ValueError(f'{file}, row {number}: {str(name)[:80]!r} is no feature, which is an index or model/source/index') from None
         if not (text is None or isinstance(text, str) or text != text): raise ValueError(f'{file}, row {number}: the explanation is {str(text)[:80]}, not a text')
-        said.append(text if isinstance(text, str) and text.strip() else None)
+        said.append(text if isinstance(text, str) and text.strip() not in ('', 'nan', 'NaN', '<NA>') else None) # as Python spells what is missing
         models.append(row.get('explanationModelName'))
+    if not names: raise ValueError(f'{file} holds no explanation: it needs rows with feature and explanation')
     _check_named_once(names, models, file)
     return pd.DataFrame({'feature': pd.Series(names, dtype=str), 'explanation': pd.Series(said, dtype=object)})
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LFS_POINTER', 'PARQUET', 'TABLES', 'whole', 'read_json', 'write_json', 'check_readable', 'check_tensors',
-           'read_tensors', 'read_table', 'write_table', 'hold', 'clear_parts', 'making', 'valid', 'parse_json',
-           'encoding_of', 'table_kind', 'table_rows']
+           'read_tensors', 'open_parquet', 'read_table', 'write_table', 'hold', 'clear_parts', 'making', 'valid',
+           'parse_json', 'encoding_of', 'table_kind', 'table_rows']
 
 # %% ../nbs/parts/files.ipynb #93dc08b1
 import codecs, csv, gzip, io, json, os, re, sys, uuid, zlib
@@ -82,16 +82,27 @@ def read_tensors(file) -> dict: # name -> tensor, on the CPU
 # %% ../nbs/parts/files.ipynb #c7317805
 PARQUET = b'PAR1' # at both ends of such a file
 
+def open_parquet(file): # pyarrow.parquet.ParquetFile
+    "Open a Parquet file; raises `ValueError` or `OSError` where it is damaged, as reading from it does; the caller names it"
+    import pyarrow.parquet as pq
+    with open(file, 'rb') as start:
+        if start.read(4) != PARQUET:
+            raise ValueError('it does not begin as a Parquet file') # pyarrow looks at the end only
+    opened = pq.ParquetFile(file, page_checksum_verification=True)
+    names = opened.schema_arrow.names
+    if len(set(names)) < len(names):
+        opened.close()
+        raise ValueError(f'it has two columns {max(names, key=names.count)!r}: give each a name of its own')
+    return opened
+
 def read_table(file,
                columns=None # names; None: all
               ): # pyarrow.Table
     "Read a Parquet file; raises `ValueError`, naming it, where it is damaged"
     import pyarrow as pa
-    import pyarrow.parquet as pq
     try:
-        with open(file, 'rb') as start:
-            if start.read(4) != PARQUET: raise ValueError('it does not begin as one')  # pyarrow looks at the end only
-        return pq.read_table(file, columns=columns, page_checksum_verification=True)
+        with open_parquet(file) as opened:
+            return opened.read(columns=columns)
     except FileNotFoundError:
         raise FileNotFoundError(f'no file {file}') from None
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -156,10 +167,12 @@ def valid(value):
 
 _HALF = re.compile(r'\\u[dD][89a-fA-F]|\\u0000') # the escapes of surrogates, of whole pairs too, and of the zero byte
 
-def parse_json(text:str): # (value, whether something in it had to be replaced); raises `ValueError`
+def parse_json(text:str,
+               pairs=None # what makes an object of its names and values; None: `dict`
+              ): # (value, whether something in it had to be replaced); raises `ValueError`
     "Parse JSON that strangers have written"
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=pairs)
         if not _HALF.search(text):
             return value, False
         stored = valid(value)
@@ -170,7 +183,17 @@ def parse_json(text:str): # (value, whether something in it had to be replaced);
 def _opened(file): # binary, unzipped
     return gzip.open(file) if file.suffix.lower() == '.gz' else open(file, 'rb')
 
-def encoding_of(file) -> str:
+_OTHERS = {b'PAR1': 'a Parquet file', b'PK\x03\x04': 'a zip file or a spreadsheet', b'\xd0\xcf\x11\xe0': 'an old file of Office', b'\x1f\x8b': 'a gzipped file',
+           b'%PDF-': 'a PDF', b'SQLite format 3': 'a database'} # how files begin that are no text
+
+def _check_text(start:bytes): # raises `ValueError` where what a file begins with is no text
+    for begins, what in _OTHERS.items():
+        if start.startswith(begins):
+            raise ValueError(f'it is {what}, not text: give it the ending of one, or take the text out of it')
+    if 8*start.count(0) > len(start):
+        raise ValueError('it is no text, or UTF-16 without its mark: save it as UTF-8')
+
+def encoding_of(file) -> str: # raises `ValueError` where it is no text
     "The encoding of a text file: by its byte-order mark; else UTF-8, or Windows-1252 where it is not that"
     marks = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
     decoder = codecs.getincrementaldecoder('utf-8')()
@@ -179,6 +202,7 @@ def encoding_of(file) -> str:
         for mark, name in marks.items(): # the longer marks first
             if start.startswith(mark):
                 return name
+        _check_text(start)
         try:
             while start:
                 decoder.decode(start)
@@ -188,33 +212,71 @@ def encoding_of(file) -> str:
             return 'cp1252'
     return 'utf-8-sig'
 
-def _csv_rows(lines, wanted, delimiters): # of an open file; yields dicts
-    first = next(lines, '')
-    if named := re.fullmatch(r'sep=(.)\s*', first): # a line of Excel's own
-        delimiters = named[1]
-        first = next(lines, '')
-    headers = {}
-    for delimiter in delimiters:
-        header = next(csv.reader([first], delimiter=delimiter), [])
-        headers[delimiter] = [name.strip() for name in header]
+def _without_zeros(lines): # yields them; raises `ValueError`
+    for number, line in enumerate(lines, 1):
+        if '\0' in line:
+            raise ValueError(f'line {number} holds a zero byte, which no text has: take it out')
+        yield line
+
+def _csv_header(lines, wanted, delimiters): # (names, delimiter, how many lines it took); raises `ValueError`
+    number, first = 0, ''
+    for first in lines:
+        number += 1
+        if named := re.fullmatch(r'sep=(.)\s*', first): # a line of Excel's own
+            delimiters = named[1]
+            first = ''
+        elif first.strip(' ,;\t\r\n'):
+            break
+    if first.lstrip().startswith(('{"', '[{', '["')):
+        raise ValueError('it is JSON: give it the ending .jsonl')
+    headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in delimiters}
     def fits(delimiter): # the wanted columns are there; else the more the better
-        header = headers[delimiter]
-        return set(wanted) <= {name.casefold() for name in header}, len(header)
+        names = {name.strip().casefold() for name in headers[delimiter]}
+        return set(wanted) <= names, len(headers[delimiter])
     delimiter = max(delimiters, key=fits) # the first of equal ones
-    header = headers[delimiter]
+    if any('\n' in name or '\r' in name for name in headers[delimiter]):
+        raise ValueError(f'line {number}: a quote opens in the name of a column and does not close')
+    header = [name.strip() for name in headers[delimiter]]
     if not any(header):
         raise ValueError('it is empty')
+    _check_names(header, wanted, number)
+    return header, delimiter, number
+
+def _check_names(header, wanted, number): # raises `ValueError` where two columns have one name
+    seen = set()
+    for name in filter(None, header):
+        key = name.casefold() if name.casefold() in wanted else name
+        if key in seen:
+            raise ValueError(f'line {number} names two columns {name!r}: give each a name of its own')
+        seen.add(key)
+
+def _csv_rows(lines, wanted, delimiters): # of an open file; yields dicts
+    lines = _without_zeros(lines)
+    header, delimiter, before = _csv_header(lines, wanted, delimiters)
+    nameless = [i for i, name in enumerate(header) if not name]
     csv.field_size_limit(2**31 - 1) # a document is longer than Python's own limit
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    begins = before + 1 # the line where a row does
     try:
         for row in reader:
+            number, begins = begins, before + reader.line_num + 1
             if not any(field.strip() for field in row):
                 continue # spreadsheets leave such rows at the end
             if any(field.strip() for field in row[len(header):]):
-                raise ValueError(f'line {reader.line_num + 1} has {len(row)} fields, the header {len(header)}: a text that holds {delimiter!r} must stand in quotes')
+                raise ValueError(f'line {number} has {len(row)} fields, the header {len(header)}: a text that holds {delimiter!r} must stand in quotes')
+            row += ['']*(len(header) - len(row)) # spreadsheets leave out empty fields at the end
+            if len(nameless) > 1 and any(row[i].strip() for i in nameless):
+                raise ValueError(f'line {number} has a text in one of the {len(nameless)} columns without a name: name them in the header')
             yield dict(zip(header, row))
     except csv.Error as error:
-        raise ValueError(f'line {reader.line_num + 1}: {error}; are the quotes of a text closed, and doubled inside it?') from None
+        raise ValueError(f'line {begins}: {error}; are the quotes of a text closed, and doubled inside it?') from None
+
+def _once(pairs) -> dict: # raises `ValueError`
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'it names {max(names, key=names.count)!r} twice')
+    return row
 
 def _json_rows(lines, note): # of an open file; yields dicts
     for number, line in enumerate(lines, 1):
@@ -223,7 +285,7 @@ def _json_rows(lines, note): # of an open file; yields dicts
         if line.lstrip().startswith('['): # a list, perhaps over many lines
             line += lines.read()
         try:
-            value, mended = parse_json(line)
+            value, mended = parse_json(line, _once)
         except ValueError as error:
             raise ValueError(f'line {number} is not JSON ({error}): it holds a list of rows, or one row a line') from None
         rows = value if isinstance(value, list) else [value]
@@ -236,10 +298,7 @@ def _json_rows(lines, note): # of an open file; yields dicts
             yield row
 
 def _parquet_rows(file):
-    import pyarrow.parquet as pq
-    with open(file, 'rb') as start:
-        if start.read(4) != PARQUET: raise ValueError('it does not begin as a Parquet file')  # pyarrow looks at the end only
-    with pq.ParquetFile(file, page_checksum_verification=True) as table:
+    with open_parquet(file) as table:
         kept = (table.schema_arrow.pandas_metadata or {}).get('index_columns', [])
         ranges = {i['name']: range(i['start'], i['stop'], i['step']) for i in kept if isinstance(i, dict) and i['name']} # an index that pandas does not write as a column
         number = 0

@@ -26,6 +26,7 @@ from .replies import Request, answers, texts_of
 def _per_text(values, name) -> np.ndarray: # (n_features, n_texts) float64
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2: raise ValueError(f'{name} must have the shape (n_features, n_texts), not {values.shape}')
+    if np.isinf(values).any(): raise ValueError(f'{name} holds an infinite activation: a text without one is NaN')
     return values
 
 def mean_activation(max_acts # per-text maxima, (n_features, n_texts); NaN: a text that could not be made
@@ -45,7 +46,7 @@ def generative_accuracy(max_acts, # per-text maxima, (n_features, n_texts); NaN:
     if known.shape != values.shape[:1]:
         raise ValueError(f'feature_max must hold one value for each of the {len(values)} features, not {known.shape}')
     made = ~np.isnan(values)
-    known = np.where(known > 0, known, np.nan)
+    known = np.where((known > 0) & np.isfinite(known), known, np.nan)
     share = np.divide((values > success*known[:, None]).sum(1), made.sum(1), out=np.full(len(values), np.nan), where=made.any(1))
     return np.where(np.isnan(known), np.nan, share)
 
@@ -101,6 +102,7 @@ def bootstrap_ci(values, # one value per feature; NaN: unavailable, left out and
     known = values[~np.isnan(values)]
     missing = len(values) - len(known)
     if not 0 < level < 1: raise ValueError(f'level must lie between 0 and 1, not {level}')
+    if n < 1 or np.isinf(known).any(): raise ValueError('an infinite value has no interval' if n >= 1 else f'there must be at least 1 resample, not {n}')
     if not len(known): return Interval(np.nan, np.nan, np.nan, 0, missing)
     rng, rows = np.random.default_rng(seed), max(1, 4_000_000//len(known))
     means = np.concatenate([known[rng.integers(len(known), size=(min(rows, n-i), len(known)))].mean(1) for i in range(0, n, rows)])
@@ -114,6 +116,7 @@ def sign_flip(differences, # one value per feature; NaN is left out
     "Paired permutation test of a mean difference"
     d = np.asarray(differences, dtype=np.float64).ravel()
     d = d[~np.isnan(d)]
+    if np.isinf(d).any(): raise ValueError('an infinite difference has no p value')
     if not len(d): return np.nan
     rng, rows, far = np.random.default_rng(seed), max(1, 4_000_000//len(d)), 0
     for i in range(0, n, rows): far += int((np.abs(rng.choice((-1, 1), size=(min(rows, n-i), len(d))) @ d) >= abs(d.sum()) - 1e-9).sum())
@@ -122,7 +125,7 @@ def sign_flip(differences, # one value per feature; NaN is left out
 # %% ../nbs/04_metrics.ipynb #d2796bc0
 @functools.lru_cache(maxsize=None)
 def _any_of(words) -> re.Pattern: # matches each of the words as a whole word, in case-folded text
-    return re.compile('|'.join(rf'(?<!\w){re.escape(w.casefold())}(?!\w)' for w in words) or '(?!)')
+    return re.compile('|'.join(rf'(?<!\w){re.escape(w.casefold())}(?!\w)' for w in map(str.strip, words) if w) or '(?!)')
 
 def names_word(explanation:str, words, # at the feature's peaks
                max_words:int=20 # of the explanation; what comes later does not count
@@ -135,7 +138,7 @@ def repeats(explanations:dict, # {feature: text}; empty ones are left out
             form:float=.05 # words in more than this share of the explanations are left out
            ) -> dict: # features, distinct, shared (share of features), nearest (mean overlap with the most similar other)
     "How often explanations are used again"
-    texts = [' '.join(text.casefold().split()) for text in explanations.values() if text and text.strip()]
+    texts = [' '.join(text.casefold().split()) for text in explanations.values() if isinstance(text, str) and text.strip()]
     if len(texts) < 2: return dict(features=len(texts), distinct=len(texts), shared=np.nan, nearest=np.nan)
     times, words = Counter(texts), [set(re.findall(r'\w+', text)) for text in texts]
     common = {w for w, n in Counter(w for ws in words for w in ws).items() if n > max(1, form*len(words))}
@@ -192,7 +195,7 @@ def distinct_explanations(explanations:dict # {stage: {feature: text}}
     groups = {}
     for stage, texts in explanations.items():
         for feature, text in texts.items():
-            if text and text.strip(): groups.setdefault((int(feature), text), []).append(stage)
+            if isinstance(text, str) and text.strip(): groups.setdefault((int(feature), text), []).append(stage)
     return groups
 
 # %% ../nbs/04_metrics.ipynb #f9651216
@@ -589,10 +592,15 @@ def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple
     return rows + _naming_values(stage, texts, {f.id.index: f.words for f in run.features})
 
 # %% ../nbs/04_metrics.ipynb #89eed551
+def _check_once(metrics): # raises `ValueError` where a value is there twice
+    twice = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
+    for r in twice.head(1).itertuples(): raise ValueError(f'feature {r.feature} has two values of {r.metric} at {r.stage}: keep one of each')
+
 def summary(metrics, # columns stage, feature, metric, value
             stages=None # which, and in which order; None: as they appear
            ) -> pd.DataFrame: # index (stage, metric)
     "Mean and bootstrap interval of each metric at each stage, with the counts of failures"
+    _check_once(metrics)
     rows = []
     for stage in stages or metrics.stage.unique():
         of_stage = metrics[metrics.stage == stage]
@@ -611,6 +619,7 @@ def compare(metrics, # columns stage, feature, metric, value
             pairs # [(stage, baseline)]
            ) -> pd.DataFrame: # index (stage, baseline, metric)
     "Mean difference of two stages over the features that have both values, with its paired bootstrap interval and p by sign flips"
+    _check_once(metrics)
     wide, rows = metrics.pivot(index='feature', columns=['stage', 'metric'], values='value'), []
     for stage, baseline in pairs:
         for name in METRICS:
@@ -640,6 +649,7 @@ def agreement(first, second, # of either writer, with columns stage, feature, me
              ) -> pd.DataFrame: # index metric; values: how many both have; within: mean rank correlation over features, NaN for a constant; same order: pairs of stages; pairs: of how many
     "How far two measurements of the same explanations agree"
     rows, key = [], ['stage', 'feature', 'metric']
+    for one in (first, second): _check_once(one)
     both = first.merge(second, on=key, suffixes=('_1', '_2')).dropna()
     for name in METRICS:
         values = both[(both.metric == name) & both.stage.isin(list(stages))]
@@ -653,13 +663,14 @@ def agreement(first, second, # of either writer, with columns stage, feature, me
 # %% ../nbs/04_metrics.ipynb #ff8d6216
 def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
     "Explanations of a stage; raises `ValueError` for what is no index, and for two names of one feature"
+    if not hasattr(texts, 'items'): raise ValueError(f'{stage}: explanations are {{feature: text}}, not {str(texts)[:80]}')
     found = {}
     for feature, text in texts.items():
-        try: whole = not isinstance(feature, (bool, np.bool_)) and int(feature) == float(feature)
-        except (TypeError, ValueError): whole = False
+        try: whole = not isinstance(feature, (bool, np.bool_)) and '_' not in str(feature) and int(feature) == float(feature)
+        except (TypeError, ValueError, OverflowError): whole = False
         if not whole: raise ValueError(f'{stage}: {feature!r} is no feature: explanations are named by the index of their feature')
         if int(feature) in found: raise ValueError(f'{stage}: feature {int(feature)} is explained twice: keep one explanation of each feature')
-        if text is None or text != text: text = '' # as pandas has missing ones
+        if pd.api.types.is_scalar(text) and pd.isna(text): text = '' # as pandas has missing ones
         if not isinstance(text, str): raise ValueError(f'{stage}: the explanation of feature {int(feature)} is {text!r}, not text')
         found[int(feature)] = _whole_characters(text)
     return found
@@ -672,6 +683,8 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     "Measures explanations, from whatever method: writes texts, reads the target, steers, judges; resumable"
     unknown = set(metrics) - set(METRICS)
     if unknown: raise ValueError(f'unknown metric {sorted(unknown)[0]!r}: choose from {", ".join(METRICS)}')
+    if not isinstance(explanations, dict) or not all(isinstance(stage, str) and stage.strip() for stage in explanations):
+        raise ValueError(f'explanations are {{stage: {{feature: text}}}}, and each stage has a name; these are {str(explanations)[:80]}')
     if 'control' in explanations: raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
     if hasattr(run, 'evaluation'): run = run.evaluation()
     explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}
@@ -704,5 +717,5 @@ def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values i
         rows += [('control', f, 'output', value) for f, value in zip(controls.feature, output_score(controls.choice, controls.true))]
     run.store.put_metrics(rows)
     asked, stored = explanations | {'control': with_output}, run.store.metrics([*explanations, 'control'])
-    stored = stored[[f in asked[s] for s, f in zip(stored.stage, stored.feature)]] # a store may hold more features than this call's
+    stored = stored[np.array([f in asked[s] for s, f in zip(stored.stage, stored.feature)], bool)] # a store may hold more features than this call's
     return summary(stored[stored.metric.isin((*metrics, *COUNTS))], list(asked))
