@@ -9,9 +9,9 @@ __all__ = ['app', 'out', 'JSON', 'PresetOption', 'Root', 'Seed', 'Setting', 'Wri
            'span', 'memory_of', 'show_plan', 'check_size', 'begun_before', 'run_command', 'report_command',
            'show_evaluation', 'chance_of', 'write_evaluation', 'listed', 'preset_and_names', 'feature_of',
            'chosen_features', 'number', 'features_command', 'make_features', 'known_features', 'explain_directions',
-           'explain_command', 'verify_command', 'verdicts_on', 'judged', 'measurable', 'evaluate_command',
-           'check_training', 'check_same', 'checks', 'memory_gb', 'reached', 'doctor_command', 'file_at_fault',
-           'one_line', 'main', 'kept']
+           'dead_features', 'explain_command', 'verify_command', 'verdicts_on', 'judged', 'measurable',
+           'evaluate_command', 'check_training', 'check_same', 'checks', 'memory_gb', 'reached', 'doctor_command',
+           'file_at_fault', 'one_line', 'main', 'kept']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -202,11 +202,10 @@ def show_summary(table, # `metrics.summary`
 
 def show_report(folder:Path):
     "The table of stages x metrics, and examples with the words that lit up"
-    from saeexplainer.files import read_json
     import pandas as pd
-    from saeexplainer.results import Results, stages_of
+    from saeexplainer.results import Results, read_cases, stages_of
     show_summary(pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric']), Results(folder).chance)
-    for case in read_json(folder/'examples.json', list):
+    for case in read_cases(folder):
         tell(said((case['feature'], 'bold')))
         for stage in stages_of(case): tell(said(f'  {stage:6} {case[stage]}'))
         for stage, best in case['texts'].items(): tell(said(f"  best text of {stage}, {best['score']:.1f} (strongest known {case['max_act']:.1f}): ") + marked(best['pieces']))
@@ -456,6 +455,15 @@ def explain_directions(preset, explainer, file, as_json): # of a .safetensors fi
     if as_json: return print(json.dumps([dict(direction=name, explanation=text) for name, text in zip(directions, texts)], indent=1))
     for name, text in zip(directions, texts): tell(said((name, 'bold'), f'  {text}'))
 
+def dead_features(preset) -> int: # 0 where no file of features says it
+    "Return how many features of a preset never fired on what they were read on"
+    from saeexplainer.features import features_file
+    from saeexplainer.files import read_table
+    file = features_file(preset)
+    if not file.exists(): return 0
+    rows = read_table(file, columns=['status', 'max_act']).to_pylist()
+    return sum(row.get('status') == 'dead' or row.get('max_act') == 0 for row in rows)
+
 FEW = 8 # explanations that need no progress bar
 
 Verify = Annotated[int, typer.Option('--verify', min=0, help="write N texts from each explanation (10, where no N is given) and let the target's activation judge")]
@@ -483,7 +491,9 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
     if verified: check_keys(chosen, 'evaluation_writer')
     if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
     if everything:
+        silent = dead_features(chosen)
         done = explain_dictionary(chosen, explainer_of(chosen, explainer), to, verified)
+        if silent: print(f'{silent:,} of {done["features"]:,} features are dead: they fired on none of the texts that they were read on, and what is said of them is a guess', file=sys.stderr)
         return print(json.dumps(done)) if as_json else tell(', '.join(f'{n:,} {k}' for k, n in done.items() if k != 'file') + f': {to}')
     shown = chosen_features(chosen, names, random, seed, known_features(chosen, names))
     if not shown: raise ValueError('no feature given: name some, or use --random 5')

@@ -9,19 +9,21 @@ __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary']
 import hashlib, json, os, re
 from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 import numpy as np
 
 # %% ../nbs/parts/dictionaries.ipynb #8508e39d
 from .evaluation.texts import verify
-from .explainer import adapter_of, adapter_sha256, load_explainer
+from .explainer import ExplainerCard, _fetch, adapter_of, adapter_sha256, load_explainer, model_sha256
 from .features import FeatureId, check_features_of, features_file, load_features
-from .files import clear_parts, hold, table_kind, table_rows, whole
+from .files import clear_parts, hold, table_kind, table_rows, whole, write_table
 from .lm.models import free_memory
 from .presets import is_local
 from .saes import FeatureReader, check_directions
 from .store import RunStore
 from .target import Target
 from .writer import writer_for
+from .writers.errors import check_address
 
 # %% ../nbs/parts/dictionaries.ipynb #34fc6642
 def read_explanations(file): # DataFrame, columns feature (str), explanation (str or None)
@@ -34,12 +36,13 @@ def read_explanations(file): # DataFrame, columns feature (str), explanation (st
     names, said, models = [], [], []
     for number, row in enumerate(table_rows(file, ('feature', 'explanation')), 1):
         row = {key.strip().casefold(): value for key, value in row.items() if isinstance(key, str)} | row # a column's own spelling goes first
-        name, text = _named(row, file)
+        name, text = _named(row, file if number == 1 else f'{file}, row {number},')
         try: names.append(_feature(name))
         except ValueError: raise ValueError(f'{file}, row {number}: {str(name)[:80]!r} is no feature, which is an index or model/source/index') from None
         if not (text is None or isinstance(text, str) or text != text): raise ValueError(f'{file}, row {number}: the explanation is {str(text)[:80]}, not a text')
-        said.append(text if isinstance(text, str) and text.strip() else None)
+        said.append(text if isinstance(text, str) and text.strip() not in ('', 'nan', 'NaN', '<NA>') else None) # as Python spells what is missing
         models.append(row.get('explanationModelName'))
+    if not names: raise ValueError(f'{file} holds no explanation: it needs rows with feature and explanation')
     _check_named_once(names, models, file)
     return pd.DataFrame({'feature': pd.Series(names, dtype=str), 'explanation': pd.Series(said, dtype=object)})
 
@@ -49,7 +52,8 @@ def _named(row, file) -> tuple: # a feature's name as it stands there, and what 
         return f"{row['modelId']}/{row['layer']}/{_index(row['index'])}" if whole_name else row['index'], row['description']
     if 'feature' not in row or 'explanation' not in row:
         columns = ', '.join(str(name)[:40] for name in list(row)[:12])
-        raise ValueError(f'{file} has the columns {columns}: it needs feature and explanation')
+        unnamed = '; an index of pandas without a name is no column: save it behind reset_index()' if '__index_level_0__' in row else ''
+        raise ValueError(f'{file} has the columns {columns}: it needs feature and explanation{unnamed}')
     return row['feature'], row['explanation']
 
 def _index(value): # 5.0 and '006', which spreadsheets and pandas make of indices, as they were; else the value
@@ -169,16 +173,73 @@ def _verdict(v, max_act, preset) -> dict: # `score`: mean of the maxima; `reache
     return dict(index=v.feature, texts=v.texts, scores=scores, score=round(float(v.scores[made].mean()), 4) if made.any() else None, unmade=int((~made).sum()),
                 max_act=max_act, reached=v.reached(max_act, preset.success) if max_act and made.any() else None)
 
+# %% ../nbs/parts/dictionaries.ipynb #0898c0e1
+_INJECTED = ('template', 'placeholder', 'chat_template') # fields of a preset and of a card alike
+
 def _explained_with(preset, explainer, reader) -> dict: # what the explanations depend on
-    of_preset = 'explainer template placeholder chat_template injection_layer injection_coefficient' if explainer in ('ao', 'untrained') else '' # else its card says them
-    return dict(preset=preset.name, source=preset.source, sae_sha256=reader.sha256, explainer=str(explainer), explanation_tokens=preset.explanation_tokens,
-                adapter_sha256=None if explainer == 'untrained' else adapter_sha256(adapter_of(explainer, preset)),
-                **{'base' if field == 'explainer' else field: getattr(preset, field) for field in of_preset.split()})
+    settings = dict(
+        preset=preset.name,
+        source=preset.source,
+        sae_sha256=reader.sha256,
+        explainer=str(explainer),
+        explanation_tokens=preset.explanation_tokens,
+        adapter_sha256=None if explainer == 'untrained' else adapter_sha256(adapter_of(explainer, preset)))
+    settings |= _by_preset(preset) if explainer in ('ao', 'untrained') else _by_card(explainer)
+    return settings | dict(base_sha256=model_sha256(settings['base']))
+
+def _by_preset(preset) -> dict: # how an oracle and the untrained explainer are asked
+    injected = {field: getattr(preset, field) for field in _INJECTED}
+    injected |= dict(injection_layer=preset.injection_layer, injection_coefficient=preset.injection_coefficient)
+    return dict(base=preset.explainer, **injected)
+
+def _by_card(explainer) -> dict: # how an explainer with a card is asked
+    folder = _fetch(explainer)
+    card = ExplainerCard.load(folder)
+    injected = {field: getattr(card, field) for field in _INJECTED}
+    injected |= dict(injection_layer=card.layer, injection_coefficient=card.coefficient)
+    config = folder/'adapter_config.json'
+    scaled_by = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None
+    return dict(base=card.base_model, **injected, adapter_config_sha256=scaled_by)
 
 def _verified_with(preset, n, known) -> dict: # what texts and scores depend on beside that
     fields = 'target dtype sae_hook sae_bos text_temperature text_top_p text_tokens success'.split()
-    return dict(n=n, writer=preset.evaluation_writer, seed=preset.seed, one_text=preset.one_text('evaluation_writer'), **{field: getattr(preset, field) for field in fields},
-                max_acts=hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16])
+    settings = dict(
+        n=n,
+        writer=preset.evaluation_writer,
+        seed=preset.seed,
+        one_text=preset.one_text('evaluation_writer'),
+        **{field: getattr(preset, field) for field in fields},
+        max_acts=hashlib.sha256(json.dumps(sorted(known.items())).encode()).hexdigest()[:16])
+    return settings | _judged_by(preset)
+
+def _judged_by(preset) -> dict: # what tells target and writer from others of the same name
+    writer = preset.evaluation_writer
+    found = dict(target_sha256=model_sha256(preset.target))
+    if writer.startswith('local:'):
+        found['writer_sha256'] = model_sha256(writer.removeprefix('local:'))
+    elif not is_local(writer):
+        found['writer_url'] = _server(preset)
+    return found
+
+def _server(preset) -> str: # the address of the writer's server, without user and password
+    named = preset.writer_url or os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1'
+    url = urlsplit(check_address(named, password=True))
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2].lower()}{url.path.rstrip('/')}"
+
+def _paid_store(file, # .sqlite beside the file that is made
+                preset): # RunStore
+    "Open the replies of a server; raise `ValueError` where they are those of another one"
+    store = RunStore(file)
+    try:
+        server = _server(preset)
+        noted = store.meta('writer_url')
+        if noted not in (None, server) and store.count('replies'):
+            raise ValueError(f'{file} holds replies of a writer at {noted}, not {server}: remove it, or choose another --out')
+        store.note('writer_url', server)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 # %% ../nbs/parts/dictionaries.ipynb #11625c84
 def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'ao': the preset's Activation Oracle
@@ -206,7 +267,7 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
         if n:
             verified = held.enter_context(closing(Rows(files[1], settings[1])))
             target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
-            with nullcontext() if is_local(preset.evaluation_writer) else RunStore(paid) as store: # a server's replies, until they are all in the file
+            with nullcontext() if is_local(preset.evaluation_writer) else _paid_store(paid, preset) as store: # a server's replies, until they are all in the file
                 _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
             for file in (paid, paid.with_name(paid.name + '.lock')): file.unlink(missing_ok=True)
             parts.append(verified)
@@ -219,9 +280,10 @@ def _finish(out, parts) -> dict: # the parts as one file, in the order of featur
         if r['index'] not in rows: raise ValueError(f'{parts[1].file} has a row of feature {r["index"]}, which was not explained: remove it, and run the command again')
         rows[r['index']] |= r
     table = pd.DataFrame([rows[i] for i in sorted(rows)])
-    with whole(out) as part:
-        if out.suffix=='.parquet': table.to_parquet(part, index=False)
-        else: part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
+    if out.suffix=='.parquet': write_table(table, out)
+    else:
+        with whole(out) as part:
+            part.write_text(''.join(json.dumps(rows[i], ensure_ascii=False) + '\n' for i in sorted(rows)), encoding='utf-8')
     for p in parts: p.file.unlink()
     return _counts(table, out)
 

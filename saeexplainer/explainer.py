@@ -16,7 +16,9 @@ import torch
 # %% ../nbs/parts/explainer.ipynb #80299750
 from .files import check_tensors, read_json, read_tensors, whole, write_json
 from .injection import Injector, explanation_prompt, placeholder_id
-from .lm.models import EMBEDDED, EMBEDDED_SHA256, load_model, model_source, weights_sha256
+from saeexplainer.lm.models import (
+    EMBEDDED, EMBEDDED_SHA256, check_lora, check_lora_scaling, load_model, model_source, weights_sha256,
+)
 from .lm.sampling import sample, seed_for
 from .presets import data_dir
 from .saes import check_directions
@@ -128,7 +130,9 @@ def load_adapter(model, # causal LM
     weights, about = folder/'adapter_model.safetensors', folder/'adapter_config.json'
     kind = read_json(about).get('peft_type')
     if kind != 'LORA': raise ValueError(f'{about} has the peft_type {kind!r}: an explainer needs a LoRA adapter (LORA)')
-    if broken := [k for k, t in read_tensors(weights).items() if not torch.isfinite(t).all()]:
+    tensors = read_tensors(weights)
+    check_lora(about, name, max((len(t) for k, t in tensors.items() if 'lora_A' in k), default=0))
+    if broken := [k for k, t in tensors.items() if not torch.isfinite(t).all()]:
         raise ValueError(f'{weights} has numbers that are not finite, in {len(broken)} of its tensors: its training has failed')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # PEFT asks transformers for a name that is being renamed, and warns of what is refused below
@@ -143,6 +147,7 @@ def load_adapter(model, # causal LM
     if lost or more:
         raise ValueError(f'the adapter in {folder} does not fit {name}: {len(lost)} of its tensors are missing, {len(more)} are for no layer of it '
                          f'(for example {[*lost, *more][0]}): it was made for another model, or its file is not complete')
+    check_lora_scaling(model, about)
     return model
 
 # %% ../nbs/parts/explainer.ipynb #27dc6f79

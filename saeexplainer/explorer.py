@@ -7,6 +7,7 @@ __all__ = ['STYLE', 'tokens_html', 'legend_html', 'boxed', 'page', 'explanations
            'feature_html', 'labels_said', 'searchable', 'search', 'found_in', 'FeatureExplorer', 'explorer_view']
 
 # %% ../nbs/parts/explorer.ipynb #9564541c
+import math, threading
 from functools import cached_property
 from pathlib import Path
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 # %% ../nbs/parts/explorer.ipynb #57117f24
 from .evaluation.texts import verify
 from .explainer import explainer_of, load_explainer
-from .features import FeatureId, check_sae_of, load_features
+from .features import FeatureId, check_features_of, check_sae_of, features_file, load_features
 from .files import whole
 from .lm.sampling import seed_for
 from .plots import named
@@ -112,7 +113,8 @@ def search(texts:dict, # index -> `searchable`
     "Features all of whose words are found, in their order; for a number, the feature of that index first"
     wanted = words.casefold().split()
     found = [i for i, text in texts.items() if all(w in text for w in wanted)]
-    first = [int(words)] if words.strip().isdecimal() and int(words) in texts else []
+    number = words.strip()
+    first = [int(number)] if number.isdecimal() and len(number) <= 10 and int(number) in texts else []
     return first + [i for i in found if i not in first]
 
 def found_in(said:dict, # who -> text
@@ -137,7 +139,7 @@ class FeatureExplorer:
         if not self.features: raise ValueError(f'{self.preset.name} has no features that fire: saeexplainer features {self.preset.called}')
         self.known, self.drawn, self._explainer, self._clamps = {f.index: f for f in self.features}, {}, explainer, {}
         self.explained = {} # index -> what the explainer said of it here
-        if target is not None: self.target = target
+        if target is not None: self.target = self._checked(target)
         self.told = self._told(results)
         self.texts = {f.index: searchable(f, self._stages(f).values()) for f in self.features}
         self.feature = self.of(feature) if feature is not None else next((f for f in self.features if f.explanation), self.features[0])
@@ -160,7 +162,13 @@ class FeatureExplorer:
     @cached_property
     def target(self):
         "The model whose features these are"
-        return Target.load(self.preset)
+        return self._checked(Target.load(self.preset))
+
+    def _checked(self, target): # itself; raises `ValueError` where its SAE is not that of the features
+        file, n = features_file(self.preset), target.reader.n_features
+        check_features_of(file, target.reader)
+        if max(self.known) >= n: raise ValueError(f'{file} holds feature {max(self.known)}, the SAE has features 0 to {n - 1}: it was read from another one')
+        return target
 
     @cached_property
     def explainer(self):
@@ -195,6 +203,7 @@ class FeatureExplorer:
 
     def steer(self, prompt:str, kl:float, seed:int=0, n_tokens:int=40) -> str: # HTML
         "A continuation as the model writes it, and with the feature clamped so that its next-token distribution moves by `kl` nats; negative: clamped below zero"
+        if not math.isfinite(kl): raise ValueError(f'the steering is {kl} nats: it is a number such as 0.5')
         f, prompts = self.feature.index, list(self.preset.steering_prompts)
         how = dict(max_new_tokens=n_tokens, temperature=self.preset.steering_temperature, seeds=[seed_for(seed, 'explorer')], reference=self.preset.steering_reference)
         rows, note = {'as it is': self.target.generate([prompt], **how)[0]}, ''
@@ -221,6 +230,7 @@ class FeatureExplorer:
 
     def draw(self, n:int=4, temperature:float|None=None, seed:int=0) -> list[str]: # None: as the preset's candidates are drawn
         "Other explanations; they are kept and shown beside the others"
+        if n < 1: raise ValueError(f'{n} explanations cannot be drawn: it is a number from 1')
         p, explainer = self.preset, self.explainer
         texts = explainer.sample(self.target.reader.directions([self.feature.index]), n, p.candidate_temperature if temperature is None else temperature, p.candidate_top_p,
                                  seed=seed_for(seed, 'explorer', self.feature.index), max_new_tokens=p.explanation_tokens)[0]
@@ -264,6 +274,7 @@ def explorer_view(x:FeatureExplorer, most:int=200): # of features in the list
     "The explorer's widgets, wired to its methods"
     import ipywidgets as w
     wide, rng, following, hits = w.Layout(width='auto'), np.random.default_rng(), False, []
+    turn = threading.RLock() # a click that comes while another is at work waits for it: a kernel may have several threads
     shown = lambda: w.HTML(layout=wide)
     line = lambda: w.HTML(layout=w.Layout(width='auto', min_height='2em')) # its room is kept, so that nothing moves when something is said
     plain = dict(description_width='initial') # descriptions are not cut off
@@ -284,11 +295,12 @@ def explorer_view(x:FeatureExplorer, most:int=200): # of features in the list
 
     def guarded(work, busy='', needs=(), status=status): # a handler; what it says while it works, what must be loaded for it, and where; a failure is a line, not a traceback
         def handler(*_):
-            if following: return
-            first = [n for n in needs if n not in vars(x)]
-            if busy or first: status.value = boxed(f'<p class="note" role="status">{"loading " + " and ".join(first) if first else busy} …</p>')
-            try: work(); status.value = ''
-            except Exception as e: status.value = boxed(f'<p class="wrong" role="alert">{escape((str(e) or type(e).__name__).splitlines()[0])}</p>')
+            with turn:
+                if following: return
+                first = [n for n in needs if n not in vars(x)]
+                if busy or first: status.value = boxed(f'<p class="note" role="status">{"loading " + " and ".join(first) if first else busy} …</p>')
+                try: work(); status.value = ''
+                except Exception as e: status.value = boxed(f'<p class="wrong" role="alert">{escape((str(e) or type(e).__name__).splitlines()[0])}</p>')
         return handler
 
     def follow(options=None): # the list shows where the view is, without moving it

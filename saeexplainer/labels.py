@@ -6,7 +6,7 @@
 __all__ = ['CONTEXTS', 'AUTOINTERP', 'AUTOINTERP_SHORT', 'marked_context', 'autointerp_prompt', 'one_phrase', 'autointerp']
 
 # %% ../nbs/parts/labels.ipynb #234b8ad1
-import itertools, re
+import itertools, math, re
 
 # %% ../nbs/parts/labels.ipynb #21284287
 from .features import NO_PATTERN
@@ -46,12 +46,14 @@ def marked_context(context, # `Context`
     return ' '.join(''.join(pieces).replace('\n', '⏎').split())
 
 def autointerp_prompt(contexts, # of `Context`s, strongest first
-                      max_act:float|None=None, # what 100 stands for; None: the strongest of these
+                      max_act:float|None=None, # what 100 stands for; None, NaN or 0: the strongest of these
                       small:bool=False # the form for a small writer
                      ) -> str:
     "The contexts of a feature and the question what it responds to"
     if small: return AUTOINTERP_SHORT.format(words=', '.join(f"'{word_at(c.tokens, c.peak) or c.tokens[c.peak].strip()}'" for c in contexts))
-    largest = max_act or max(max(c.values) for c in contexts)
+    known = max_act is not None and 0 < max_act < math.inf
+    largest = max_act if known else max(max(c.values) for c in contexts)
+    if not largest > 0: largest = 1.
     return AUTOINTERP.format(contexts='\n'.join(f'{round(100*max(c.values)/largest)}: {marked_context(c)}' for c in contexts))
 
 # %% ../nbs/parts/labels.ipynb #a2d885d9

@@ -23,13 +23,14 @@ from saeexplainer.evaluation.texts import (
 from .lm.sampling import seed_for
 from .evaluation.stats import bootstrap_ci
 
-# %% ../nbs/04_metrics.ipynb #4c2d371b
+# %% ../nbs/04_metrics.ipynb #29a2eeaa
 _all_ = ['bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #72207655
 def _per_text(values, name) -> np.ndarray: # (n_features, n_texts) float64
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2: raise ValueError(f'{name} must have the shape (n_features, n_texts), not {values.shape}')
+    if np.isinf(values).any(): raise ValueError(f'{name} holds an infinite activation: a text without one is NaN')
     return values
 
 def mean_activation(max_acts # per-text maxima, (n_features, n_texts); NaN: a text that could not be made
@@ -49,7 +50,7 @@ def generative_accuracy(max_acts, # per-text maxima, (n_features, n_texts); NaN:
     if known.shape != values.shape[:1]:
         raise ValueError(f'feature_max must hold one value for each of the {len(values)} features, not {known.shape}')
     made = ~np.isnan(values)
-    known = np.where(known > 0, known, np.nan)
+    known = np.where((known > 0) & np.isfinite(known), known, np.nan)
     share = np.divide((values > success*known[:, None]).sum(1), made.sum(1), out=np.full(len(values), np.nan), where=made.any(1))
     return np.where(np.isnan(known), np.nan, share)
 
@@ -86,7 +87,7 @@ def output_score(chosen, # the judge's choice per feature; None or NaN: it gave 
 # %% ../nbs/04_metrics.ipynb #d2796bc0
 @functools.lru_cache(maxsize=None)
 def _any_of(words) -> re.Pattern: # matches each of the words as a whole word, in case-folded text
-    return re.compile('|'.join(rf'(?<!\w){re.escape(w.casefold())}(?!\w)' for w in words) or '(?!)')
+    return re.compile('|'.join(rf'(?<!\w){re.escape(w.casefold())}(?!\w)' for w in map(str.strip, words) if w) or '(?!)')
 
 def names_word(explanation:str, words, # at the feature's peaks
                max_words:int=20 # of the explanation; what comes later does not count
@@ -99,7 +100,7 @@ def repeats(explanations:dict, # {feature: text}; empty ones are left out
             form:float=.05 # words in more than this share of the explanations are left out
            ) -> dict: # features, distinct, shared (share of features), nearest (mean overlap with the most similar other)
     "How often explanations are used again"
-    texts = [' '.join(text.casefold().split()) for text in explanations.values() if text and text.strip()]
+    texts = [' '.join(text.casefold().split()) for text in explanations.values() if isinstance(text, str) and text.strip()]
     if len(texts) < 2: return dict(features=len(texts), distinct=len(texts), shared=np.nan, nearest=np.nan)
     times, words = Counter(texts), [set(re.findall(r'\w+', text)) for text in texts]
     common = {w for w, n in Counter(w for ws in words for w in ws).items() if n > max(1, form*len(words))}
@@ -180,13 +181,14 @@ def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple
 # %% ../nbs/04_metrics.ipynb #ff8d6216
 def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
     "Explanations of a stage; raises `ValueError` for what is no index, and for two names of one feature"
+    if not hasattr(texts, 'items'): raise ValueError(f'{stage}: explanations are {{feature: text}}, not {str(texts)[:80]}')
     found = {}
     for feature, text in texts.items():
-        try: whole = not isinstance(feature, (bool, np.bool_)) and int(feature) == float(feature)
-        except (TypeError, ValueError): whole = False
+        try: whole = not isinstance(feature, (bool, np.bool_)) and '_' not in str(feature) and int(feature) == float(feature)
+        except (TypeError, ValueError, OverflowError): whole = False
         if not whole: raise ValueError(f'{stage}: {feature!r} is no feature: explanations are named by the index of their feature')
         if int(feature) in found: raise ValueError(f'{stage}: feature {int(feature)} is explained twice: keep one explanation of each feature')
-        if text is None or text != text: text = '' # as pandas has missing ones
+        if pd.api.types.is_scalar(text) and pd.isna(text): text = '' # as pandas has missing ones
         if not isinstance(text, str): raise ValueError(f'{stage}: the explanation of feature {int(feature)} is {text!r}, not text')
         found[int(feature)] = _whole_characters(text)
     return found
@@ -199,6 +201,8 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     "Measures explanations, from whatever method: writes texts, reads the target, steers, judges; resumable"
     unknown = set(metrics) - set(METRICS)
     if unknown: raise ValueError(f'unknown metric {sorted(unknown)[0]!r}: choose from {", ".join(METRICS)}')
+    if not isinstance(explanations, dict) or not all(isinstance(stage, str) and stage.strip() for stage in explanations):
+        raise ValueError(f'explanations are {{stage: {{feature: text}}}}, and each stage has a name; these are {str(explanations)[:80]}')
     if 'control' in explanations: raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
     if hasattr(run, 'evaluation'): run = run.evaluation()
     explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}
@@ -231,5 +235,5 @@ def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values i
         rows += [('control', f, 'output', value) for f, value in zip(controls.feature, output_score(controls.choice, controls.true))]
     run.store.put_metrics(rows)
     asked, stored = explanations | {'control': with_output}, run.store.metrics([*explanations, 'control'])
-    stored = stored[[f in asked[s] for s, f in zip(stored.stage, stored.feature)]] # a store may hold more features than this call's
+    stored = stored[np.array([f in asked[s] for s, f in zip(stored.stage, stored.feature)], bool)] # a store may hold more features than this call's
     return summary(stored[stored.metric.isin((*metrics, *COUNTS))], list(asked))

@@ -14,6 +14,10 @@ import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# %% ../nbs/parts/presets.ipynb #eddef252
+from .replies import LEAST_TEMPERATURE, MOST_TEMPERATURE
+from .writers.errors import check_address
+
 # %% ../nbs/parts/presets.ipynb #620d743f
 TEMPLATE = ('The internal neural feature represented by{placeholder} is provided. Say in one short phrase which words, topics or contexts '
             'activate it, as specifically as you can. Answer with the phrase alone.')
@@ -26,7 +30,7 @@ def _field(default, help, fixed=True): # a dataclass field with its help text; f
     metadata = {'help': help, 'fixed': fixed}
     return field(default_factory=lambda: dict(default), metadata=metadata) if isinstance(default, dict) else field(default=default, metadata=metadata)
 
-# %% ../nbs/parts/presets.ipynb #b786cfff
+# %% ../nbs/parts/presets.ipynb #a549e3e4
 @dataclass(frozen=True)
 class Injection:
     "Where and how a direction enters the explainer (Eq. 5-6)"
@@ -340,6 +344,10 @@ _RANGES = ( # fields, what must hold of each, in words
      'sft_accumulation max_length candidate_temperature explanation_tokens text_tokens dpo_epochs dpo_batch dpo_accumulation '
      'steering_tokens batch_size batch_tokens corpus_tokens writer_concurrency', lambda value: value > 0, 'more than 0'),
     ('n_output text_temperature steering_temperature layer injection_layer seed sft_weight_decay dpo_sft_weight', lambda value: value >= 0, '0 or more'),
+    ('candidate_temperature', lambda value: LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
+     f'{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}'),
+    ('text_temperature steering_temperature', lambda value: value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
+     f'0 or from {LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}'),
     ('lora_dropout sft_warmup', lambda value: 0 <= value < 1, 'at least 0 and less than 1'),
     ('spread margin', lambda value: 0 <= value <= 1, '0 to 1'),
     ('success', lambda value: 0 < value <= 1, 'more than 0 and at most 1'))
@@ -379,6 +387,11 @@ def _check(preset) -> None: # types, ranges and relations of a new Preset
             if not holds(getattr(preset, name)): raise ValueError(f'preset field {name} must be {words}, not {shown(getattr(preset, name))}')
     for holds, line in _RULES:
         if not holds(preset): raise ValueError('preset: ' + line.format(p=_Shown(preset)))
+    if preset.writer_url is not None: _check_url(preset.writer_url)
+
+def _check_url(url): # raises `ValueError`
+    try: check_address(url)
+    except ValueError as error: raise ValueError(f'preset: {error}') from None
 
 # %% ../nbs/parts/presets.ipynb #1ae998bc
 _ORACLES = 'adamkarvonen/checkpoints_latentqa_cls_past_lens'

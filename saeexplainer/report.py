@@ -11,11 +11,10 @@ import json
 from pathlib import Path
 
 # %% ../nbs/parts/report.ipynb #a03c91e9
-from .evaluation.tables import agreement, compare, screen_table, stage_table, summary
-from .files import read_json
+from .evaluation.tables import agreement, compare, p_text, screen_table, stage_table, summary
 from .metrics import repeats
 from .plots import stage_figure
-from .results import Results, stages_of
+from .results import ANEW, Results, read_cases, stages_of
 from .show import code_span, escape, escape_markdown
 
 # %% ../nbs/parts/report.ipynb #12a9be79
@@ -53,6 +52,7 @@ def writers_table(books): # of `RunStore.accounts`; DataFrame
 def comparisons(stages) -> list[tuple]: # (stage, baseline)
     "Which differences a report shows: each round against the one before, and the last explainer against all else"
     rounds = [s for s in stages if s == 'sft' or s.startswith('dpo')]
+    if not rounds: return []
     steps = list(zip(rounds[1:], rounds))
     return steps + [(rounds[-1], s) for s in stages if s != rounds[-1] and (rounds[-1], s) not in steps]
 
@@ -71,6 +71,12 @@ def difference_table(metrics, pairs): # DataFrame of text, one row for each pair
         table.setdefault(name, {})[f'{stage} - {baseline}'] = '-' if r['n'] == 0 else f"{mean} [{low}, {high}], p {r['p']:.3f}".replace('p 0.000', 'p < 0.001')
     return pd.DataFrame(table).fillna('-')
 
+def _in_words(screened): # of `screen_table`; DataFrame of text: numbers with two decimals, p as elsewhere
+    table = screened.round(2).astype(str)
+    for column in table:
+        if column.endswith(' p'): table[column] = screened[column].map(p_text)
+    return table
+
 def studies(results:Results) -> list[str]: # lines of the page
     "Tables of the studies that lie beside a run's own results: smaller runs, another writer, the screening"
     there, lines = lambda name: (results.folder/f'{name}.parquet').exists(), []
@@ -86,7 +92,9 @@ def studies(results:Results) -> list[str]: # lines of the page
                   '', markdown_table(agreement(first[first['feature'].isin(second['feature'])], second, both).round(2).astype(str))]
     if there('screening'):
         rows = results['screening']
-        lines += ['', '## Screening', '', markdown_table(screen_table({name: rows[rows['variant'] == name] for name in rows['variant'].unique()}).round(2).astype(str))]
+        if 'sft' not in set(rows['variant']): raise ValueError(f"{results.folder/'screening.parquet'} has no row of the variant sft, which all others are held against: {ANEW}")
+        screened = screen_table({name: rows[rows['variant'] == name] for name in rows['variant'].unique()})
+        lines += ['', '## Screening', '', markdown_table(_in_words(screened))]
     return lines
 
 MEANINGS = { # of the columns of a summary
@@ -112,7 +120,7 @@ def meanings(table, # `summary`
 
 def report_markdown(results:Results, table) -> str: # table: `summary`
     "The report as a page"
-    made, examples = results.made, read_json(results.folder/'examples.json', list)
+    made, examples = results.made, read_cases(results.folder)
     lines = [f"# {escape_markdown(made['preset'])}, size {escape_markdown(made['size'])}", '', 'Means over the test features with 95% bootstrap intervals: shares in per cent, activations in '
              'units of the SAE. `control` is the judge on cases whose answer is known.', '', markdown_table(stage_table(table)), '', *(f'- {escape_markdown(n)}' for n in made['notes']),
              '', '![The metrics of each stage with 95% intervals; the dotted line is chance](stages.png)', '', 'What the columns mean, and over how many features they are means:', '',

@@ -109,7 +109,7 @@ def _fields_of(file:Path) -> dict|None: # None: the file is damaged
 
 def _begun_with(folder:Path, store) -> dict|None: # every field; None: nothing says
     "The preset that a run was begun with"
-    file, kept = folder/'preset.yaml', store.meta('preset')
+    file, kept = folder/'preset.yaml', store.meta('preset', kind=dict)
     try: fields = _fields_of(file) if file.exists() else None
     except ValueError as e:
         raise ValueError(f'{folder} was begun by another version of saeexplainer ({e}): choose another --name') from None
@@ -118,7 +118,15 @@ def _begun_with(folder:Path, store) -> dict|None: # every field; None: nothing s
     if fields is None and kept is None: return None
     defaults = {f.name: f.default_factory() if f.default is dataclasses.MISSING is not f.default_factory else f.default
                 for f in dataclasses.fields(Preset)}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | (kept or fields)
+    begun = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | (kept or fields)
+    return _checked_fields(begun, f"{store.path}: its fact 'preset'" if kept else file)
+
+def _checked_fields(fields:dict, where) -> dict: # raises `ValueError` where a preset could not have them
+    for name, value in fields.items():
+        if value is dataclasses.MISSING: raise ValueError(f'{where} lacks {name}: put back a copy, or choose another --name')
+    for name in ('dpo_beta', 'dpo_lr'): # looked at round by round
+        if not isinstance(fields[name], list): raise ValueError(f'{where} has {name} {json.dumps(fields[name])[:40]}, not a list: put back a copy, or choose another --name')
+    return fields
 
 def _check_preset(folder:Path, preset:Preset, store) -> dict: # field -> (before, now), where nothing depends on it yet
     "Raise `ValueError`, with the difference, where a run that has begun was made with another preset"
@@ -188,7 +196,7 @@ def check_files(folder, # where they are now
         if not file.exists(): raise FileNotFoundError(f'{file} is missing, which {what} has made: put it back, or begin anew under another --name')
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != wanted:
-            raise ValueError(f'{file} is not what {what} has made (SHA-256 {found[:12]}, not {wanted[:12]}): put it back from a copy, or begin anew under another --name')
+            raise ValueError(f'{file} is not what {what} has made (SHA-256 {found[:12]}, not {str(wanted)[:12]}): put it back from a copy, or begin anew under another --name')
 
 # %% ../nbs/parts/run.ipynb #90cfa987
 STEERED_BY = ('target sae sae_hook sae_bos source layer features n_controls steering_prompts steering_tokens steering_temperature steering_kl steering_reference '
@@ -229,7 +237,7 @@ class Run:
     def as_begun(self, key:str, facts:dict, # JSON
                  what:str): # that they are facts of, for the error
         "Note facts about the run's inputs; raise `ValueError`, with the difference, where it was begun with others"
-        noted = self.store.meta(f'begun with {key}')
+        noted = self.store.meta(f'begun with {key}', kind=dict)
         if noted and noted != facts and self.store.begun():
             short = lambda value: value[:12] if isinstance(value, str) else value
             changes = {name: (short(noted.get(name)), short(value)) for name, value in facts.items() if noted.get(name) != value}
@@ -242,7 +250,7 @@ class Run:
         with RunStore(Path(self.like)/'store.sqlite') as other:
             theirs, ours = _begun_with(Path(self.like), other) or {}, _plain(self.preset)
             same = lambda fields: all(theirs.get(f) == ours[f] for f in fields)
-            for stage in explainer_stages(self.preset): check_files(self.adapter_like(stage), other.meta(f'files {stage}') or {}, f'stage {stage}')
+            for stage in explainer_stages(self.preset): check_files(self.adapter_like(stage), other.meta(f'files {stage}', kind=dict) or {}, f'stage {stage}')
             steering = same(STEERED_BY) and other.meta('pool') == self.pool
             n = self.store.take_over(other, local=same(('target', 'writer', 'evaluation_writer', 'dtype')), steering=steering)
         if n: self.store.note('like', f'{Path(self.like).name}: {n} replies of its writers' + (', its steered texts' if steering else ''))
@@ -360,7 +368,7 @@ class Run:
 
     def trained(self, stage:str) -> Path: # runs from before the hashes were kept are taken as they are
         "The folder of a stage's adapter; raise `ValueError` where it is not what the stage has left there"
-        check_files(self.adapter(stage), self.store.meta(f'files {stage}') or {}, f'stage {stage}')
+        check_files(self.adapter(stage), self.store.meta(f'files {stage}', kind=dict) or {}, f'stage {stage}')
         return self.adapter(stage)
 
     def explainer(self, stage:str):
@@ -494,7 +502,7 @@ def execute(run:Run, say=print) -> Path: # the report's folder
         if run.store.finished(name):
             say(f'{name}: done before'); continue
         run.store.start(name)
-        if commit not in (before := (run.store.meta(f'commit_{name}') or '').split(' + ')): run.store.note(f'commit_{name}', ' + '.join(filter(None, [*before, commit]))) # of each sitting
+        if commit not in (before := (run.store.meta(f'commit_{name}', kind=str) or '').split(' + ')): run.store.note(f'commit_{name}', ' + '.join(filter(None, [*before, commit]))) # of each sitting
         line = stage(run)
         if name in explainer_stages(run.preset): run.store.note(f'files {name}', file_hashes(run.adapter(name)))
         run.store.finish(name, line=line)

@@ -8,7 +8,7 @@ __all__ = ['ONE_COLUMN', 'FULL_ENCODE', 'NORMALISED', 'MODULE', 'ENCODE_AT_ONCE'
            'check_config', 'load_sae', 'tensors_sha256', 'LoadedSAE', 'FeatureReader']
 
 # %% ../nbs/parts/saes.ipynb #eec56a9f
-import hashlib, operator, re
+import hashlib, operator, os, re
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -57,14 +57,27 @@ def check_directions(directions, # (n, d), or (d,) for one
     return directions
 
 # %% ../nbs/parts/saes.ipynb #8d3fdf8c
+def _as_array(features) -> np.ndarray: # of any dtype; raises `ValueError` for what numpy cannot hold, or would misread
+    if isinstance(features, np.ma.MaskedArray):
+        raise ValueError('a masked array is no list of features: give those that count, as features.compressed()')
+    tensor = isinstance(features, torch.Tensor)
+    if tensor and features.layout != torch.strided:
+        raise ValueError('a sparse tensor is no list of features: give the indices themselves')
+    try:
+        if not tensor: return np.asarray(features)
+        given = features.detach().cpu()
+        return (given.float() if given.is_floating_point() else given).numpy()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f'{str(features)[:60]!r} is no feature: features are named by whole numbers') from None
+
 def feature_indices(features # one index, or any array of them: list, tuple, range, numpy, torch, pandas
                    ) -> np.ndarray: # int64, of the same shape
     "Indices of features; raises `ValueError` for masks, fractions, texts and all else that is no whole number"
     truths = isinstance(features, (list, tuple)) and any(isinstance(x, (bool, np.bool_)) or getattr(x, 'dtype', None) == torch.bool for x in features)
-    if isinstance(features, torch.Tensor): features = features.detach().cpu().float() if features.is_floating_point() else features.detach().cpu()
-    array = np.asarray(features)
+    array = _as_array(features)
     if array.dtype == bool or truths: raise ValueError('a mask of True and False is no list of features: give the indices, as numpy.flatnonzero(mask)')
-    if array.size == 0 or np.issubdtype(array.dtype, np.integer): return array.astype(np.int64)
+    whole = array.dtype.kind in 'iu' and not (array > np.iinfo(np.int64).max).any()
+    if array.size == 0 or whole: return array.astype(np.int64)
     try:
         if array.dtype != object or any(isinstance(x, bool) for x in array.flat): raise TypeError
         return np.array([operator.index(x) for x in array.flat], np.int64).reshape(array.shape)
@@ -125,10 +138,15 @@ def decoder_step(sae,
 def find_sae(source # a folder, absolute or relative to data/; 'release:sae_id' or 'user/repo:folder'; or such a pair
             ) -> Path|tuple[str, str]: # a folder with cfg.json, or (release, sae_id)
     "Where an SAE comes from; raises `FileNotFoundError` where there is nothing"
-    if isinstance(source, (tuple, list)): return tuple(source)
+    if isinstance(source, (tuple, list)):
+        if len(source) == 2 and all(isinstance(part, str) and part.strip() for part in source): return tuple(source)
+        raise ValueError(f'{source!r} names no SAE: a pair is (release, sae_id) or (repository, folder)')
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"{source!r} names no SAE: give a folder, 'release:sae_id' or 'user/repo:folder'")
     for folder in (Path(source).expanduser(), data_dir()/source):
         if (folder/'cfg.json').exists(): return folder
-    if ':' in str(source) and not Path(source).expanduser().exists(): return tuple(str(source).split(':', 1))
+    pair = tuple(str(source).split(':', 1))
+    if len(pair) == 2 and all(part.strip() for part in pair) and not Path(source).expanduser().exists(): return pair
     raise FileNotFoundError(f"no SAE in '{source}' (looked for cfg.json there and under {data_dir()}); a hub SAE is written 'release:sae_id' or 'user/repo:folder'{no_data()}")
 
 # %% ../nbs/parts/saes.ipynb #faed70a2
@@ -143,22 +161,56 @@ def hub_folder(release:str, sae_id:str) -> Path|None: # None: it is in another f
     return Path(file).parent if isinstance(file, str) else None
 
 # %% ../nbs/parts/saes.ipynb #09fedb01
+def _check_field(file,
+                 fields, # object of a configuration
+                 name, fits, # value -> bool
+                 wanted:str): # what would be right
+    "Raise `ValueError`, naming the file, where a field is given and does not fit"
+    value = fields.get(name)
+    if value is not None and not fits(value): raise ValueError(f'{file}: {name} is {value!r}, {wanted}')
+
+def _is_truth(value) -> bool: return isinstance(value, bool)
+
+def _is_count(value) -> bool: return type(value) is int and value > 0
+
+def _is_number(value) -> bool: # that fp32 can hold
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+def _check_k(file, cfg, kind): # of a TopK SAE
+    inner = (cfg.get('activation_fn_kwargs') or {}).get('k')
+    k = inner if cfg.get('k') is None else cfg['k']
+    if not _is_count(k): raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
+    if inner not in (None, k):
+        raise ValueError(f'{file}: k is {k}, and in its activation_fn_kwargs {inner!r}: only one of them can be right')
+    if k > cfg['d_sae']: raise ValueError(f"{file}: k is {k}, more than its {cfg['d_sae']} features")
+
+def _check_metadata(file, about): # the metadata, wherever it stands
+    kwargs = about.get('model_from_pretrained_kwargs')
+    _check_field(file, about, 'model_from_pretrained_kwargs', lambda value: isinstance(value, dict), 'not an object')
+    _check_field(file, kwargs or {}, 'center_writing_weights', _is_truth, 'neither true nor false')
+
 def check_config(file) -> str: # a cfg.json in sae-lens' own format, of any version -> its architecture
     "Raise `ValueError`, naming the file, for an SAE's configuration that is malformed, or that sae-lens would read as another one's"
     cfg = read_json(file)
     if 'num_latents' in cfg or 'expansion_factor' in cfg and 'hook_name' not in cfg and 'hook_point' not in cfg and 'architecture' not in cfg:
         raise ValueError(f"{file} is of an SAE of sparsify, whose format is not read: convert it to sae-lens' (cfg.json and {WEIGHTS})")
     for name in ('d_in', 'd_sae'):
-        if type(cfg.get(name)) is not int or cfg[name] < 1: raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
+        if not _is_count(cfg.get(name)):
+            raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
     for name in ('metadata', 'activation_fn_kwargs'):
-        if not isinstance(cfg.get(name) or {}, dict): raise ValueError(f'{file}: {name} is {cfg[name]!r}, not an object')
-    for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm'):
-        if cfg.get(name) not in (None, True, False) or type(cfg.get(name)) is int: raise ValueError(f'{file}: {name} is {cfg[name]!r}, neither true nor false')
+        _check_field(file, cfg, name, lambda value: isinstance(value, dict), 'not an object')
+    for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm', 'stop_on_duplicate_support'):
+        _check_field(file, cfg, name, _is_truth, 'neither true nor false')
+    _check_field(file, cfg, 'residual_threshold', lambda value: _is_number(value) and value >= 0, 'not a number from 0')
+    _check_field(file, cfg, 'max_iterations', _is_count, 'not a number of features above 0')
+    _check_metadata(file, cfg)
+    _check_metadata(file, cfg.get('metadata') or {})
     function = cfg.get('activation_fn') or cfg.get('activation_fn_str') or 'relu'
     kind = 'topk' if function == 'topk' else cfg.get('architecture') or 'standard'
     if function not in ('relu', 'topk'): raise ValueError(f'{file}: its activation function is {function!r}, which sae-lens no longer has: it would be read as ReLU')
-    k = cfg.get('k', (cfg.get('activation_fn_kwargs') or {}).get('k'))
-    if kind in ('topk', 'abstopk') and (type(k) is not int or k < 1): raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
+    if kind in ('topk', 'abstopk'): _check_k(file, cfg, kind)
+    if kind == 'standard' and cfg.get('k') is not None:
+        raise ValueError(f"{file}: k is {cfg['k']!r}, and a standard SAE has none: name its architecture, such as topk")
     _check_kind(kind)
     return kind
 
@@ -175,34 +227,82 @@ def _loading(source): # what sae-lens raises, as one line that names the SAE
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
         if isinstance(source, tuple): _check_cached(source)
-        what = ' '.join(str(e).split()) or type(e).__name__
+        what = f'{e} is missing' if isinstance(e, KeyError) else ' '.join(str(e).split()) or type(e).__name__
         name = ':'.join(source) if isinstance(source, tuple) else source
         raise (OSError if isinstance(e, OSError) else ValueError)(f"the SAE '{name}' cannot be loaded: {what}") from e
 
-def _from_disk(folder, device='cpu', cfg_overrides=None): # what sae-lens reads, with nothing where older files have null
+def _plain_config(cfg, overrides) -> dict: # as all versions of sae-lens read it
+    "Return a configuration without nulls and empty settings, and with its metadata where sae-lens looks for it if no version is given"
+    from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
+    about = {name: value for name, value in (cfg.get('metadata') or {}).items() if name in LLM_METADATA_KEYS}
+    fields = {**cfg, **about, **(overrides or {})}
+    if fields.get('activation_fn_kwargs') == {}: del fields['activation_fn_kwargs']
+    return {name: value for name, value in fields.items() if value is not None}
+
+def _from_disk(folder, device='cpu', cfg_overrides=None): # what sae-lens reads from a folder
     from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
     cfg, weights = sae_lens_disk_loader(folder, device, cfg_overrides)
-    return {name: value for name, value in cfg.items() if value is not None}, weights
+    return _plain_config(cfg, cfg_overrides), weights
 
+def _from_hub(cfg_overrides=None, **kwargs): # what sae-lens reads from a repository in its own format
+    from sae_lens.loading.pretrained_sae_loaders import sae_lens_huggingface_loader
+    cfg, weights, sparsity = sae_lens_huggingface_loader(cfg_overrides=cfg_overrides, **kwargs)
+    return _plain_config(cfg, cfg_overrides), weights, sparsity
+
+# %% ../nbs/parts/saes.ipynb #277faa89
+def _check_numbers(sae, what): # raises `ValueError` for a tensor with NaN or infinity: `what` begins the line
+    for name, tensor in sae.state_dict().items():
+        if not all(limit.isfinite() for limit in tensor.aminmax()):
+            raise ValueError(f'{what} {name} is not finite: its activations would mean nothing')
+
+def _check_as_said(file, sae): # raises `ValueError` where sae-lens passes over what the file says
+    cfg, kind = read_json(file), sae.cfg.architecture()
+    k = cfg.get('k') or (cfg.get('activation_fn_kwargs') or {}).get('k')
+    if kind in ('topk', 'abstopk') and sae.cfg.k != k:
+        raise ValueError(f'{file}: k is {k} in its activation_fn_kwargs, and sae-lens reads {sae.cfg.k}: write it as k')
+    if cfg.get('rescale_acts_by_decoder_norm') and not getattr(sae.cfg, 'rescale_acts_by_decoder_norm', False):
+        raise ValueError(f'{file}: rescale_acts_by_decoder_norm is true, which sae-lens does not do in a {kind} SAE: fold it into the weights (save_inference_model)')
+
+def _fold_scale(sae, file): # activation_scaler.json
+    factor = read_json(file).get('scaling_factor')
+    if not _is_number(factor) or factor <= 0:
+        raise ValueError(f'{file}: scaling_factor is {factor!r}, not a number above 0')
+    sae.fold_activation_norm_scaling_factor(factor)
+    _check_numbers(sae, f'{file}: with scaling_factor {factor!r}')
+
+def _load_folder(folder, device): # the sae-lens SAE
+    from sae_lens import SAE
+    wanted = check_config(folder/'cfg.json')
+    if not (folder/WEIGHTS).exists():
+        raise FileNotFoundError(f'{folder} has a cfg.json and no {WEIGHTS}: its weights are missing')
+    check_tensors(folder/WEIGHTS)
+    with _loading(folder): sae = SAE.load_from_disk(folder, device=str(device), dtype='float32', converter=_from_disk)
+    if sae.cfg.architecture() != wanted:
+        raise ValueError(f"{folder/'cfg.json'} describes a {wanted} SAE, which sae-lens reads as {sae.cfg.architecture()}: its activations would be others")
+    _check_as_said(folder/'cfg.json', sae)
+    _check_numbers(sae, f'{folder/WEIGHTS}:')
+    if sae.cfg.normalize_activations == 'expected_average_only_in' and (scale := folder/'activation_scaler.json').exists():
+        _fold_scale(sae, scale)
+    return sae
+
+def _load_release(source, device): # the sae-lens SAE of (release, sae_id)
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+    with _loading(source):
+        converter = _from_hub if get_conversion_loader_name(source[0]) == 'sae_lens' else None
+        sae = SAE.from_pretrained(*source, device=str(device), dtype='float32', converter=converter)
+    _check_cached(source)
+    folder = hub_folder(*source)
+    if folder and (folder/'cfg.json').exists(): _check_as_said(folder/'cfg.json', sae)
+    _check_numbers(sae, f'{folder/WEIGHTS}:' if folder else f"the SAE '{':'.join(source)}':")
+    return sae
+
+# %% ../nbs/parts/saes.ipynb #0dba1a16
 def load_sae(source, # as `find_sae` returns it
              device='cpu'
             ): # the sae-lens SAE: fp32, frozen, input scaling folded in
     "Load an SAE with sae-lens; raises `ValueError` for kinds and normalisations that cannot be read exactly, and for damaged files"
-    from sae_lens import SAE
-    if isinstance(source, tuple):
-        with _loading(source): sae = SAE.from_pretrained(*source, device=str(device), dtype='float32')
-        _check_cached(source)
-    else:
-        wanted = check_config(source/'cfg.json')
-        if not (source/WEIGHTS).exists(): raise FileNotFoundError(f'{source} has a cfg.json and no {WEIGHTS}: its weights are missing')
-        check_tensors(source/WEIGHTS)
-        with _loading(source): sae = SAE.load_from_disk(source, device=str(device), dtype='float32', converter=_from_disk)
-        if sae.cfg.normalize_activations=='expected_average_only_in' and (scale := source/'activation_scaler.json').exists():
-            factor = read_json(scale).get('scaling_factor')
-            if type(factor) not in (int, float) or not factor > 0: raise ValueError(f'{scale}: scaling_factor is {factor!r}, not a number above 0')
-            sae.fold_activation_norm_scaling_factor(factor)
-        if sae.cfg.architecture() != wanted:
-            raise ValueError(f"{source/'cfg.json'} describes a {wanted} SAE, which sae-lens reads as {sae.cfg.architecture()}: its activations would be others")
+    sae = _load_release(source, device) if isinstance(source, tuple) else _load_folder(source, device)
     _check_kind(sae.cfg.architecture())
     if (norm := sae.cfg.normalize_activations) not in NORMALISED:
         raise ValueError(f"this SAE expects inputs normalised by '{norm}' and does not bring the factor: fold it into the weights "
@@ -221,6 +321,14 @@ def tensors_sha256(module) -> str: # of a module's tensors in memory, in the ord
     return digest.hexdigest()
 
 # %% ../nbs/parts/saes.ipynb #1c8535f7
+@contextmanager
+def _named(source): # what is wrong with an SAE, in a line that names it
+    try: yield
+    except ValueError as e:
+        name = ':'.join(source) if isinstance(source, tuple) else str(source)
+        if name in str(e): raise
+        raise ValueError(f"the SAE '{name}': {e}") from None
+
 class LoadedSAE:
     "An SAE, where it reads, and what it is bound to"
     def __init__(self, sae, # sae-lens SAE, fp32
@@ -242,8 +350,12 @@ class LoadedSAE:
             if reader.layer == source.layer: return reader
             raise ValueError(f"the preset says layer {source.layer}, its SAE '{source.sae}' reads layer {reader.layer}")
         source = find_sae(source)
+        with _named(source): return cls._loaded(source, device, dict(hook_name=hook, prepend_bos=bos, model_name=model))
+
+    @classmethod
+    def _loaded(cls, source, device, given): # given: name -> value in the metadata, or None
         sae, folder = load_sae(source, device), hub_folder(*source) if isinstance(source, tuple) else source
-        for key, value in dict(hook_name=hook, prepend_bos=bos, model_name=model).items():
+        for key, value in given.items():
             if value is not None: setattr(sae.cfg.metadata, key, value)
         if folder is None: return cls(sae)
         card = read_json(folder/'card.json') if (folder/'card.json').exists() else {}

@@ -102,6 +102,9 @@ class _File(_Transactions):
             self.close()
             raise ValueError(f'{path} has store version {version}, this saeexplainer reads version {SCHEMA_VERSION}: '
                              'use the release that wrote it')
+        if version != 0 and (why := self._other_tables()):
+            self.close()
+            raise self._damaged(why)
         if version == 0:
             try:
                 self._refuse_remains()
@@ -109,6 +112,16 @@ class _File(_Transactions):
             except BaseException: # a notebook keeps the traceback, and with it the file
                 self.close()
                 raise
+
+    def _other_tables(self) -> str|None: # None: tables and columns are ours
+        for table, wanted in COLUMNS.items():
+            found = dict(self._rows('SELECT name, type FROM pragma_table_info(?)', [table]))
+            if not found: return f'it has no table {table}'
+            if lacks := [column for column in wanted if column not in found]: return f"its table {table} lacks {', '.join(lacks)}"
+            if list(found) != list(wanted): return f"its table {table} has the columns {', '.join(found)}, not {', '.join(wanted)}"
+            for column, kind in wanted.items():
+                if found[column][:3].upper() != kind[:3]: return f'its table {table} has {found[column][:20] or "no type"} in column {column}, not {kind}'
+        return None
 
     def _is_sqlite(self) -> bool:
         with open(self.path, 'rb') as file: return file.read(16) == b'SQLite format 3\0'
@@ -121,7 +134,7 @@ class _File(_Transactions):
         return f'{there:,} of its {whole:,} bytes are there' if there < whole else None
 
     def _damaged(self, how): # the error
-        return ValueError(f'the store {self.path} is damaged ({self._cut() or how[:120]}): put back a copy of it, or begin under another name')
+        return ValueError(f'the store {self.path} is damaged ({self._cut() or how[:200]}): put back a copy of it, or begin under another name')
 
     def _refuse_remains(self): # before a new store
         "Raise `ValueError` where the remains of a run show that its store is lost, or was copied without its `-wal`"
@@ -207,7 +220,8 @@ class _Views(_Rows):
         frame = {}
         for (column, kind), values in zip(kinds.items(), columns):
             whole = kind == 'INT' and None not in values
-            frame[column] = pd.Series(values, dtype='int64' if whole else 'float64' if kind in ('INT', 'REAL') else object)
+            try: frame[column] = pd.Series(values, dtype='int64' if whole else 'float64' if kind in ('INT', 'REAL') else object)
+            except (ValueError, TypeError): raise self._damaged(f'column {column} of its table {name} does not hold numbers alone') from None
         return pd.DataFrame(frame)
 
     def missing(self, table, keys) -> list[tuple]: # keys as tuples, in their order
@@ -253,10 +267,24 @@ class _Stages(_Views):
         "What is to be said beside the run's numbers; replaces earlier notes"
         self.note('notes', list(notes))
 
-    def meta(self, key, default=None):
-        "A fact about the run"
+    def meta(self, key, default=None,
+             kind:type|None=None # what it must be, where it is there; None: any
+            ):
+        "A fact about the run; raises `ValueError` where it is damaged"
         found = self._rows('SELECT value FROM meta WHERE key=?', [key])
-        return json.loads(found[0][0]) if found else default
+        return self._json(found[0][0], f'its fact {key!r}', kind) if found else default
+
+    def detail(self, stage) -> dict: # empty where the stage has not begun
+        "Facts about a stage; raises `ValueError` where they are damaged"
+        found = self._rows('SELECT detail FROM progress WHERE stage=?', [stage])
+        return self._json(found[0][0], f'what it notes of stage {stage}', dict) if found else {}
+
+    def _json(self, text, what, kind): # raises `ValueError`
+        try: value = json.loads(text)
+        except (ValueError, TypeError, RecursionError): raise self._damaged(f'{what} is not JSON: {str(text)[:40]!r}') from None
+        words = {dict: 'an object', list: 'a list', str: 'a text'}
+        if kind is None or value is None or isinstance(value, kind): return value
+        raise self._damaged(f'{what} is {json.dumps(value)[:40]}, not {words[kind]}')
 
 # %% ../nbs/parts/store.ipynb #4b78d821
 class _Texts(_Stages):
@@ -337,7 +365,13 @@ class _Replies(_Pairs):
         "Stored replies"
         rows = self._rows("SELECT key, reply FROM replies WHERE key IN (SELECT value FROM json_each(?)) AND json_extract(reply, '$.outcome')<>'failed'",
                           [json.dumps(list(keys))])
-        return {key: Reply(**{k: tuple(v) if k=='scores' and v else v for k, v in json.loads(reply).items()}) for key, reply in rows}
+        return {key: self._reply(key, reply) for key, reply in rows}
+
+    def _reply(self, key, text) -> Reply: # raises `ValueError`
+        fields = self._json(text, f'the reply {key[:12]}', dict)
+        if fields.get('scores'): fields['scores'] = tuple(fields['scores'])
+        try: return Reply(**fields)
+        except TypeError as error: raise ValueError(f'the store {self.path} holds a reply of another version of saeexplainer ({error}): use the release that wrote it') from None
 
     def begin_attempt(self, key, writer, stage, most_tokens, most_cost) -> int: # its id
         "Notes that a request is about to be sent"

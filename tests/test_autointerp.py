@@ -28,6 +28,8 @@ def test_prompt_shows_strength_and_every_context():
     prompt = autointerp_prompt([context('the| cat', 1), context('a| dog', 1, [0., 2.])], max_act=10.)
     assert '\n50: the «cat»\n20: a «dog»\n' in prompt and prompt.endswith(NO_PATTERN)
     assert '\n100: the «cat»\n' in autointerp_prompt([context('the| cat', 1)])
+    for unknown in (float('nan'), 0., float('inf')): assert '\n100: the «cat»\n' in autointerp_prompt([context('the| cat', 1)], unknown)
+    assert '\n-100: ' in autointerp_prompt([context('the| cat', 1, [-2., -1.])]) # nothing fires
     assert "'cat', 'ships'" in autointerp_prompt([context('the| cat', 1), context('sh|ips', 1)], small=True) # whole words
     assert "'$'" in autointerp_prompt([context('a|$', 1)], small=True) # or what there is
 

@@ -45,3 +45,15 @@ def test_parts_are_disjoint_and_only_tier_a_gives_contexts():
 
 def test_too_little_text():
     with pytest.raises(ValueError, match='the sources hold 30 tokens, 40 are wanted'): balanced_cap({'a': 10, 'b': 20}, 40)
+    for total in (0, -3, None):
+        with pytest.raises(ValueError, match=f'{total} tokens are wanted: it is a number from 1'): balanced_cap({'a': 10}, total)
+
+
+def test_packages_that_are_none(tmp_path):
+    for name, registry in (('some-1.0.whl', 'pypi'), ('some-1.0.tgz', 'npm')):
+        (tmp_path/name).write_bytes(b'no archive')
+        with pytest.raises(ValueError, match=f'{name} is damaged, or no package: remove it, and it is fetched again'): fetch(Source('some', registry, 'some', '1.0', 'A', 'none', None), tmp_path)
+        (tmp_path/name).unlink()
+    with zipfile.ZipFile(tmp_path/'some-1.0.whl', 'w') as z: z.writestr('a.txt', 'x')
+    [wikitext] = [s for s in SOURCES if s.name == 'wikitext']
+    with pytest.raises(ValueError, match='some-1.0.whl holds no file that ends in wikitext-2-raw-v1/validation.parquet'): documents(Source('some', 'pypi', 'some', '1.0', 'A', 'none', wikitext.read), tmp_path)

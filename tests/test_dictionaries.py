@@ -105,6 +105,101 @@ def test_verified_rows_of_other_settings_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match='x.part does not say what it is part of'): Rows(tmp_path/'x.part', said)
 
 
+def cut(file, rows): # as if the work had been killed after so many
+    file.write_bytes(b''.join(file.read_bytes().splitlines(True)[:rows + 1]))
+
+
+def begun(world, tmp_path, monkeypatch, **fields): # (preset whose models and explainer lie in tmp_path, explainer, a function that writes all.jsonl); its parts are kept
+    "A dictionary whose parts hold five rows each"
+    import shutil
+    from dataclasses import replace
+    from saeexplainer import dictionaries
+    folder, _, preset = world
+    model = shutil.copytree(folder/'model', tmp_path/'model')
+    explainer = shutil.copytree(folder/'sft', tmp_path/'sft')
+    card = ExplainerCard.load(explainer)
+    replace(card, base_model=str(model)).save(explainer)
+    preset = replace(preset, target=str(model), explainer=str(model), **fields)
+    make = lambda preset=preset: explain_dictionary(preset, explainer, tmp_path/'all.jsonl', n=2, progress=False)
+    with monkeypatch.context() as m:
+        m.setattr(dictionaries, '_finish', lambda out, parts: None)
+        make()
+    for part in ('explained', 'verified'): cut(tmp_path/f'all.jsonl.{part}.part', 5)
+    return preset, explainer, make
+
+
+def nudge(folder): # other weights under the same name
+    from safetensors.torch import load_file
+    weights = load_file(folder/'model.safetensors')
+    save_file({name: tensor*1.01 for name, tensor in weights.items()}, folder/'model.safetensors', metadata={'format': 'pt'})
+
+
+def test_other_weights_do_not_go_on_with_the_rows_of_the_old_ones(world, tmp_path, monkeypatch):
+    import shutil
+    from dataclasses import replace
+    preset, explainer, make = begun(world, tmp_path, monkeypatch)
+    nudge(tmp_path/'model')
+    with pytest.raises(ValueError, match='explained.part was begun with base_sha256 .*: remove it, or choose another --out'): make()
+    shutil.copytree(world[0]/'model', tmp_path/'model', dirs_exist_ok=True)
+    for field, value in dict(placeholder='<s>', layer=0, coefficient=2., template='Feature {placeholder}?').items():
+        card = ExplainerCard.load(explainer)
+        replace(card, **{field: value}).save(explainer)
+        with pytest.raises(ValueError, match=f'explained.part was begun with (injection_)?{field} '): make()
+        card.save(explainer)
+    assert make()['features'] == 40
+
+
+def test_an_earlier_part_without_hashes_is_resumed(world, tmp_path, monkeypatch):
+    preset, explainer, make = begun(world, tmp_path, monkeypatch)
+    for part in ('explained', 'verified'):
+        first, *rows = (tmp_path/f'all.jsonl.{part}.part').read_text().splitlines(True)
+        old = {k: v for k, v in json.loads(first)['settings'].items() if not k.endswith('sha256') or k in ('sae_sha256', 'adapter_sha256')}
+        (tmp_path/f'all.jsonl.{part}.part').write_text(json.dumps({'settings': old}) + '\n' + ''.join(rows))
+    assert make()['features'] == 40
+
+
+def test_the_weights_of_target_and_writer_are_part_of_the_verdicts(world, tmp_path, monkeypatch):
+    "Also where every explanation is there already, and only texts and scores are left"
+    import shutil
+    from dataclasses import replace
+    from saeexplainer.dictionaries import _verified_with
+    folder, _, preset = world
+    for name in ('target', 'other'): shutil.copytree(folder/'model', tmp_path/name)
+    preset = replace(preset, target=str(tmp_path/'target'), evaluation_writer=f"local:{tmp_path/'other'}")
+    before = _verified_with(preset, 2, {})
+    for name, key in (('target', 'target_sha256'), ('other', 'writer_sha256')):
+        nudge(tmp_path/name)
+        after = _verified_with(preset, 2, {})
+        assert {k for k in after if after[k] != before[k]} == {key}
+        Rows(tmp_path/f'{name}.part', before).close()
+        with pytest.raises(ValueError, match=f"{name}.part was begun with {key} '{before[key]}', not '{after[key]}': remove it"): Rows(tmp_path/f'{name}.part', after)
+        before = after
+
+
+def test_another_server_does_not_go_on_with_the_texts_of_the_first(world, tmp_path, monkeypatch):
+    "By --base-url and by the environment; what was paid for is not taken for the other's"
+    from dataclasses import replace
+    from writer_server import Server, capable
+    from saeexplainer.dictionaries import _paid_store
+    from saeexplainer.replies import Reply, Request
+    monkeypatch.setenv('OPENAI_API_KEY', 'any')
+    with Server(capable) as first, Server(capable) as second:
+        preset, _, make = begun(world, tmp_path, monkeypatch, evaluation_writer='small', writer_url=first.url)
+        part, asked = tmp_path/'all.jsonl.verified.part', len(first.asked)
+        other = replace(preset, writer_url=second.url)
+        says = f"verified.part was begun with writer_url '{first.url}', not '{second.url}': remove it, or choose another --out"
+        with pytest.raises(ValueError, match=says): make(other)
+        monkeypatch.setenv('OPENAI_BASE_URL', second.url)
+        with pytest.raises(ValueError, match=says): make(replace(preset, writer_url=None))
+        kept = part.read_bytes()
+        part.unlink()
+        with _paid_store(tmp_path/'all.jsonl.writer.sqlite', preset) as store: store.put_replies([('key', Request('x'), Reply('y'))])
+        with pytest.raises(ValueError, match=f'all.jsonl.writer.sqlite holds replies of a writer at {first.url}, not {second.url}: remove it, or choose another --out'): make(other)
+        part.write_bytes(kept)
+        monkeypatch.setenv('OPENAI_BASE_URL', first.url + '/')
+        assert make(replace(preset, writer_url=None))['features'] == 40 and not second.asked and len(first.asked) > asked
+
+
 def test_killed_between_the_file_and_its_parts(world, tmp_path, monkeypatch):
     folder, _, preset = world
     for kind in ('jsonl', 'parquet'):
@@ -203,6 +298,7 @@ def test_explanations_stay_with_their_features(tmp_path):
 
 
 TEXTS = [('feature,explanation\n5,"a, b"\n6,\n', 'utf-8'), ('Feature;Explanation\r\n5;a, b\r\n6;\r\n;\r\n;\r\n', 'utf-8-sig'), ('FEATURE\texplanation \n5\ta, b\n6\t\n', 'utf-16'),
+         ('\n  \n,,\nfeature,explanation\n5,"a, b"\n6,""\n', 'utf-8'), ('feature,explanation\r5,"a, b"\r6,\r', 'utf-8'), ('feature,explanation,note\n5,"a, b"\n6\n', 'utf-8'),
          ('sep=;\nexplanation;feature;note\na, b;5;x\n;6\n', 'utf-8'), ('feature,explanation,,\n5.0,"a, b",,\n006,,,\n,,,\n', 'utf-8'), ('"feature","explanation"\n" 5 ","a, b"\n\n6,"  "\n', 'utf-8')]
 
 @pytest.mark.parametrize('text, encoding', TEXTS)
@@ -227,6 +323,12 @@ REFUSED = {'bare.csv': ('feature,explanation\n5,the word has, as a verb\n6,b, c\
            'list.json': ('[1, 2]', 'holds 1, not a row with names'), 'object.json': ('{"5": "a"}', 'has the columns 5: it needs feature and explanation'), 'cut.json': ('[{"feature": 5,', 'line 1 is not JSON'),
            'deep.json': ('['*100_000, 'it is nested too deeply'), 'x.parquet': ('PAR1', 'is not a readable parquet file'), 'x.jsonl.gz': ('no', 'is not a readable jsonl file'),
            'twice.csv': ('feature,explanation\n5,a\n5.0,b\n', 'explains 5 more than once: keep one'), 'two_names.csv': ('feature,explanation\n5,a\nsmollm2-135m/9-res-4k/5,b\n', 'explains 5 more than once, as 5 and as smollm2-135m/9-res-4k/5'),
+           'names_twice.csv': ('feature,explanation,explanation\n5,a,b\n', "line 1 names two columns 'explanation'"), 'nearly.csv': ('\nfeature,explanation,Explanation\n5,a,b\n', "line 2 names two columns 'Explanation'"),
+           'nameless.csv': ('feature,explanation,,\n5,a,,b\n', 'line 2 has a text in one of the 2 columns without a name'), 'twice.jsonl': ('{"feature": 5, "explanation": "a", "explanation": "b"}', "it names 'explanation' twice"),
+           'zero.csv': ('feature,explanation\n5,a\n6,b\0c\n', 'line 3 holds a zero byte'), 'open_name.csv': ('feature,"explanation\n5,a\n', 'line 1: a quote opens in the name of a column and does not close'),
+           'long_open.csv': ('sep=,\nfeature,explanation\n5,a\n6,"b\n7,c\n8,d\n', 'line 4: unexpected end of data'), 'lines.csv': ('feature,explanation\n5,"a\nb"\n6,b,c\n', 'line 4 has 3 fields'),
+           'json.csv': ('[{"feature": 5, "explanation": "a"}]', 'it is JSON: give it the ending .jsonl'), 'sheet.csv': ('PK\x03\x04xl', 'it is a zip file or a spreadsheet, not text'), 'pages.jsonl': ('PAR1', 'it is a Parquet file, not text'),
+           'wide.csv': ('\0'.join('feature,explanation\n5,a\n') + '\0', 'it is no text, or UTF-16 without its mark: save it as UTF-8'), 'header.csv': ('feature,explanation\n', 'holds no explanation'), 'none.jsonl': ('', 'holds no explanation'),
            'zeros.csv': ('feature,explanation\nm/s/5,a\n m/s/005,b\n', 'explains m/s/5 more than once')}
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -234,6 +336,20 @@ def test_tables_that_would_lose_something_are_refused(tmp_path, name):
     text, says = REFUSED[name]
     (tmp_path/name).write_text(text)
     assert says in written(tmp_path/name)
+
+
+def test_missing_texts_as_python_spells_them(tmp_path):
+    (tmp_path/'x.csv').write_text('feature,explanation\n5,nan\n6,NaN\n7,<NA>\n8,the word NaN\n')
+    assert written(tmp_path/'x.csv') == {'5': None, '6': None, '7': None, '8': 'the word NaN'}
+    (tmp_path/'x.jsonl').write_text('{"feature": 5, "explanation": "a"}\n{"explanation": "b"}\n')
+    assert 'x.jsonl, row 2, has the columns explanation: it needs feature and explanation' in written(tmp_path/'x.jsonl')
+
+
+def test_two_columns_of_one_name_in_a_parquet_file(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    pq.write_table(pa.table([pa.array([5]), pa.array(['a']), pa.array(['b'])], names=['feature', 'explanation', 'explanation']), tmp_path/'x.parquet')
+    assert "it has two columns 'explanation'" in written(tmp_path/'x.parquet')
 
 
 def test_lists_and_half_characters_in_json(tmp_path, capsys):
@@ -259,7 +375,9 @@ def test_a_file_of_all_features_is_what_evaluate_reads(world, tmp_path, capsys, 
     "Dead features, and features that the table does not know, are left out and counted"
     folder, file, preset = world
     monkeypatch.chdir(tmp_path)
-    explain_dictionary(preset, folder/'sft', tmp_path/'all.parquet', progress=False)
+    main(['explain', str(file), '--all', '--out', 'all.parquet', '--explainer', str(folder/'sft'), '--json'])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)['features'] == 40 and '2 of 40 features are dead: they fired on none of the texts' in shown.err
     main(['evaluate', 'all.parquet', '--preset', str(file), '--json', '-s', 'n_output=1', '-s', 'n_generative=1', '-s', 'n_activating=1', '-s', 'n_neutral=1'])
     shown = capsys.readouterr()
     assert 'are dead or unknown and are left out' in shown.err

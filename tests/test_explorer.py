@@ -188,6 +188,35 @@ def test_results_of_another_sae_are_not_shown(explorer):
     from saeexplainer.presets import data_dir
     with pytest.raises(ValueError, match='explains features of'): FeatureExplorer(preset, results=data_dir()/'smollm2-135m'/'results')
 
+def test_a_target_with_another_sae_is_refused(explorer, tmp_path):
+    from helpers import tiny_model, tiny_sae, tiny_tokenizer
+    from saeexplainer.features import save_features
+    from saeexplainer.saes import FeatureReader
+    from saeexplainer.target import Target
+    other = Target(tiny_model(), tiny_tokenizer(), FeatureReader.load(tiny_sae(tmp_path/'sae')))
+    with pytest.raises(ValueError, match='features.parquet was read from an SAE with hash .*, this one has'): FeatureExplorer(feature=13, target=other)
+    rows = [dict(index=i, density=.1, max_act=float(i != 3), status='ok', explanation='x', words=[], contexts=[]) for i in (3, 5, 512)]
+    preset = load_preset('smollm2-135m', features=str(save_features(rows, tmp_path/'features.parquet')), label_model=None)
+    with pytest.raises(ValueError, match='features.parquet holds feature 512, the SAE has features 0 to 511: it was read from another one'): FeatureExplorer(preset, target=other)
+    with pytest.raises(ValueError, match='there is no feature 3 that fires'): FeatureExplorer(preset, feature=3) # its strongest activation is 0, whatever its status says
+
+def test_clicks_take_turns(explorer):
+    from threading import Thread
+    x = FeatureExplorer(feature=13, target=explorer.target)
+    view = x.view
+    query, found, hits = of(view, 'Text', 'Search'), of(view, 'Select'), search(x.texts, '')
+    begun = hits.index(13)
+    clicks = [Thread(target=lambda: [of(view, 'Button', 'Next').click() for _ in range(10)]) for _ in range(4)]
+    for thread in clicks: thread.start()
+    for thread in clicks: thread.join()
+    assert x.feature.index == hits[begun + 40] and f'/{x.feature.index}<' in shown(view) and found.value in (None, x.feature.index)
+
+def test_numbers_that_mean_nothing_are_refused(explorer):
+    for call, says in ((lambda: explorer.steer('The', float('nan')), 'the steering is nan nats'), (lambda: explorer.steer('The', float('inf')), 'the steering is inf nats'),
+                       (lambda: explorer.draw(0), '0 explanations cannot be drawn'), (lambda: explorer.draw(1, temperature=float('nan')), 'temperature is nan'), (lambda: explorer.of('9'*5000), 'is not a feature')):
+        with pytest.raises(ValueError, match=says): call()
+    assert search(explorer.texts, '9'*5000) == []
+
 def test_draw_is_seeded_and_kept(explorer):
     first = explorer.draw(2, seed=3)
     assert first == explorer.draw(2, seed=3) and len(first) == 2

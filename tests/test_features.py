@@ -27,6 +27,8 @@ def test_splits_depend_on_ids_sizes_and_seed_alone():
     assert len(set(sum(a.values(), []))) == 150
     assert split_features(ids, dict(test=20), seed=3)['test'] == a['test'] # a smaller run tests on what the larger tests on
     with pytest.raises(ValueError, match='150 test \\+ 100 sft features are wanted, there are 200'): split_features(ids, dict(test=150, sft=100))
+    for n in (-1, 1.5, True):
+        with pytest.raises(ValueError, match=f'{n} features are wanted for a: it is a whole number from 0'): split_features(['a', 'b', 'c'], dict(a=n, b=1))
 
 
 # the file
@@ -157,7 +159,11 @@ BROKEN = [(dict(index=[3, 3]), 'has feature 3 twice: keep one row of each'), (di
           (dict(max_act=['8', '9']), 'in its column max_act: it needs float'), (dict(words=['a', 'b']), 'in its column words: it needs list<'), (dict(contexts=[[dict(source='t')]]*2), 'in its column contexts'),
           *((dict(contexts=[[], [dict(source='t', tokens=['a', 'b'], values=[0., 1.], peak=0), dict(source='t', **bad)]]), 'a context of feature 1 has its peak outside its tokens, or not as many tokens as values')
             for bad in (dict(tokens=['a', 'b'], values=[0., 1.], peak=2), dict(tokens=['a', 'b'], values=[0., 1.], peak=-1), dict(tokens=[], values=[], peak=0), dict(tokens=['a'], values=[0., 1.], peak=0), dict(tokens=None, values=[1.], peak=0))),
-          (dict(contexts=[[], [dict(source='t', tokens=['a', None], values=[0., 1.], peak=0)]]), 'contexts in which a token or a value is missing')]
+          (dict(contexts=[[], [dict(source='t', tokens=['a', None], values=[0., 1.], peak=0)]]), 'feature 1 has contexts in which a token or a value is missing'),
+          (dict(contexts=[[], [dict(source='t', tokens=['a', 'b'], values=[0., math.inf], peak=0)]]), 'a context of feature 1 has a value that is no number, or infinite'),
+          (dict(contexts=[[], [None, dict(source='t', tokens=['a'], values=[1.], peak=0)]]), 'a context of feature 1 is missing'), (dict(words=[['a'], [None, 'b']]), 'one of the words of feature 1 is missing'),
+          *((dict(contexts=[[], [dict(source='t', tokens=['a'], values=[1.], peak=0) | {name: None}]]), f'a context of feature 1 has no {name}') for name in ('tokens', 'values', 'peak')),
+          *((dict(density=[.1, share]), f'feature 1: its density is {share}: it is a share from 0 to 1') for share in (1.5, -1., math.inf)), (dict(index=[1, 2**31]), 'has a row whose index is 2147483648')]
 
 @pytest.mark.parametrize('columns, says', BROKEN, ids=[says[:40] for _, says in BROKEN])
 def test_a_table_that_others_wrote_is_checked(tmp_path, columns, says):
@@ -169,16 +175,40 @@ def test_a_table_that_others_wrote_is_checked(tmp_path, columns, says):
     assert 'features.parquet' in str(e.value) and '\n' not in str(e.value)
 
 
+UNFIT = [(dict(index=1.9), "index is 1.9: it is a whole number from 0"), *((dict(index=i), "index is") for i in (-1, 2**31, True, '1', None, math.nan)),
+         (dict(max_act=1e39), 'feature 1: its max_act is 1e.39: it is a number from 0 to 3.4e.38'), (dict(max_act=-1.), 'feature 1: its max_act is -1.0'), (dict(max_act='8'), "feature 1: its max_act is '8', not a number"),
+         (dict(density=1.5), 'feature 1: its density is 1.5'), (dict(status='good'), "feature 1: its status is 'good': there are ok"), (dict(words='abc'), "feature 1: its words are 'abc', not a list"),
+         (dict(words=[None]), 'feature 1: one of its words is missing'), (dict(words=[5]), r'feature 1 has \[5\] in its column words'), (dict(explanations=['a']), "feature 1 has .'a'. in its column explanations"),
+         (dict(contexts='abc'), "feature 1: its contexts are 'abc', not a list"), (dict(contexts=[None]), 'feature 1: a context is None: it needs source, tokens, values and peak'),
+         *((dict(contexts=[dict(source='t', tokens=['a'], values=[1.], peak=0) | bad]), 'feature 1: a context has') for bad in (dict(tokens='a'), dict(tokens=[1]), dict(values=None), dict(values=[math.nan]), dict(peak=None), dict(peak=.5))),
+         *((dict(contexts=[bad]), 'feature 1: a context has') for bad in (Context('t', ('a',), (math.nan,), 0), Context('t', ('a',), (1.,), 3), Context('t', 'a', (1.,), 0)))]
+
+@pytest.mark.parametrize('columns, says', UNFIT, ids=[str(columns)[:60] for columns, _ in UNFIT])
+def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path, columns, says):
+    with pytest.raises(ValueError, match=says) as e: save_features([row(0), {**row(1), **columns}], tmp_path/'features.parquet')
+    assert f'{tmp_path}/features.parquet cannot be written: ' in str(e.value) and '\n' not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_rows_are_written_once_and_what_is_missing_is_none(tmp_path):
+    with pytest.raises(ValueError, match='feature 1 comes twice: keep one row of each'): save_features([row(1), row(1)], tmp_path/'features.parquet')
+    unknown = {**row(2), 'index': np.float64(2), 'max_act': None, 'density': math.nan, 'words': None, 'contexts': math.nan, 'explanations': None}
+    places = {**row(3), 'words': [' ', 'a'], 'contexts': [dict(source=None, tokens=['a'], values=[1.], peak=0)]}
+    a, b = load_features(preset_with(save_features([unknown, places], tmp_path/'features.parquet')))
+    assert (a.index, a.words, len(a.contexts), a.explanations) == (2, (), 0, ()) and math.isnan(a.max_act) and math.isnan(a.density)
+    assert b.words == ('a',) and b.contexts[0].source == ''
+
+
 def test_what_is_missing_in_a_table(tmp_path):
     "Blank labels are none, unknown activations are NaN, whoever is not named is unnamed"
     said = [[dict(text='a', model=None, type=None), dict(text=None, model='m', type='t'), dict(text='  ', model='m', type='t')], [], None]
     pd.DataFrame(dict(index=[0, 1, 2], density=[.1, None, .1], max_act=[8., np.nan, 1.], status='ok', explanation=['a', '  ', None], words=[[], [], None], explanations=said, contexts=[[], [], None])).to_parquet(tmp_path/'features.parquet')
     a, b, c = load_features(preset_with(tmp_path/'features.parquet'))
+    assert [f.status for f in load_features(preset_with(save_features([row(0, 'a'), {**row(1, 'b'), 'max_act': 0.}], tmp_path/'silent.parquet')))] == ['ok', 'dead']
     assert a.explanations == (Explanation('a', 'unnamed'),) and (a.explanation, a.status) == ('a', 'ok')
     assert (b.explanation, b.status) == (c.explanation, c.status) == (None, 'unlabelled') and math.isnan(b.max_act) and math.isnan(b.density) and len(c.contexts) == 0
 
 
-def test_labels_that_others_wrote(tmp_path):
+def test_labels_that_others_wrote(tmp_path, capsys):
     save_features([row(0, 'x', said=[Explanation('x', 'm')]), row(1)], tmp_path/'features.parquet')
     def labels(frame, model=None):
         pd.DataFrame(frame).to_parquet(tmp_path/'labels.parquet')
@@ -188,6 +218,10 @@ def test_labels_that_others_wrote(tmp_path):
     with pytest.raises(ValueError, match='labels.parquet lacks the columns index, text, model: .*; it has feature, explanation'): labels(dict(feature=[0], explanation=['x']))
     with pytest.raises(ValueError, match='labels.parquet has int64 in its column text: it needs string'): labels(dict(index=[0], text=[7], model='m'))
     with pytest.raises(ValueError, match='labels.parquet has double in its column index: it needs int32'): labels(dict(index=[0, None], text=['a', 'b'], model='m'))
+    assert labels(dict(index=[], text=[], model=[]))[0] == labels(dict(index=[0, 0], text=['x', 'x'], model='m'))[0] == (Explanation('x', 'm'),) # no label, and the same one again
+    with pytest.raises(ValueError, match='labels.parquet has a label of feature -1'): labels(dict(index=[-1], text=['a'], model='m'))
+    capsys.readouterr()
+    assert labels(dict(index=[0, 7, 8], text=['a', 'b', 'c'], model='m'))[0][-1].text == 'a' and 'has labels of 2 features that it does not hold: they are left out' in capsys.readouterr().err
     (tmp_path/'labels.parquet').write_text('no')
     with pytest.raises(ValueError, match='labels.parquet is not a readable table of labels'): load_features(preset_with(tmp_path/'features.parquet'))
     with pytest.raises(ValueError, match='feature 1 has the explanation 7, not a text'): save_features([row(1, 7)], tmp_path/'other.parquet')
@@ -245,10 +279,10 @@ def test_of_each_text_the_strongest():
 BAD = ['{"index": 1', 'null', '[]', '{}', *map(json.dumps, [dict(index=-1), dict(index=None), dict(index=True), dict(index='1.5'), dict(index=2**31)])]
 
 @pytest.mark.parametrize('kind, more', [
-    ('features', [dict(index=1), stats(1, None), stats(1, 'x'), stats(1, math.nan), stats(1, math.inf), stats(1, -1.), {**stats(1), 'frac_nonzero': 'x'}]),
-    ('explanations', [dict(index=1), {**label(1, ''), 'description': 7}, label(1, 'x', 7), label(1, 'x', ['m']), {**label(1, 'x'), 'typeName': 7}, {**label(1, 'x'), 'index': 'one'}]),
+    ('features', [dict(index=1), stats(1, None), stats(1, 'x'), stats(1, math.nan), stats(1, math.inf), stats(1, -1.), {**stats(1), 'frac_nonzero': 'x'}, stats(1, 1e39), stats(1, True), stats(1, 8., 1.5), stats(1, 8., -.1), {**stats(1), 'index': '1_0'}]),
+    ('explanations', [dict(index=1), {**label(1, ''), 'description': 7}, label(1, 'x', 7), label(1, 0), label(1, []), label(1, False), label(1, math.nan), label(1, 'x', math.nan), label(1, 'x', ['m']), {**label(1, 'x'), 'typeName': 7}, {**label(1, 'x'), 'index': 'one'}]),
     ('activations', [dict(index=1, tokens=['a'], values=[1., 2.]), dict(index=1, tokens=[], values=[]), dict(index=1, tokens=[3], values=[1.]), dict(index=1, tokens=None, values=[1.]),
-                     dict(index=1, tokens=['a'], values=[None]), dict(index=1, tokens=['a'], values=[math.nan]), dict(index=1, tokens=['a'], values=[10**400])])])
+                     dict(index=1, tokens=['a'], values=[None]), dict(index=1, tokens=['a'], values=[math.nan]), dict(index=1, tokens=['a'], values=[10**400]), dict(index=1, tokens=['a'], values=[1e39]), dict(index=1, tokens='ab', values=[1., 2.]), dict(index=1, tokens=['a'], values='5'), dict(index=1, tokens=['a'], values=[True])])])
 def test_malformed_lines_are_counted(kind, more):
     good = dict(features=stats, explanations=lambda i: label(i, 'x'), activations=activation)[kind](1)
     lines = [json.dumps(good), *BAD, '', ' \n', *map(json.dumps, more), b'\xff\xfe{', json.dumps({**good, 'index': 2}).encode()]
@@ -319,6 +353,25 @@ def test_export_of_a_source(tmp_path):
     assert not list(tmp_path.rglob('*.part'))
 
 
+def test_numbers_that_no_table_holds_are_counted(tmp_path):
+    files = source()
+    part = files[f'{AT}features/batch-0.jsonl.gz']
+    for i, change in enumerate((dict(maxActApprox=1e39), dict(maxActApprox=-2.), dict(frac_nonzero=7.))): part[i] |= change
+    damaged = [int(part[i]['index']) for i in range(3)]
+    with Neuronpedia(files) as server:
+        e = export(server, tmp_path)
+        features = loaded(tmp_path)
+        assert e.bad_rows == 3 and all(features[i].status == 'incomplete' and math.isnan(features[i].max_act) for i in damaged)
+        shard = tmp_path/'shards'/'features'/'batch-1.parquet' # as an earlier version wrote it
+        table = pq.read_table(shard)
+        [index] = table['index'].to_pylist()
+        pq.write_table(pa.Table.from_pylist([dict(index=index, found=dict(max_act=1e39, density=.1))], table.schema), shard)
+        again = export(server, tmp_path)
+        assert again.bad_rows == 4 and loaded(tmp_path)[index].status == 'incomplete'
+        shard.write_bytes(b'XXXX' + shard.read_bytes()[4:]) # damaged where pyarrow does not look: it is fetched again
+        assert export(server, tmp_path).bad_rows == 3
+
+
 def test_a_long_listing_comes_in_pages(tmp_path):
     with Neuronpedia(source(), page=2) as server:
         assert export(server, tmp_path).n_features == 13
@@ -379,6 +432,12 @@ def test_unknown_explainer_is_said_before_the_rest_is_fetched(tmp_path):
     with Neuronpedia(source()) as server:
         with pytest.raises(ValueError, match=r"m/s has no labels of 'gpt-6': it has those of gpt-4o-mini \(13\)"): export(server, tmp_path, explainer='gpt-6')
         assert len(server.asked('explanations/')) == len(server.asked()) == 2
+
+
+def test_names_that_lead_elsewhere_are_refused(tmp_path):
+    for name in ('../x', '..', '', ' '):
+        for model, source in ((name, 's'), ('m', name)):
+            with pytest.raises(ValueError, match='is no model or source of Neuronpedia'): neuronpedia_export(model, source, folder=tmp_path, store='http://127.0.0.1:9')
 
 
 def test_unknown_source(tmp_path):
@@ -566,7 +625,7 @@ def test_what_is_malformed_in_an_answer_is_left_out(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == ['2 of 6 explanations of m/s/7 are malformed and left out', '2 of 5 activations of m/s/7 are malformed and left out']
 
 
-@pytest.mark.parametrize('answer', [[], 'x', dict(index='7'), {**ANSWER, 'activations': [dict(tokens=['a'], values=[])]}])
+@pytest.mark.parametrize('answer', [[], 'x', dict(index='7'), {**ANSWER, 'maxActApprox': 1e39}, {**ANSWER, 'maxActApprox': -1}, {**ANSWER, 'frac_nonzero': 1.5}, {**ANSWER, 'activations': [dict(tokens=['a'], values=[])]}])
 def test_answers_that_are_no_feature(answer, monkeypatch):
     with Neuronpedia(features={'m/s/7': answer}) as server:
         with pytest.raises(ValueError, match='/api/feature/m/s/7 does not describe a feature'): neuronpedia_feature('m/s/7', api=server.url)
@@ -609,3 +668,22 @@ def test_a_key_that_is_none_is_not_shown(key, monkeypatch):
     monkeypatch.setenv('NEURONPEDIA_API_KEY', key)
     with pytest.raises(ValueError, match='NEURONPEDIA_API_KEY holds characters that no key has') as e: neuronpedia_feature('m/s/7', api='http://127.0.0.1:9')
     assert 's' + key[1:] not in str(e.value) and 'cret' not in str(e.value)
+
+
+def test_an_index_of_pandas_is_no_column(tmp_path):
+    import pandas as pd
+    from saeexplainer.features import more_labels
+    labels = pd.DataFrame({'text': ['a', 'b'], 'model': 'm'}, index=pd.RangeIndex(2, name='index'))
+    labels.to_parquet(tmp_path/'labels.parquet') # pandas writes a range as a note
+    with pytest.raises(ValueError, match=r'labels.parquet lacks the columns index.*save it behind reset_index\(\)'): more_labels(tmp_path/'features.parquet')
+    labels.reset_index().to_parquet(tmp_path/'labels.parquet')
+    assert set(more_labels(tmp_path/'features.parquet')) == {0, 1}
+
+
+def test_a_feature_that_the_sae_does_not_have_names_the_file(tmp_path):
+    import pandas as pd
+    from types import SimpleNamespace
+    from saeexplainer.features import check_features_of
+    pd.DataFrame({'index': [0, 40]}).to_parquet(tmp_path/'features.parquet')
+    check_features_of(tmp_path/'features.parquet', SimpleNamespace(sha256='a', n_features=41))
+    with pytest.raises(ValueError, match='features.parquet has a feature 40, the SAE has features 0 to 39'): check_features_of(tmp_path/'features.parquet', SimpleNamespace(sha256='a', n_features=40))

@@ -483,3 +483,18 @@ def test_a_byte_of_an_adapter_that_flips_is_noticed(made, tmp_path, name):
     assert changed != data
     file.write_bytes(changed)
     with pytest.raises(ValueError, match='is not what was saved there'): Explainer.from_pretrained(tmp_path/'x')
+
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(lora_alpha=float('nan')), 'the lora_alpha nan, not a number above 0'), (dict(lora_alpha=float('inf')), 'the lora_alpha inf'), (dict(lora_alpha=0), 'the lora_alpha 0'), (dict(lora_alpha=-8), 'the lora_alpha -8'),
+    (dict(lora_alpha='16'), "the lora_alpha '16'"), (dict(lora_alpha=True), 'the lora_alpha True'), (dict(lora_alpha=None), 'the lora_alpha None'), (dict(r=0), 'the r 0, not a number above 0'), (dict(r=-4), 'the r -4'),
+    (dict(r=4.), 'the r 4.0'), (dict(r=10**9), 'the r 1000000000, and its tensors have the rank 4'), (dict(use_rslora='false'), "the use_rslora 'false', neither true nor false"), (dict(use_dora=1), 'the use_dora 1'),
+    (dict(alpha_pattern={'q_proj': float('nan')}), 'scales the adapter of .*q_proj by nan, not by a number above 0'), (dict(alpha_pattern={'q_proj': 0}), 'by 0.0, not by a number above 0')])
+@pytest.mark.parametrize('trainable', [True, False])
+def test_settings_that_would_make_an_adapter_nothing(made, tmp_path, settings, says, trainable):
+    preset, reader, d = made
+    shutil.copytree(d/'sft', tmp_path/'x')
+    file = tmp_path/'x'/'adapter_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ValueError, match=f'{file}.*{says}') as e: Explainer.from_pretrained(tmp_path/'x', reader, trainable=trainable)
+    assert '\n' not in str(e.value)

@@ -6,11 +6,11 @@ from helpers import tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer import metrics as M, prefs
 from saeexplainer.evaluation import texts as T
 from saeexplainer.evaluation.judge import judge_locally
-from saeexplainer.evaluation.stats import bootstrap_ci
+from saeexplainer.evaluation.stats import bootstrap_ci, sign_flip
 from saeexplainer.evaluation.steering import control_features, steer
-from saeexplainer.evaluation.tables import compare, stage_table
-from saeexplainer.evaluation.texts import neutral_subject, verify
-from saeexplainer.metrics import Evaluation, discriminative_gap, evaluate, generative_accuracy, input_score, mean_activation, names_word, output_score
+from saeexplainer.evaluation.tables import agreement, compare, stage_table, summary
+from saeexplainer.evaluation.texts import distinct_explanations, neutral_subject, verify
+from saeexplainer.metrics import Evaluation, discriminative_gap, evaluate, generative_accuracy, input_score, mean_activation, names_word, output_score, repeats
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
@@ -334,10 +334,30 @@ def test_evaluate_refuses(machine, store):
 @pytest.mark.parametrize('texts, line', [
     ({3: 'cats', '3': 'dogs'}, 'mine: feature 3 is explained twice: keep one explanation of each feature'),
     ({3.5: 'cats'}, 'mine: 3.5 is no feature'), ({True: 'cats'}, 'mine: True is no feature'), ({'smollm2/9/3': 'cats'}, "mine: 'smollm2/9/3' is no feature"),
-    ({3: 5}, 'mine: the explanation of feature 3 is 5, not text')])
+    ({3: 5}, 'mine: the explanation of feature 3 is 5, not text'), ({3: ['cats']}, r"mine: the explanation of feature 3 is \['cats'\], not text"), ({math.inf: 'cats'}, 'mine: inf is no feature'),
+    ({'1_1': 'cats'}, "mine: '1_1' is no feature"), ({3: 'cats', 3.5: 'dogs'}, 'mine: 3.5 is no feature'), ({-1: 'cats'}, 'feature -1 is explained, but it is not among'), (['cats'], r"mine: explanations are {feature: text}, not \['cats'\]"),
+    ({3: 'cats', '3 ': 'dogs'}, 'mine: feature 3 is explained twice'), ({np.float64(3): 'cats', '3': 'dogs'}, 'mine: feature 3 is explained twice')])
 def test_evaluate_refuses_what_names_no_single_feature(machine, store, texts, line):
     with pytest.raises(ValueError, match=line): evaluate(evaluation(machine, store), {'mine': texts}, progress=False)
     assert not len(store.explanations())
+
+
+@pytest.mark.parametrize('explanations', [[], {'': {3: 'cats'}}, {5: {3: 'cats'}}, {None: {3: 'cats'}}])
+def test_evaluate_refuses_stages_without_a_name(machine, store, explanations):
+    with pytest.raises(ValueError, match='explanations are {stage: {feature: text}}, and each stage has a name'): evaluate(evaluation(machine, store), explanations, progress=False)
+
+
+def test_nothing_explained_is_an_empty_table(machine, store):
+    for explanations in ({}, {'mine': {}}):
+        table = evaluate(evaluation(machine, store), explanations, progress=False)
+        assert len(table) == 0 == len(stage_table(table)) and 'mean' in table.columns
+    table = evaluate(evaluation(machine, store), {'mine': {3: ' ', 5: pd.NA}}, progress=False)
+    assert (table.n == 0).all() and (table.unavailable == 2).all() and table['mean'].isna().all() and (stage_table(table) == '-').all().all()
+
+
+def test_an_overlong_explanation_is_counted(machine, store):
+    table = evaluate(evaluation(machine, store), {'mine': {3: 'rain '*3000}}, metrics=('generative', 'gap'), progress=False)
+    assert table.loc[('mine', 'generative'), ['n', 'unavailable', 'failures']].tolist() == [0, 1, 3]
 
 
 def test_missing_and_half_characters_are_no_trouble(machine, store):
@@ -407,6 +427,24 @@ def test_an_overlong_text_is_counted_and_the_others_are_measured(machine, store)
     assert table.loc[('label', 'generative'), 'failures'] == 3 and table.loc[('label', 'gap'), 'failures'] == 3 and table.loc[('label', 'gap'), 'n'] == 3
     found, = verify(machine.target, writer, [(3, 'rain')], load_preset('smollm2-135m', **PRESET, evaluation_writer='capable'), 2)
     assert found.texts == [long, 'a cat 1'] and np.isnan(found.scores).tolist() == [True, False] and found.best == 1
+
+
+def test_a_value_that_is_there_twice_is_refused():
+    rows = pd.DataFrame([('a', 1, 'gap', 1.), ('a', 1, 'gap', 2.), ('b', 1, 'gap', 1.)], columns=['stage', 'feature', 'metric', 'value'])
+    for call in (lambda: summary(rows), lambda: compare(rows, [('a', 'b')]), lambda: agreement(rows[1:], rows, ['a'])):
+        with pytest.raises(ValueError, match='feature 1 has two values of gap at a: keep one of each'): call()
+
+
+def test_infinite_values_are_refused():
+    for call in (lambda: generative_accuracy([[math.inf]], [1.]), lambda: bootstrap_ci([1., math.inf]), lambda: sign_flip([1., math.inf]), lambda: discriminative_gap([[1.]], [[-math.inf]])):
+        with pytest.raises(ValueError, match='infinite'): call()
+    assert np.isnan(generative_accuracy([[1.]], [math.inf])).all() # nothing is known of such a feature
+    with pytest.raises(ValueError, match='at least 1 resample'): bootstrap_ci([1., 2.], n=0)
+
+
+def test_words_are_compared_without_the_space_around_them():
+    assert names_word('a black cat', [' cat']) and not names_word('a black cat', ['', ' '])
+    assert repeats({1: None, 2: nan, 3: 'a'})['features'] == 1 and distinct_explanations({'a': {1: nan, 2: None, 3: 'x'}}) == {(3, 'x'): ['a']}
 
 
 def test_comparisons_are_over_features_with_both_values():

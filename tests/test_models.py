@@ -186,3 +186,90 @@ def test_a_cache_that_is_closed_says_what_to_set(tmp_path, monkeypatch):
     (tmp_path/'cache').mkdir(mode=0o000)
     monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
     with pytest.raises(PermissionError, match='set SAEEXPLAINER_CACHE to another folder'): embedded_model_dir()
+
+
+@pytest.mark.parametrize('dtype', ['bogus', 'None', 'auto', '', 'int8', 'nn', 'float8_e4m3fn', 5, torch.int8, ['float32']], ids=str)
+def test_types_of_weights_that_are_not_known(folder, dtype):
+    with pytest.raises(ValueError, match='dtype .* is not known: it is float32, bfloat16, float16, float64'): load_model(str(folder), dtype, 'cpu')
+
+
+def test_types_of_weights(folder):
+    for dtype, wanted in (('half', torch.float16), ('torch.bfloat16', torch.bfloat16), (torch.float64, torch.float64), (None, torch.float32)): assert load_model(str(folder), dtype, 'cpu')[0].dtype == wanted
+
+
+@pytest.mark.parametrize('name', [None, 5, ['a'], b'x', {}])
+def test_names_that_are_none(name):
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match='no model in .*give a folder with config.json and safetensors, or a hub id'): load(name)
+
+
+def test_weights_that_may_not_be_read(folder, monkeypatch):
+    access, closed = os.access, str(folder/'model.safetensors')
+    monkeypatch.setattr(os, 'access', lambda file, mode: str(file) != closed and access(file, mode))
+    for use in (lambda: load_model(str(folder), 'float32', 'cpu'), lambda: weights_sha256(folder)):
+        with pytest.raises(PermissionError, match=f'{closed} may not be read by this user') as e: use()
+        assert '\n' not in str(e.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+def test_weights_that_are_closed(folder):
+    os.chmod(folder/'model.safetensors', 0)
+    with pytest.raises(PermissionError, match='model.safetensors may not be read by this user'): load_model(str(folder), 'float32', 'cpu')
+
+
+def test_weights_that_are_a_folder(folder):
+    (folder/'model.safetensors').unlink()
+    (folder/'model.safetensors').mkdir()
+    with pytest.raises(IsADirectoryError, match='model.safetensors is a folder, not a file'): load_model(str(folder), 'float32', 'cpu')
+
+
+INDEXES = [(lambda i: {'weight_map': i['weight_map']}, 'has no metadata'), (lambda i: i | {'metadata': []}, 'has no metadata'), (lambda i: i | {'weight_map': []}, 'has no weight_map'), (lambda i: i | {'weight_map': {}}, 'has no weight_map'),
+           *((lambda i, shard=shard: i | {'weight_map': i['weight_map'] | {'lm_head.weight': shard}}, 'lm_head.weight is in .*, not in a file beside it') for shard in (5, None, ['a'], '', '../m/model.safetensors', '/etc/passwd'))]
+
+@pytest.mark.parametrize('change, says', INDEXES)
+def test_damaged_indexes(folder, change, says):
+    (folder/'model.safetensors').unlink()
+    tiny_model().save_pretrained(folder, max_shard_size='100KB')
+    file = folder/'model.safetensors.index.json'
+    whole = file.read_text()
+    file.write_text(json.dumps(change(json.loads(whole))))
+    with pytest.raises(ValueError, match=f'{file}.*{says}') as e: load_model(str(folder), 'float32', 'cpu')
+    assert '\n' not in str(e.value)
+    file.write_text('\ufeff' + whole, encoding='utf-8')
+    with pytest.raises(ValueError, match=f'{file} begins with a byte-order mark'): load_model(str(folder), 'float32', 'cpu')
+
+
+@pytest.mark.parametrize('name, content, says', [
+    *(('added_tokens.json', content, says) for content, says in ((b'{', 'is not JSON'), (b'[1]', 'not an object'), (b'{"<a>": "x"}', "<a> is 'x', not a token id"), (b'\xff', 'is not JSON'), (b'\xef\xbb\xbf{}', 'byte-order mark'))),
+    ('special_tokens_map.json', b'{"pad_token": 5}', 'pad_token is 5, not a token'), ('special_tokens_map.json', b'{"additional_special_tokens": 5}', 'additional_special_tokens is 5, not a token'),
+    ('chat_template.jinja', b'\xff\xfe\xff', 'is not UTF-8')])
+def test_damaged_files_of_a_tokenizer_are_named(folder, name, content, says):
+    (folder/name).write_bytes(content)
+    with pytest.raises(ValueError, match=f'{folder/name}.*{says}') as e: load_model(str(folder), 'float32', 'cpu')
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('content, says', [(b'\xff', 'is not UTF-8'), (b'', 'is empty: fetch it again'), (b'three words here\n', "merge 1 is 'three words here', not two tokens"), (b'#version: 0.2\na b\nc\n', "merge 2 is 'c'")])
+def test_damaged_merges_are_named(folder, content, says):
+    "Of a tokenizer without tokenizer.json"
+    made = json.loads((folder/'tokenizer.json').read_text())['model']
+    (folder/'tokenizer.json').unlink()
+    (folder/'vocab.json').write_text(json.dumps(made['vocab']))
+    (folder/'merges.txt').write_text('#version: 0.2\n' + ''.join(f'{" ".join(pair)}\n' for pair in made['merges']), encoding='utf-8')
+    edit_json(folder/'tokenizer_config.json', tokenizer_class='GPT2Tokenizer')
+    assert load_model(str(folder), 'float32', 'cpu')[1]('the cat').input_ids == tiny_tokenizer()('the cat').input_ids
+    (folder/'merges.txt').write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder/'merges.txt'}.*{says}"): load_model(str(folder), 'float32', 'cpu')
+
+
+def test_a_chat_template_with_a_byte_order_mark(folder):
+    file = folder/'chat_template.jinja'
+    file.write_bytes(b'\xef\xbb\xbf' + file.read_bytes())
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match='chat_template.jinja. begins with a byte-order mark'): load(str(folder))
+
+
+def test_a_config_that_asks_for_tuples(folder):
+    edit_json(folder/'config.json', return_dict=False)
+    model = load_model(str(folder), 'float32', 'cpu')[0]
+    assert backbone(model)(input_ids=torch.tensor([[5, 6]])).last_hidden_state.shape == (1, 2, 64)

@@ -253,6 +253,55 @@ def test_a_budget_holds_where_usage_says_little(serve, usage):
     assert 2 <= len(server.asked) < 16
 
 
+def with_one_id(text): return (200, completion(text) | dict(id='chatcmpl-1', created=1_700_000_000), {})
+
+
+def number(asked): return asked['messages'][0]['content'].strip('.').split('#')[1]
+
+
+def test_a_server_with_one_id_for_all_replies_can_be_used(serve):
+    server, writer = serve(lambda asked, n: with_one_id(f'Text {number(asked)}.'))
+    assert [r.text for r in writer.write(requests(12))] == [f'Text {i}.' for i in range(12)] and len(server.asked) == 12
+    server, writer = serve(lambda asked, n: with_one_id(f'Text {int(number(asked))//3}.')) # equal texts come along
+    assert [r.text for r in writer.write(requests(12), stage='other')] == [f'Text {i//3}.' for i in range(12)]
+
+
+@pytest.mark.parametrize('say', [lambda i: 'A', lambda i: 'AB'[i % 3 == 0]])
+def test_choices_are_equal_of_themselves(serve, say):
+    server, writer = serve(lambda asked, n: with_one_id(json.dumps(dict(choice=say(int(number(asked)))))))
+    judged = [Request(f'Which is #{i}.', temperature=0., seed=i) for i in range(12)]
+    assert [r.text for r in writer.write(judged, choices=['A', 'B'])] == [say(i) for i in range(12)] and len(server.asked) <= 13
+
+
+def test_the_same_reply_to_every_request_is_none(serve):
+    for how in (dict(), dict(schema=LISTS)):
+        server, writer = serve(lambda asked, n: with_one_id('{"samples": ["a", "b"]}'))
+        with pytest.raises(ConnectionError, match='the reply to another request'): writer.write(requests(12), **how)
+        assert attempts(writer.store).count('delivered') == 1
+    server, writer = serve(lambda asked, n: with_one_id('A cat.'))
+    same = [Request('Name an animal.', temperature=0., seed=i) for i in range(4)]
+    assert [r.text for r in writer.write(same)] == ['A cat.']*4 # as it should be
+
+
+def test_a_choice_of_another_request_is_asked_for_again(serve):
+    said = []
+    def answer(asked, n):
+        if n % 4 == 3: return said[0]
+        said.append((200, completion('{"choice": "A"}') | dict(id=f'chatcmpl-{n}', created=1_700_000_000), {}))
+        return said[-1]
+    server, writer = serve(answer, tries=8)
+    replies = writer.write([Request(f'Which is #{i}.', temperature=0.) for i in range(12)], choices=['A', 'B'])
+    assert [r.text for r in replies] == ['A']*12 and attempts(writer.store).count('replayed') == (len(server.asked) + 1)//4 > 0
+
+
+@pytest.mark.parametrize('status', [300, 304, 305])
+def test_a_status_of_the_three_hundreds_without_a_place_is_no_redirect(serve, status):
+    body = b'' if status == 304 else dict(error=dict(message='choose one'))
+    server, writer = serve(lambda asked, n: (status, body, {}))
+    with pytest.raises(ValueError, match=f'answers with the status {status} and no reply \\(error {status}: {"nothing more" if status == 304 else "choose one"}\\)') as e: writer.write(requests(4))
+    assert 'redirect' not in str(e.value) and len(server.asked) == 1 and '\n' not in str(e.value)
+
+
 @pytest.mark.parametrize('status', [301, 302, 303, 307, 308])
 def test_redirects_are_not_followed_and_not_paid_for(serve, status):
     other, _ = serve(lambda asked, n: 'from somebody else')

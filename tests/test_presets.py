@@ -99,6 +99,9 @@ def test_overrides_and_their_types():
     (dict(size='demo'), "preset gemma-2-9b-l20 has no size 'demo': use full"),
     (dict(steering_temperature=-1), 'preset field steering_temperature must be 0 or more, not -1.0'),
     (dict(text_temperature=-.1), 'preset field text_temperature must be 0 or more, not -0.1'),
+    (dict(candidate_temperature=1e-300), 'preset field candidate_temperature must be 1e-06 to 1e+06, not 1e-300'),
+    (dict(text_temperature=1e-40), 'preset field text_temperature must be 0 or from 1e-06 to 1e+06, not 1e-40'),
+    (dict(steering_temperature=1e300), 'preset field steering_temperature must be 0 or from 1e-06 to 1e+06, not 1e+300'),
     (dict(n_output=-1), 'preset field n_output must be 0 or more, not -1'),
     (dict(seed=-1), 'preset field seed must be 0 or more, not -1'),
     (dict(layer=-1), 'preset field layer must be 0 or more, not -1'),
@@ -232,3 +235,8 @@ def test_every_field_has_help_and_stands_in_the_table():
     assert all(field_help().values()) and set(field_help()) == {f.name for f in dataclasses.fields(Preset)}
     table = preset_table()
     assert set(table.index) | {'name', 'size'} == set(field_help()) and table.loc['n_sft', 'smollm2-135m (full)'] == 2350
+
+
+@pytest.mark.parametrize('url, says', [('localhost:8000/v1', 'it begins with http:// or https://'), ('http://:80/v1', 'it names no host'), ('http://x:99999/v1', 'its port must be a number'), ('http://x/v1/chat/completions', 'it must be the base URL')])
+def test_an_address_follows_the_rule_of_the_writer(url, says):
+    with pytest.raises(ValueError, match=says): load_preset('smollm2-135m', writer_url=url)

@@ -277,6 +277,56 @@ def test_a_dataset_does_not_say_where_its_text_is(tmp_path):
     with pytest.raises(ValueError, match='rows.jsonl is not a readable jsonl file: line 1 is not JSON'): list(corpus_documents(str(file)))
 
 
+def test_rows_without_text_are_counted(tmp_path, capsys):
+    file = tmp_path/'rows.jsonl'
+    file.write_text('{"text": "a"}\n{"text": NaN}\n{"text": null}\n{"id": 7}\n{"text": ""}\n{"text": "b"}\n')
+    assert [text for _, text in corpus_documents(str(file))] == ['a', 'b']
+    assert capsys.readouterr().err == f'{file}: 4 of 6 rows have no text and are left out, the first of them row 2\n'
+    file.write_text('{"id": "x", "body": null}\n{"id": 5, "text": "b"}\n') # what the first row lacks
+    assert [text for _, text in corpus_documents(str(file))] == ['b']
+    file.write_text('{"id": "x", "body": null}\n{"id": "y", "body": "b"}\n')
+    with pytest.raises(ValueError, match=r"2 of its columns \(id, body\) hold text: name the one to read 'text'"): list(corpus_documents(str(file)))
+    for value in ('["a", "b"]', '5', '{"a": "b"}', 'true'):
+        file.write_text('{"text": "a"}\n{"text": %s}\n' % value)
+        with pytest.raises(ValueError, match='rows.jsonl, row 2: its text is .*, not a text'): list(corpus_documents(str(file)))
+    pd.DataFrame(dict(text=[b'a'])).to_parquet(tmp_path/'bytes.parquet')
+    with pytest.raises(ValueError, match="bytes.parquet, row 1: its text is b'a', not a text"): list(corpus_documents(str(tmp_path/'bytes.parquet')))
+
+
+def test_the_column_that_is_read_is_said(tmp_path, capsys):
+    file = tmp_path/'rows.csv'
+    file.write_text('id,body\n1,first text\n2,second text\n')
+    assert [text for _, text in corpus_documents(str(file))] == ['first text', 'second text']
+    assert capsys.readouterr().err == f"{file} has no column 'text': its column 'body' is read\n"
+    file.write_text(',0\n0,first text\n1,second text\n') # as pandas writes what has no names
+    assert [text for _, text in corpus_documents(str(file))] == ['first text', 'second text']
+    file.write_text('TEXT;title\nfirst text;a\n')
+    assert [text for _, text in corpus_documents(str(file))] == ['first text']
+    for text in ('1,hello\n2,bye\n', 'The cat sat.\nThe dog lay by the fire.\n', 'She sells sea shells by the shore\nand more\n', 'x,1.5\ny,2.5\n'): # its first row would be lost
+        file.write_text(text)
+        with pytest.raises(ValueError, match='rows.csv has no line with the names of its columns: it begins with'): list(corpus_documents(str(file)))
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    import gzip
+    cut = gzip.compress(b'{"text": "hello"}\n'*1000)[:-9]
+    for name, data, says in (('a.xlsx', b'PK\x03\x04', 'is no plain text: take the text out of it first'), ('a.csv', b'PK\x03\x04', 'it is a zip file or a spreadsheet, not text'),
+                             ('a.txt', b'PK\x03\x04', 'is no plain text: it is a zip file'), ('b.txt', gzip.compress(b'hello'), 'it is a gzipped file'), ('c.txt', 'hello'.encode('utf-16-le'), 'UTF-16 without its mark'),
+                             ('d.txt', 'hello'.encode('utf-16')[:-1], 'is not UTF-8 text: it has the mark of UTF-16, and is damaged or cut off'), ('a.jsonl.gz', cut, 'ended before the end-of-stream'),
+                             ('a.jsonl.zst', b'x', 'is no plain text'), ('a.ndjson', b'{"text": "a"}', 'is no plain text: take the text out of it first, into .txt or .jsonl')):
+        (tmp_path/name).write_bytes(data)
+        with pytest.raises(ValueError, match=says) as e: list(corpus_documents(str(tmp_path/name)))
+        assert str(tmp_path/name) in str(e.value) and '\n' not in str(e.value)
+
+
+def test_tables_in_a_folder_are_said(tmp_path, capsys):
+    (tmp_path/'sub').mkdir()
+    for name in ('a.txt', 'b.jsonl', 'sub/c.csv.gz'): (tmp_path/name).write_text('text')
+    assert [text for _, text in corpus_documents(str(tmp_path))] == ['text'] and '2 tables in this folder are not read: name them, or a glob of them' in capsys.readouterr().err
+    assert [text for _, text in corpus_documents(f'{tmp_path}/[as]*')] == ['text'] # a folder that fits a glob is no dataset
+    with pytest.raises(ValueError, match='the name of the corpus is empty'): list(corpus_documents(' '))
+
+
 def test_no_such_corpus():
     for spec in ('no-such-file.txt', '/no/folder/*.txt', 'rows.jsonl', 'folder/rows.jsonl', 'embeded'):
         with pytest.raises(FileNotFoundError, match="no corpus .*: it is 'embedded', a text file"): list(corpus_documents(spec))
@@ -328,3 +378,4 @@ def test_labels():
     assert word_label([context([f'x{i}', 'the'], 1) for i in range(6)], corpus) == (None, ()) # only a common word
     label = word_label([context(['such', w], 1) for w in 'abcdefgh'], Counter({'the': 10**5, 'such': 9}))
     assert label == ("what follows the word 'such'", ('such',))
+    assert word_label([Context('t', ('a', ' cat'), (0., 0.), 1)], corpus) == word_label([], corpus) == (None, ()) # nothing fires

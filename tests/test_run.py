@@ -594,3 +594,28 @@ def test_other_weights_under_the_same_name_are_refused(world, finished, tmp_path
     save_file({k: v*2 if k.endswith('norm.weight') else v for k, v in load_file(file).items()}, file, metadata={'format': 'pt'})
     with Run(tmp_path/'run', preset, progress=False) as run:
         with pytest.raises(ValueError, match='the model in .* has changed since .* was begun'): run.check()
+
+
+@pytest.mark.parametrize('key, value, says', [
+    ('preset', '{x', "its fact 'preset' is not JSON"), ('preset', '[1]', "its fact 'preset' is [1], not an object"), ('preset', '{"seed": 0}', "its fact 'preset' lacks name"),
+    ('preset', 3, "its fact 'preset' has dpo_beta 3, not a list"), ('begun with features', '"x"', """its fact 'begun with features' is "x", not an object"""), ('files sft', '[1]', "its fact 'files sft' is [1], not an object")])
+def test_odd_facts_of_a_run_are_named(world, tmp_path, key, value, says):
+    preset = load_preset(world[1])
+    with Run(tmp_path/'odd', preset, progress=False) as run: run.store.start('sft')
+    if value == 3: value = json.dumps(json.loads(sqlite3.connect(tmp_path/'odd'/'store.sqlite').execute("SELECT value FROM meta WHERE key='preset'").fetchone()[0]) | dict(dpo_beta=3))
+    with sqlite3.connect(tmp_path/'odd'/'store.sqlite') as db: db.execute('INSERT OR REPLACE INTO meta VALUES (?, ?)', [key, value])
+    with pytest.raises(ValueError) as e:
+        with Run(tmp_path/'odd', preset, progress=False) as run: run.features and run.trained('sft')
+    assert says in str(e.value) and str(tmp_path/'odd'/'store.sqlite') in str(e.value) and '\n' not in str(e.value) and 'MISSING' not in str(e.value)
+
+
+def test_an_evaluation_without_its_rows_is_no_report(world, finished, tmp_path):
+    from saeexplainer.results import check_measured, provenance
+    shutil.copytree(finished[0], tmp_path/'whole')
+    with Run(tmp_path/'whole', load_preset(world[1]), progress=False) as run:
+        check_measured(run)
+        for sql, says in (("UPDATE progress SET started=9e999", 'notes inf as the time when its first stage began'), ("DELETE FROM explanations WHERE stage='dpo2'", 'by dpo2, but not its explanation'),
+                          ("UPDATE metrics SET feature=feature+1000", 'which tiny/1-res does not have'), ("DELETE FROM metrics WHERE stage='sft'", 'has no metrics of sft, but its evaluation is marked as finished')):
+            with run.store._write() as db: db.execute(sql)
+            with pytest.raises(ValueError, match=says) as e: (provenance if 'time' in says else check_measured)(run)
+            assert str(run.store.path) in str(e.value)

@@ -66,6 +66,21 @@ def test_training_goes_on_where_it_was_killed(tmp_path):
     assert abs(found['l0_set'] - 4) < .05 and abs(measured['l0'] - 4) < .4 and measured['fvu'] < .8 and (reader.n_features, reader.layer) == (64, 1)
 
 
+def test_an_sae_says_whether_it_was_trained_with_bos(tmp_path):
+    "In its metadata as `train_sae` writes it, and as readers take it"
+    with_bos, without = tiny_tokenizer(), tiny_tokenizer()
+    without.bos_token = None
+    for name, tokenizer in (('with', with_bos), ('without', without)):
+        tiny_model(n_layers=2).save_pretrained(tmp_path/name)
+        tokenizer.save_pretrained(tmp_path/name)
+    for model, bos, wanted in (('tiny', True, True), ('tiny', 0, True), ('tiny', None, False), ('tiny', False, False), (str(tmp_path/'with'), True, True), (str(tmp_path/'without'), True, False)):
+        assert fed_bos(model, bos) is wanted
+    short = SAESettings(layer=1, features=64, k=4, steps=12, batch=32, context=8)
+    for name, wanted in (('with', True), ('without', False)):
+        trained = train_sae(short, str(tmp_path/name), 16, endless(tokens(32*300)), tmp_path/f'{name}-sae')
+        assert json.loads((trained/'cfg.json').read_text())['metadata']['prepend_bos'] is wanted
+
+
 def test_one_training_at_a_time_in_a_folder(tmp_path):
     from saeexplainer.files import hold
     held = hold(tmp_path/'.lock', tmp_path)

@@ -375,3 +375,133 @@ def test_truth_values_among_indices_and_topk_that_would_be_relu(tmp_path):
     cfg = json.loads((tmp_path/'a'/'cfg.json').read_text())
     (tmp_path/'a'/'cfg.json').write_text(json.dumps(cfg | dict(activation_fn='topk', activation_fn_kwargs={'k': 4})))
     with pytest.raises(ValueError, match='describes a topk SAE, which sae-lens reads as standard'): FeatureReader.load(tmp_path/'a')
+
+
+# ---- what sae-lens passes over
+
+ABOUT = dict(hook_name='blocks.1.hook_resid_pre', model_name='tiny', prepend_bos=False, model_from_pretrained_kwargs={'center_writing_weights': True})
+
+
+@pytest.mark.parametrize('version', [{}, dict(sae_lens_version=None), dict(sae_lens_version='5.9.0')])
+def test_metadata_without_a_version_counts(tmp_path, version, resid):
+    "sae-lens takes a configuration without a version for one of before 6, and drops its metadata"
+    folder = tiny_sae(tmp_path/'sae')
+    edit(folder, metadata=ABOUT | dict(sae_lens_version='6.54.12'))
+    wanted = FeatureReader.load(folder)
+    edit(folder, metadata=ABOUT | version)
+    reader = FeatureReader.load(folder)
+    about = reader.sae.cfg.metadata
+    assert (reader.layer, reader.hook, about.model_name, about.prepend_bos) == (1, 'resid_pre', 'tiny', False)
+    assert torch.equal(reader.encode(resid), wanted.encode(resid))
+    assert not torch.equal(reader.encode(resid + 1), reader.sae.encode(resid + 1)) # the mean is taken off
+
+
+def test_metadata_without_a_version_counts_in_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    folder = tiny_sae(hub_file(tmp_path/'hub', 'acme/tiny-saes', 'layer_2/cfg.json').parent)
+    edit(folder, metadata=ABOUT)
+    reader = FeatureReader.load('acme/tiny-saes:layer_2')
+    assert (reader.layer, reader.hook, reader.sae.cfg.metadata.prepend_bos) == (1, 'resid_pre', False)
+    spoil(folder, 'threshold', torch.nan)
+    with pytest.raises(ValueError, match=f'{folder}/sae_weights.safetensors: threshold is not finite'): FeatureReader.load('acme/tiny-saes:layer_2')
+
+
+def spoil(folder, name, value): # one number of a tensor
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(folder/'sae_weights.safetensors')
+    tensors[name].flatten()[3] = value
+    save_file(tensors, folder/'sae_weights.safetensors')
+
+
+@pytest.mark.parametrize('kind, names', [('jumprelu', ['threshold', 'W_enc', 'b_enc', 'W_dec', 'b_dec']), ('gated', ['r_mag', 'b_gate', 'b_mag']), ('topk', ['b_enc']), ('matching_pursuit', ['W_dec'])])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, kind, names):
+    for name in names:
+        for value in (torch.nan, torch.inf, -torch.inf):
+            spoil(folder := tiny_sae(tmp_path/'sae', kind), name, value)
+            with pytest.raises(ValueError, match=f'{folder}/sae_weights.safetensors: {name} is not finite'): FeatureReader.load(folder)
+
+
+@pytest.mark.parametrize('text', ['Infinity', 'NaN', '-Infinity', '1e400', '0', '-2', 'true', '1e39', '1' + '0'*400])
+def test_scaling_factors_that_are_no_factors(tmp_path, text):
+    folder = tiny_sae(tmp_path/'sae', normalize_activations='expected_average_only_in')
+    (folder/'activation_scaler.json').write_text('{"scaling_factor": %s}' % text)
+    with pytest.raises(ValueError, match=f'{folder}/activation_scaler.json: scaling_factor is .*, not a number above 0'): FeatureReader.load(folder)
+
+
+def test_a_scaling_factor_that_the_weights_cannot_take_up(tmp_path):
+    folder = tiny_sae(tmp_path/'sae', normalize_activations='expected_average_only_in')
+    (folder/'activation_scaler.json').write_text('{"scaling_factor": 1e-42}')
+    with pytest.raises(ValueError, match=f'{folder}/activation_scaler.json: with scaling_factor 1e-42 (b|W)_dec is not finite'): FeatureReader.load(folder)
+
+
+@pytest.mark.parametrize('kind, values, says', [
+    ('jumprelu', dict(metadata={'model_from_pretrained_kwargs': [1]}), r'model_from_pretrained_kwargs is \[1\], not an object'),
+    ('jumprelu', dict(model_from_pretrained_kwargs='center'), "model_from_pretrained_kwargs is 'center', not an object"),
+    ('jumprelu', dict(metadata={'model_from_pretrained_kwargs': {'center_writing_weights': 'false'}}), "center_writing_weights is 'false', neither true nor false"),
+    ('jumprelu', dict(metadata={'model_from_pretrained_kwargs': {'center_writing_weights': 1}}), 'center_writing_weights is 1, neither true nor false'),
+    ('jumprelu', dict(rescale_acts_by_decoder_norm=True), 'rescale_acts_by_decoder_norm is true, which sae-lens does not do in a jumprelu SAE'),
+    ('matching_pursuit', dict(residual_threshold='x'), "residual_threshold is 'x', not a number from 0"), ('matching_pursuit', dict(residual_threshold=float('nan')), 'residual_threshold is nan'),
+    ('matching_pursuit', dict(residual_threshold=-1), 'residual_threshold is -1, not a number'), ('matching_pursuit', dict(max_iterations=0), 'max_iterations is 0, not a number of features'),
+    ('matching_pursuit', dict(max_iterations=2.5), 'max_iterations is 2.5'), ('matching_pursuit', dict(stop_on_duplicate_support='no'), "stop_on_duplicate_support is 'no', neither true nor false"),
+    ('topk', dict(k=513), 'k is 513, more than its 512 features'), ('topk', dict(k=True), 'k is True, and a topk SAE needs one'),
+    ('topk', dict(k=16, activation_fn_kwargs={'k': 4}), 'k is 16, and in its activation_fn_kwargs 4: only one of them can be right'),
+    ('topk', dict(k=..., activation_fn_kwargs={'k': 4}), 'k is 4 in its activation_fn_kwargs, and sae-lens reads 100: write it as k')])
+def test_settings_that_mean_nothing(tmp_path, kind, values, says):
+    edit(folder := tiny_sae(tmp_path/'sae', kind), **values)
+    with pytest.raises(ValueError, match=f'{folder}/cfg.json: {says}'): FeatureReader.load(folder)
+
+
+@pytest.mark.parametrize('features', [
+    np.ma.masked_array([1, 2, 3], [0, 1, 0]), np.ma.masked_array([1, 2]), np.array([1, 2], 'timedelta64[s]'), pd.to_timedelta([1, 2]), [np.timedelta64(3, 's')], np.array([1, 2], 'datetime64[s]'),
+    torch.tensor([0, 3, 0]).to_sparse(), torch.tensor([[0, 3], [1, 0]]).to_sparse_csr(), torch.empty(3, device='meta', dtype=torch.long), torch.tensor([1 + 0j]), np.array([2**63], np.uint64), [[1, 2], [3]],
+    pd.Series([1, None, 3], dtype='Int64'), {3: 1}, b'5', (x for x in (1, 2))], ids=lambda f: type(f).__name__)
+def test_arrays_that_are_no_indices(tmp_path, resid, features):
+    reader = read(tmp_path)
+    for use in (lambda: reader.directions(features), lambda: reader.activations(resid, features), lambda: reader.clamp(resid, features, 1.)):
+        with pytest.raises(ValueError, match='is no list of features|is no feature: features are named by whole numbers') as e: use()
+        assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('source', [None, 5, b'x', {}, True, (), ['a'], ('a', 'b', 'c'), ('a', None), ('', 'x')], ids=str)
+def test_what_names_no_sae(source):
+    for use in (find_sae, FeatureReader.load):
+        with pytest.raises(ValueError, match='names no SAE'): use(source)
+
+
+@pytest.mark.parametrize('source', ['', ':', 'a:', ':x', '  :x', '.'])
+def test_texts_that_name_no_sae(source):
+    for use in (find_sae, FeatureReader.load):
+        with pytest.raises(FileNotFoundError, match='no SAE in .*a hub SAE is written'): use(source)
+
+
+def test_weights_that_may_not_be_read(tmp_path, monkeypatch):
+    import os
+    folder = tiny_sae(tmp_path/'sae')
+    access, closed = os.access, str(folder/'sae_weights.safetensors')
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'access', lambda file, mode: str(file) != closed and access(file, mode))
+        with pytest.raises(PermissionError, match=f'{closed} may not be read by this user'): FeatureReader.load(folder)
+    (folder/'sae_weights.safetensors').unlink()
+    (folder/'sae_weights.safetensors').mkdir()
+    with pytest.raises(IsADirectoryError, match=f'{closed} is a folder, not a file'): FeatureReader.load(folder)
+
+
+def test_a_topk_that_does_not_say_so_is_not_read_as_relu(tmp_path, resid):
+    folder = tiny_sae(tmp_path/'sae', 'topk', k=4)
+    wanted = FeatureReader.load(folder).encode(resid)
+    about = {'hook_name': 'blocks.2.hook_resid_post'}
+    edit(folder, metadata=about, activation_fn_kwargs={}) # of no version
+    assert torch.equal(FeatureReader.load(folder).encode(resid), wanted)
+    for architecture in (None, ..., 'standard'):
+        edit(folder, architecture=architecture)
+        with pytest.raises(ValueError, match=f'{folder}/cfg.json: k is 4, and a standard SAE has none: name its architecture'): FeatureReader.load(folder)
+
+
+@pytest.mark.parametrize('values, says', [(dict(architecture='nosuch'), "SAEs of kind 'nosuch' cannot be read"), (dict(architecture='batchtopk'), 'holds an SAE in training'), (dict(reshape_activations='hook_q'), 'reshapes its input'),
+                                          (dict(normalize_activations='expected_average_only_in'), 'expects inputs normalised by'), (dict(metadata={'hook_name': 'hook_embed', 'sae_lens_version': '6.54.12'}), "this SAE reads 'hook_embed'"),
+                                          (dict(metadata={'prepend_bos': 'no', 'sae_lens_version': '6.54.12'}), 'does not say where it reads')])
+def test_what_is_wrong_names_the_sae(tmp_path, values, says):
+    edit(folder := tiny_sae(tmp_path/'sae'), **values)
+    with pytest.raises(ValueError, match=f"the SAE '{folder}': .*{says}"): FeatureReader.load(folder)

@@ -1,7 +1,8 @@
 "Sampling: draws that depend on a row's seed alone, whatever the shortlist and the batch"
-import functools
+import functools, json
 import pytest
 import torch
+from saeexplainer.lm.models import load_model
 from saeexplainer.lm.sampling import RowSampler, batches, end_ids, in_float32, new_tokens, pad, pad_rest, sample, seed_for, shared_prefix
 from helpers import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -49,13 +50,43 @@ def test_suppressed_tokens_are_never_drawn():
     assert banned and not kept & set(banned)
 
 
-def test_what_a_model_would_like_of_generation_does_not_count():
-    tokenizer, batch, told = tiny_tokenizer(), pad([[5, 6]]*4, 0, left=True), []
-    for likes in ({}, dict(repetition_penalty=5., no_repeat_ngram_size=1, temperature=.1, top_k=1)):
-        model = tiny_model(n_layers=2)
+LIKES = [dict(repetition_penalty=5., no_repeat_ngram_size=1, temperature=.1, top_k=1), dict(num_beams=3), dict(num_beams=3, num_return_sequences=3), dict(prompt_lookup_num_tokens=3),
+         dict(stop_strings=['a']), dict(min_length=40), dict(min_new_tokens=40), dict(bad_words_ids=[[5], [6, 7]]), dict(suppress_tokens=list(range(300))), dict(begin_suppress_tokens=list(range(300))),
+         dict(forced_bos_token_id=3), dict(forced_eos_token_id=3), dict(sequence_bias=[[[5], 10.]]), dict(exponential_decay_length_penalty=[1, 5.]), dict(guidance_scale=3.), dict(penalty_alpha=.6, top_k=4),
+         dict(max_time=1e-4), dict(max_length=4), dict(return_dict_in_generate=True), dict(num_beams='x'), dict(bos_token_id='x')]
+
+@pytest.mark.parametrize('likes', LIKES, ids=lambda likes: next(iter(likes)))
+def test_what_a_model_would_like_of_generation_does_not_count(likes, tmp_path):
+    tokenizer, batch = tiny_tokenizer(), pad([[5, 6], [7, 8, 9]], 0, left=True)
+    def told(model): return [new_tokens(model, tokenizer, **batch, seeds=range(2), max_new_tokens=8), new_tokens(model, tokenizer, **batch, temperature=0, max_new_tokens=8)]
+    wanted, model = told(tiny_model(n_layers=2)), tiny_model(n_layers=2)
+    model.generation_config.update(**likes)
+    kept = model.generation_config.to_dict()
+    assert told(model) == wanted and model.generation_config.to_dict() == kept
+    tiny_model(n_layers=2).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path/'generation_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | likes))
+    assert told(load_model(str(tmp_path), 'float32', 'cpu')[0]) == wanted
+
+
+def test_what_a_model_with_an_adapter_would_like_does_not_count():
+    from peft import LoraConfig, get_peft_model
+    def told(**likes):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model(n_layers=2), LoraConfig(r=4, target_modules=['q_proj'], init_lora_weights=False, task_type='CAUSAL_LM'))
         model.generation_config.update(**likes)
-        told.append(new_tokens(model, tokenizer, **batch, seeds=range(4), max_new_tokens=8))
-    assert told[0] == told[1]
+        return new_tokens(model, tiny_tokenizer(), **pad([[5, 6]]*2, 0, left=True), seeds=range(2), max_new_tokens=8)
+    assert told() == told(num_beams=3) == told(min_length=20) != new_tokens(tiny_model(n_layers=2), tiny_tokenizer(), **pad([[5, 6]]*2, 0, left=True), seeds=range(2), max_new_tokens=8)
+
+
+@pytest.mark.parametrize('ends', ['</s>', 2.5, 2., [[2]], [2, 'x'], [2, None], 512, [2, 9999], -1, True, {'a': 2}])
+def test_end_tokens_that_are_none(ends):
+    model, tokenizer = tiny_model(n_layers=2), tiny_tokenizer()
+    model.generation_config.eos_token_id = ends
+    with pytest.raises(ValueError, match='eos_token_id is .*, not a token id from 0 to 511 or a list of them: mend its generation_config.json') as e: end_ids(model, tokenizer)
+    assert '\n' not in str(e.value)
+    assert new_tokens(model, tokenizer, **pad([[5, 6]], 0), temperature=0, max_new_tokens=3, ends=[])[0][1] # whoever says where rows end is not asked
 
 
 def test_a_seed_for_every_row():

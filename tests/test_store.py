@@ -443,3 +443,45 @@ def test_a_clock_that_is_set_back_gives_no_negative_duration(tmp_path, monkeypat
         monkeypatch.setattr(module.time, 'time', lambda: now - 86_400)
         store.finish('sft')
         assert 0 <= store.progress().seconds.item() < 60
+
+
+# ---- tables and facts that are not the store's own
+
+@pytest.mark.parametrize('sql, says', [
+    ('DROP TABLE texts', 'it has no table texts'), ('ALTER TABLE metrics DROP COLUMN value', 'its table metrics lacks value'), ('ALTER TABLE meta RENAME COLUMN value TO fact', 'its table meta lacks value'),
+    ('ALTER TABLE pairs ADD COLUMN note TEXT', 'its table pairs has the columns '), ('DROP TABLE metrics; CREATE TABLE metrics (stage TEXT, feature INT, metric TEXT, value TEXT)', 'its table metrics has TEXT in column value, not REAL')])
+def test_other_tables_are_named(tmp_path, sql, says):
+    RunStore(file := tmp_path/'store.sqlite').close()
+    with sqlite3.connect(file) as db: db.executescript(sql)
+    with pytest.raises(ValueError) as e: RunStore(file)
+    assert str(file) in str(e.value) and says in str(e.value) and '\n' not in str(e.value)
+
+
+def test_values_that_are_no_numbers_are_named(tmp_path):
+    RunStore(file := tmp_path/'store.sqlite').close()
+    with sqlite3.connect(file) as db: db.executescript("DROP TABLE metrics; CREATE TABLE metrics (stage TEXT, feature INT, metric TEXT, value REAL); INSERT INTO metrics VALUES ('sft', 1, 'gap', 'x')")
+    with RunStore(file) as store, pytest.raises(ValueError, match='store.sqlite is damaged .column value of its table metrics does not hold numbers alone'): store.metrics()
+
+
+@pytest.mark.parametrize('value, kind, says', [('{x', None, "its fact 'a' is not JSON: '{x'"), ('[1]', dict, "its fact 'a' is [1], not an object"), ('"x"', list, """its fact 'a' is "x", not a list"""), ('1', str, "its fact 'a' is 1, not a text"), ('['*10**5, None, 'is not JSON')])
+def test_facts_that_are_damaged_are_named(store, value, kind, says):
+    with store._write() as db: db.execute('INSERT INTO meta VALUES (?, ?)', ['a', value])
+    with pytest.raises(ValueError) as e: store.meta('a', kind=kind)
+    assert says in str(e.value) and str(store.path) in str(e.value) and len(str(e.value)) < 300
+    assert store.meta('b', 5, kind=dict) == 5
+
+
+def test_details_of_a_stage(store):
+    assert store.detail('sft') == {}
+    store.start('sft')
+    assert store.detail('sft') == {'attempts': 1}
+    for value in ('x', '[1]', None):
+        with store._write() as db: db.execute('UPDATE progress SET detail=?', [value])
+        with pytest.raises(ValueError, match='store.sqlite is damaged .what it notes of stage sft is'): store.detail('sft')
+
+
+def test_replies_that_are_damaged_or_of_another_version_are_named(store):
+    store.put_replies([('k', Request('x'), Reply('y'))])
+    for reply, says in (('{"outcome": "ok", "colour": 1}', 'holds a reply of another version'), ('[]', 'the reply k is \\[\\], not an object')):
+        with store._write() as db: db.execute('UPDATE replies SET reply=?', [reply])
+        with pytest.raises(ValueError, match='store.sqlite') as e: store.replies(['k']) or store._reply('k', reply)

@@ -500,9 +500,13 @@ def test_names_that_go_together(tmp_path):
 
 SAME = [('google/gemma-2-9b-it', 'gemma-2-9b'), ('openai-community/gpt2', 'gpt2-small'), ('gpt2', 'https://huggingface.co/gpt2'), ('meta-llama/Meta-Llama-3.1-8B', 'meta-llama/Llama-3.1-8B-Instruct'),
         ('mistralai/Mistral-7B-v0.1', 'mistral-7b'), ('mistralai/Mistral-7B-Instruct-v0.1', 'mistral-7b'), ('roneneldan/TinyStories-1Layer-21M', 'tiny-stories-1L-21M'), ('Qwen/Qwen3-8B-Base', 'qwen3-8b'),
-        ('EleutherAI/pythia-70m-deduped', 'https://huggingface.co/EleutherAI/pythia-70m-deduped'), ('google/gemma-3-4b-pt', 'google/gemma-3-4b-it'), ('smollm2-135m-instruct', 'SmolLM2-135M')]
+        ('EleutherAI/pythia-70m-deduped', 'https://huggingface.co/EleutherAI/pythia-70m-deduped'), ('google/gemma-3-4b-pt', 'google/gemma-3-4b-it'), ('smollm2-135m-instruct', 'SmolLM2-135M'),
+        ('Qwen/Qwen2.5-1.5B-Instruct', 'qwen2.5-1.5b'), ('Qwen/Qwen2-1.5B', 'Qwen2-1_5B'), ('me/Smol-LM2-135M', 'SmolLM2-135M'), ('roneneldan/TinyStories-33M', 'tiny-stories-33M'), ('me/gemma2-9b', 'gemma-2-9b')]
 OTHERS = [('EleutherAI/pythia-70m', 'pythia-70m-deduped'), ('EleutherAI/pythia-70m-deduped', 'pythia-70m'), ('mistralai/Mistral-7B-v0.3', 'mistral-7b'), ('gpt2-medium', 'gpt2-small'), ('gpt2-medium', 'gpt2'),
-          ('distilgpt2', 'gpt2'), ('google/gemma-2-2b', 'gemma-2-9b'), ('meta-llama/Llama-3.1-8B', 'meta-llama/Llama-3.2-8B'), ('me/it', 'gemma-2-9b'), ('EleutherAI/pythia-160m-seed1', 'pythia-160m')]
+          ('distilgpt2', 'gpt2'), ('google/gemma-2-2b', 'gemma-2-9b'), ('meta-llama/Llama-3.1-8B', 'meta-llama/Llama-3.2-8B'), ('me/it', 'gemma-2-9b'), ('EleutherAI/pythia-160m-seed1', 'pythia-160m'),
+          ('roneneldan/TinyStories-Instruct-33M', 'tiny-stories-33M'), ('roneneldan/TinyStories-33M', 'tiny-stories-instruct-33M'), ('Qwen/Qwen2.5-15B', 'qwen2.5-1.5b'), ('facebook/opt-1.3b', 'opt-13b'),
+          ('me/gemma-29b', 'gemma-2-9b'), ('meta-llama/Llama-3-18B', 'Llama-3.1-8B'), ('microsoft/phi-1.5', 'microsoft/phi-1'), ('google/codegemma-7b', 'google/gemma-7b'), ('google/gemma-2b', 'gemma-2-2b'),
+          ('me/it', 'instruct'), ('me/model', 'it')]
 UNSURE = [('unsloth/gemma-2-9b-bnb-4bit', 'gemma-2-9b'), ('me/gemma-2-9b-medicine', 'gemma-2-9b'), ('google/gemma-2-9b', 'me/gemma-2-9b-tuned')]
 
 
@@ -528,3 +532,52 @@ def test_presets_go_with_their_saes(capfd):
         for model in (p.target, p.explainer): T.check_model_name(model, reader)
         seen += 1
     assert seen > 5 and capfd.readouterr().err == ''
+
+
+# ---- values that are none
+
+NO_CLAMPS = [math.nan, math.inf, -math.inf, 1e39, 10**400, 'x', '5', [1., math.nan, 2.], [1., None, 2.], True, 3 + 1j, np.ma.masked_array([1., 2., 3.], [0, 1, 0]), torch.tensor([1., math.inf, 2.])]
+
+@pytest.mark.parametrize('value', NO_CLAMPS, ids=lambda v: str(v)[:20])
+def test_clamps_that_are_no_numbers(llama, value):
+    for steer in (lambda: llama.generate(PROMPTS, 3, value), lambda: steering(llama.model, llama.reader, [3]*3, value, torch.ones(3, 2))):
+        with pytest.raises(ValueError, match='a feature is clamped to .*: a clamp is a number, and finite') as e: steer()
+        assert '\n' not in str(e.value)
+
+
+def test_one_or_as_many_as_prompts(llama):
+    for features, values, says in (([1, 2], 3., '3 prompts and 2 features'), (1, [1., 2.], '3 prompts and 2 values'), ([], 1., '3 prompts and 0 features'), ([[1], [2], [3]], 1., '3 prompts and 3 features')):
+        with pytest.raises(ValueError, match=f'{says}: one for all or one per prompt is needed'): llama.generate(PROMPTS, features, values)
+    one = llama.generate(PROMPTS, 3, 2., max_new_tokens=4)
+    assert one == llama.generate(PROMPTS, [3], torch.tensor([2.]), max_new_tokens=4) == llama.generate(PROMPTS, np.array([3, 3, 3]), (2, 2, 2), max_new_tokens=4)
+    assert llama.generate([]) == llama.generate([], 3, 1.) == []
+
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(max_new_tokens=math.nan), 'max_new_tokens is nan: it is a whole number above 0'), (dict(max_new_tokens='5'), "max_new_tokens is '5'"), (dict(max_new_tokens=0), 'max_new_tokens is 0'), (dict(max_new_tokens=2.5), 'max_new_tokens is 2.5'),
+    (dict(temperature=math.nan), 'temperature is nan'), (dict(temperature='hot'), "temperature is 'hot'"), (dict(top_p='x'), "top_p is 'x': it must lie in"), (dict(seeds=[1.5, 2, 3]), 'a seed is 1.5: seeds are whole numbers'),
+    (dict(reference='bogus'), "the reference is 'bogus': it is 'raw'")])
+def test_settings_of_generation_that_mean_nothing(llama, settings, says):
+    for how in ((), (3, 1.)):
+        with pytest.raises(ValueError, match=says): llama.generate(PROMPTS, *how, **settings)
+
+
+@pytest.mark.parametrize('features', [[1], [1, 2, 3], [], [[1], [2]]], ids=str)
+def test_as_many_features_as_texts(llama, features):
+    for read in (llama.scores, llama.max_acts, llama.activations):
+        with pytest.raises(ValueError, match=f'2 texts and {len(features)} features: one feature per text is needed'): read(['a cat', 'a dog'], features)
+        with pytest.raises(ValueError, match='None is no list of texts'): read(None, 3)
+
+
+@pytest.mark.parametrize('kl', [math.nan, math.inf, -math.inf, 0, 0., '1', None, True])
+def test_kls_that_cannot_be_reached(llama, kl):
+    for search in (lambda: llama.steering_value(3, kl, PROMPTS), lambda: llama.steering_values(3, [.5, kl], PROMPTS), lambda: find_steering_values(lambda v: [.5]*len(v), [kl])):
+        with pytest.raises(ValueError, match='the KL to reach is .*: it must be positive, or negative for a negative clamp'): search()
+
+
+def test_a_search_for_nothing(llama):
+    for tolerance in (math.nan, 0, -.1, math.inf, '5%'):
+        with pytest.raises(ValueError, match='the tolerance of a KL is .*: it lies between 0 and 1'): llama.steering_value(3, .5, PROMPTS, tolerance=tolerance)
+    with pytest.raises(ValueError, match='no prompts were given: a KL is measured on at least one'): llama.steering_value(3, .5, [])
+    with pytest.raises(ValueError, match='2 features were given'): llama.steering_value([3, 4], .5, PROMPTS)
+    with pytest.raises(ValueError, match="the reference is 'bogus'"): llama.steering_value(3, .5, PROMPTS, reference='bogus')

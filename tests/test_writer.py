@@ -269,7 +269,8 @@ def test_thinking_between_special_tokens_is_left_out(monkeypatch):
     from saeexplainer.writers import local as module
     tokenizer = tiny_tokenizer(specials=[*SPECIALS, '<think>', '</think>'])
     writer = LocalWriter(tiny_model(n_layers=1, vocab=len(tokenizer)), tokenizer)
-    for said, text in (('<think> first draft </think> the answer<|im_end|>', 'the answer'), ('the answer</s>', 'the answer'), ('<think> never ends', None)):
+    for said, text in (('<think> first draft </think> the answer<|im_end|>', 'the answer'), ('the answer</s>', 'the answer'), ('<think> never ends', None), ('the answer<think> ok? </think></s>', 'the answer'),
+                       ('<think> a draft </think><answer>the answer</answer><|im_end|>', 'the answer')):
         ids = tokenizer(said, add_special_tokens=False)['input_ids']
         monkeypatch.setattr(module, 'new_tokens', lambda *a, **k: [(ids, False)])
         reply, = writer.write([Request('a')])

@@ -31,6 +31,7 @@ def bootstrap_ci(values, # one value per feature; NaN: unavailable, left out and
     known = values[~np.isnan(values)]
     missing = len(values) - len(known)
     if not 0 < level < 1: raise ValueError(f'level must lie between 0 and 1, not {level}')
+    if n < 1 or np.isinf(known).any(): raise ValueError('an infinite value has no interval' if n >= 1 else f'there must be at least 1 resample, not {n}')
     if not len(known): return Interval(np.nan, np.nan, np.nan, 0, missing)
     rng, rows = np.random.default_rng(seed), max(1, 4_000_000//len(known))
     means = np.concatenate([known[rng.integers(len(known), size=(min(rows, n-i), len(known)))].mean(1) for i in range(0, n, rows)])
@@ -44,6 +45,7 @@ def sign_flip(differences, # one value per feature; NaN is left out
     "Paired permutation test of a mean difference"
     d = np.asarray(differences, dtype=np.float64).ravel()
     d = d[~np.isnan(d)]
+    if np.isinf(d).any(): raise ValueError('an infinite difference has no p value')
     if not len(d): return np.nan
     rng, rows, far = np.random.default_rng(seed), max(1, 4_000_000//len(d)), 0
     for i in range(0, n, rows): far += int((np.abs(rng.choice((-1, 1), size=(min(rows, n-i), len(d))) @ d) >= abs(d.sum()) - 1e-9).sum())

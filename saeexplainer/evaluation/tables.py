@@ -21,10 +21,15 @@ _FAILURES = {'generative': 'unparsed_generative', 'output': 'missed_kl', # the c
              **dict.fromkeys(('input', 'high', 'low', 'gap'), 'unparsed_contrast')}
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #89eed551
+def _check_once(metrics): # raises `ValueError` where a value is there twice
+    twice = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
+    for r in twice.head(1).itertuples(): raise ValueError(f'feature {r.feature} has two values of {r.metric} at {r.stage}: keep one of each')
+
 def summary(metrics, # columns stage, feature, metric, value
             stages=None # which, and in which order; None: as they appear
            ) -> pd.DataFrame: # index (stage, metric)
     "Mean and bootstrap interval of each metric at each stage, with the counts of failures"
+    _check_once(metrics)
     rows = []
     for stage in stages or metrics.stage.unique():
         of_stage = metrics[metrics.stage == stage]
@@ -43,6 +48,7 @@ def compare(metrics, # columns stage, feature, metric, value
             pairs # [(stage, baseline)]
            ) -> pd.DataFrame: # index (stage, baseline, metric)
     "Mean difference of two stages over the features that have both values, with its paired bootstrap interval and p by sign flips"
+    _check_once(metrics)
     wide, rows = metrics.pivot(index='feature', columns=['stage', 'metric'], values='value'), []
     for stage, baseline in pairs:
         for name in METRICS:
@@ -72,6 +78,7 @@ def agreement(first, second, # of either writer, with columns stage, feature, me
              ) -> pd.DataFrame: # index metric; values: how many both have; within: mean rank correlation over features, NaN for a constant; same order: pairs of stages; pairs: of how many
     "How far two measurements of the same explanations agree"
     rows, key = [], ['stage', 'feature', 'metric']
+    for one in (first, second): _check_once(one)
     both = first.merge(second, on=key, suffixes=('_1', '_2')).dropna()
     for name in METRICS:
         values = both[(both.metric == name) & both.stage.isin(list(stages))]

@@ -66,7 +66,7 @@ def distinct_explanations(explanations:dict # {stage: {feature: text}}
     groups = {}
     for stage, texts in explanations.items():
         for feature, text in texts.items():
-            if text and text.strip(): groups.setdefault((int(feature), text), []).append(stage)
+            if isinstance(text, str) and text.strip(): groups.setdefault((int(feature), text), []).append(stage)
     return groups
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #f9651216

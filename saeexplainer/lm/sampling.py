@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'RowSampler', 'draw', 'pad', 'shared_prefix', 'can_share', 'prefilled', 'pad_rest', 'in_float32',
-           'end_ids', 'check_logits', 'check_vocabulary', 'new_tokens', 'sample', 'batches']
+           'own_ends', 'end_ids', 'check_logits', 'check_new', 'check_vocabulary', 'without_settings', 'new_tokens',
+           'sample', 'batches']
 
 # %% ../../nbs/parts/lm/sampling.ipynb #628dd36b
-import hashlib
+import copy, hashlib, operator
 from contextlib import contextmanager
+from numbers import Integral, Real
 import torch
 
 # %% ../../nbs/parts/lm/sampling.ipynb #de7265d9
@@ -24,15 +26,23 @@ def seed_for(seed:int, # of the run
     return int.from_bytes(digest[:8], 'big') >> 1
 
 # %% ../../nbs/parts/lm/sampling.ipynb #cd394e0a
+def _whole_seed(seed) -> int: # raises `ValueError` for what is no whole number
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(f'a seed is {seed!r}: seeds are whole numbers') from None
+
 class RowSampler:
     "A logits processor that draws each row's next token with that row's own generator: the drawn token keeps a score, all others get -inf"
     def __init__(self, seeds, # one int per row
                  temperature:float=1., # > 0
                  top_p:float=1., # nucleus: the smallest set of tokens that holds this share of the probability
                  shortlist:int=256): # likeliest tokens that are looked at first
-        if temperature <= 0: raise ValueError(f'temperature is {temperature}: sampling needs more than 0')
-        if not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p}: it must lie in (0, 1]')
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        if not isinstance(temperature, Real) or not temperature > 0:
+            raise ValueError(f'temperature is {temperature!r}: sampling needs more than 0')
+        if not isinstance(top_p, Real) or not 0 < top_p <= 1:
+            raise ValueError(f'top_p is {top_p!r}: it must lie in (0, 1]')
+        self.generators = [torch.Generator().manual_seed(_whole_seed(s)) for s in seeds]
         self.temperature, self.top_p, self.shortlist = temperature, top_p, shortlist
 
     def __call__(self, input_ids, # (rows, seq)
@@ -123,11 +133,20 @@ def in_float32(model):
         for p, dtype in changed: p.data = p.data.to(dtype) # exact: it was made from such a number
 
 # %% ../../nbs/parts/lm/sampling.ipynb #0b403d14
+def own_ends(model) -> list[int]|None: # None: it says nothing
+    "The token ids that a model's settings end at; raises `ValueError` where they are none"
+    ends = getattr(model.generation_config, 'eos_token_id', None)
+    if ends is None: return None
+    if isinstance(ends, torch.Tensor): ends = ends.tolist()
+    ids = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    size = model.get_input_embeddings().weight.shape[0]
+    if all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size for i in ids): return ids
+    raise ValueError(f'{model.name_or_path}: eos_token_id is {ends!r}, not a token id from 0 to {size - 1} or a list of them: mend its generation_config.json')
+
 def end_ids(model, tokenizer) -> list[int]: # empty: it has none
     "The token ids at which a model ends its turn: its own, and those that its chat template puts behind an answer"
-    ends = getattr(model.generation_config, 'eos_token_id', None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    ends = own_ends(model)
+    if ends is None: ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     try:
         said = answer_ends(tokenizer) if tokenizer.chat_template else []
     except ValueError: # a template that fails: whoever writes turns with it hears of it
@@ -138,13 +157,28 @@ def check_logits(input_ids, # (rows, seq)
                  scores     # (rows, vocab)
                 ):          # the scores
     "Raise `ValueError` where scores are no numbers, as in float16 that overflows; else return them"
-    if scores.isnan().any(): raise ValueError('the scores of the next token are not numbers: float16 overflows with this model, use dtype bfloat16')
+    if scores.isnan().any():
+        raise ValueError('the scores of the next token are not numbers: float16 overflows with this model, use '
+                         'dtype bfloat16; or a feature is clamped to too large a value')
     return scores
+
+def check_new(max_new_tokens):
+    "Raise `ValueError` for what is no number of new tokens"
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise ValueError(f'max_new_tokens is {max_new_tokens!r}: it is a whole number above 0')
 
 def check_vocabulary(model, largest:int): # token id
     "Raise `ValueError` for a token id that the model's embedding does not have"
     if largest >= (size := model.get_input_embeddings().weight.shape[0]):
         raise ValueError(f'token {largest} is not in the embedding of {model.name_or_path}, which has {size} rows: it was added to the tokenizer and not to the model')
+
+def without_settings(model) -> torch.nn.Module: # with the same weights and hooks
+    "Return a model whose generate goes by nothing but its arguments"
+    from transformers import GenerationConfig
+    base = model.get_base_model() if hasattr(model, 'get_base_model') else model # PEFT would hand the settings on
+    twin = copy.copy(base)
+    twin.generation_config = GenerationConfig()
+    return twin
 
 @torch.no_grad()
 def new_tokens(model, tokenizer,
@@ -160,6 +194,7 @@ def new_tokens(model, tokenizer,
     "Continue each row; a row's randomness depends on its seed alone"
     from transformers import GenerationConfig, LogitsProcessorList
     rows, device = len(input_ids), model.device
+    check_new(max_new_tokens)
     if temperature and (seeds is None or len(seeds) != rows): raise ValueError(f'{rows} rows need {rows} seeds, got {0 if seeds is None else len(seeds)}')
     longest, limit = int(attention_mask.sum(-1).max()) if rows else 0, context_length(model)
     if limit and longest + max_new_tokens - 1 > limit: # the last new token is not read
@@ -167,12 +202,13 @@ def new_tokens(model, tokenizer,
     if input_ids.numel(): check_vocabulary(model, int(input_ids.max()))
     if ends is None: ends = end_ids(model, tokenizer)
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                              eos_token_id=ends or None, suppress_tokens=list(suppress) or None, repetition_penalty=1., no_repeat_ngram_size=0) # else the model's own hold
+                              eos_token_id=ends or None, suppress_tokens=list(suppress) or None)
     sampler = LogitsProcessorList([check_logits, *([RowSampler(seeds, temperature, top_p)] if temperature else [])])
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     with in_float32(model):
         cache = prefilled(model, input_ids, attention_mask, shared) if shared is not None else None
-        out = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=sampler, **({'past_key_values': cache} if cache else {}))
+        out = without_settings(model).generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=sampler,
+                                               **({'past_key_values': cache} if cache else {}))
     ends, found = set(ends), []
     for row in out[:, input_ids.shape[1]:].tolist():
         stop = next((i + 1 for i, t in enumerate(row) if t in ends), None)

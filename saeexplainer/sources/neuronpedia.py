@@ -22,27 +22,33 @@ from urllib3.util import Retry
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #45786c65
 from saeexplainer.features import (
-    Contexts, Explanation, Feature, FeatureId, _CONTEXTS, _EXPLANATION, _counted, _finite, _kept,
-    _require_explainer, _table_from, context_row, explainers_of, first_text, save_features, strongest_contexts,
+    Contexts, Explanation, Feature, FeatureId, _CONTEXTS, _EXPLANATION, _counted, _finite, _kept, _notes,
+    _opened, _require_explainer, _table_from, _wrong_numbers, context_row, explainers_of, first_text,
+    save_features, strongest_contexts,
 )
-from ..files import making, parse_json, whole, write_json
+from ..files import making, parse_json, read_table, whole, write_json
 from ..presets import _near
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #d92fca4a
 def row_index(row:dict) -> int:
     "The feature of a line"
-    if not 0 <= (index := int(str(row['index']))) < 2**31: raise ValueError(f'{index} is no index')
-    return index
+    index = str(row['index']).strip()
+    if not re.fullmatch('[0-9]{1,10}', index) or int(index) >= 2**31: raise ValueError(f'{index} is no index')
+    return int(index)
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #c9bc35e9
 def stats_row(row:dict) -> dict: # max_act and density; NaN where no density is given
     "Of a line of features/"
-    if (most := _finite(row['maxActApprox'])) < 0: raise ValueError(f'{most} is no strongest activation')
-    return dict(max_act=most, density=math.nan if row.get('frac_nonzero') is None else _finite(row['frac_nonzero']))
+    most, share = _finite(row['maxActApprox']), row.get('frac_nonzero')
+    share = math.nan if share is None else _finite(share)
+    if wrong := _wrong_numbers(most, share): raise ValueError(wrong)
+    return dict(max_act=most, density=share)
 
 def label_row(row:dict) -> Explanation|None: # None: no text
     "Of a line of explanations*/"
-    text, model, kind = (row['description'] or '').strip(), row.get('explanationModelName') or 'unnamed', row.get('typeName') or ''
+    text = row['description']
+    text = '' if text is None else text.strip()
+    model, kind = row.get('explanationModelName') or 'unnamed', row.get('typeName') or ''
     if not (isinstance(model, str) and isinstance(kind, str)): raise TypeError(f'{model!r} and {kind!r} are no names')
     return Explanation(text, model, kind) if text else None
 
@@ -173,9 +179,9 @@ def _fetch(session, url:str, kind:str, file:Path, about:dict, n_contexts:int, tr
     with whole(file) as part: pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **about}), part, compression='zstd')
 
 def _fetched(file:Path, about:dict) -> bool: # a shard of this very file
-    try: known = pq.read_schema(file).metadata or {}
+    try: known = _notes(file)
     except (OSError, ValueError): return False # there is none, or half of one
-    return all(known.get(k.encode()) == v.encode() for k, v in about.items())
+    return all(known.get(k) == v for k, v in about.items())
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #7c2a8e2b
 def feature_rows(labels:dict, stats:dict, contexts:dict, # index -> [Explanation], dict of `stats_row`, [sequences of Context]
@@ -192,7 +198,7 @@ def feature_rows(labels:dict, stats:dict, contexts:dict, # index -> [Explanation
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #b1687be3
 def _found(files): # (index, found) of shards, in order
     for file in files:
-        with pq.ParquetFile(file) as opened: table = opened.read()
+        table = _opened(file, 'part of an export: remove it, and it is fetched again')
         columns = ([Contexts(c, i) for c in table['found'].chunks for i in range(len(c))] if table.schema.field('found').type == _CONTEXTS
                    else table['found'].to_pylist())
         yield from zip(table['index'].to_pylist(), columns)
@@ -201,6 +207,11 @@ def _gather_labels(files) -> dict: # index -> list of Explanation; what two fold
     labels = defaultdict(dict)
     for index, e in _found(files): labels[index][Explanation(**e)] = None
     return {index: list(said) for index, said in labels.items()}
+
+def _gather_stats(files) -> tuple: # (index -> dict of `stats_row`, how many were left out: an earlier version kept what a table cannot hold)
+    stats = dict(_found(files))
+    kept = {index: about for index, about in stats.items() if not _wrong_numbers(**about)}
+    return kept, len(stats) - len(kept)
 
 def _gather_contexts(files) -> dict: # index -> list of Contexts
     contexts = defaultdict(list)
@@ -291,6 +302,8 @@ def neuronpedia_export(model:str, source:str, # as on Neuronpedia: 'gemma-2-9b',
     """Labels, statistics and contexts of all features of a source, as features.parquet; goes on where it was stopped
 
     Raises `ValueError` for a source or explainer that is not there, with those that are, and `ConnectionError` where files cannot be read."""
+    for name in (model, source):
+        if '/' in name or name.strip() in ('', '.', '..'): raise ValueError(f'{name!r} is no model or source of Neuronpedia, such as gemma-2-9b or 20-gemmascope-res-16k')
     folder = Path(folder or _kept(f'{model}/{source}'))
     store, session, shards = (store or os.environ.get('NEURONPEDIA_STORE') or STORE_URL).rstrip('/'), _session(), folder/'shards'
     files, skipped = source_files(session, store, model, source, shards, n_contexts)
@@ -309,12 +322,13 @@ def _export(session, store, name, explainer, folder, n_contexts, files, skipped,
         explainers = explainers_of((labels := _gather_labels(of('explanations'))).values())
         if explainer: _require_explainer(explainer, explainers, f'{model}/{source}')
     default = explainer or next(iter(explainers), None)
-    file = save_features(feature_rows(labels, dict(_found(of('features'))), _gather_contexts(of('activations')), default, n_contexts), folder/'features.parquet', f'{model}/{source}')
-    columns = pq.read_table(file, columns=['index', 'status']).to_pydict()
-    lines = [{k: int(pq.read_schema(f).metadata.get(k.encode(), 0)) for k in ('rows', 'bad', 'mended')} for _, _, f, _ in files]
+    stats, left_out = _gather_stats(of('features'))
+    file = save_features(feature_rows(labels, stats, _gather_contexts(of('activations')), default, n_contexts), folder/'features.parquet', f'{model}/{source}')
+    columns = read_table(file, columns=['index', 'status']).to_pydict()
+    lines = [{k: int(notes.get(k, 0)) for k in ('rows', 'bad', 'mended')} for notes in (_notes(f) for _, _, f, _ in files)]
     return Export(file, f'{model}/{source}', len(columns['index']), dict(Counter(columns['status']).most_common()), explainers, default,
                     'asked for' if explainer else 'most labels', sum(len(said) > 1 for said in labels.values()),
-                    max(columns['index'], default=-1) + 1 - len(columns['index']), sum(n['rows'] for n in lines), sum(n['bad'] for n in lines),
+                    max(columns['index'], default=-1) + 1 - len(columns['index']), sum(n['rows'] for n in lines), sum(n['bad'] for n in lines) + left_out,
                     tuple(key for _, key, _, _ in files), tuple(skipped), _unnumbered([*(key for _, key, _, _ in files), *skipped]),
                   sum(n['mended'] for n in lines))
 

@@ -9,11 +9,11 @@ __all__ = ['NO_TEXT', 'WORD', 'corpus_documents', 'document_windows', 'window_re
            'feature_table', 'features_card', 'build_features']
 
 # %% ../../nbs/parts/sources/reading.ipynb #f123ecab
-import hashlib, json, re, time
+import hashlib, json, math, re, sys, time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from glob import glob
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 import numpy as np
 import torch
@@ -32,13 +32,15 @@ from ..target import Target
 def _pieces(text:str, size:int=5000): # documents of about `size` characters; no longer than four times that, even where no paragraph ends
     for piece in split_text(text, size): yield from (piece[i:i+4*size] for i in range(0, len(piece), 4*size))
 
-NO_TEXT = '.html .htm .xhtml .xml .pdf .doc .docx .odt .rtf .epub .ipynb .zip .gz'.split() # formats whose text would have to be taken out first
+NO_TEXT = ('.html .htm .xhtml .xml .pdf .doc .docx .odt .rtf .epub .ipynb .zip .gz .bz2 .xz .zst .7z .tar .tgz '
+           '.xlsx .xls .xlsm .ods .ppt .pptx .odp .ndjson .jsonlines .feather .arrow').split() # formats whose text would have to be taken out first
 
 def _text_file(file): # pieces of a text file
     if Path(file).suffix.lower() in NO_TEXT: raise ValueError(f'{file} is no plain text: take the text out of it first, into .txt or .jsonl')
-    encoding = encoding_of(file)
+    try: encoding = encoding_of(file)
+    except ValueError as e: raise ValueError(f'{file} is no plain text: {e}') from None
     try: yield from _pieces(Path(file).read_text(encoding='utf-8' if encoding == 'cp1252' else encoding))
-    except UnicodeError: raise ValueError(f'{file} is not UTF-8 text') from None
+    except UnicodeError: raise ValueError(f'{file} is not UTF-8 text' + (f': it has the mark of {encoding.upper()}, and is damaged or cut off' if encoding.startswith('utf-') and encoding != 'utf-8-sig' else '')) from None
 
 # %% ../../nbs/parts/sources/reading.ipynb #1d350149
 def _dataset(spec:str): # a file of `TABLES`, or 'user/name[:config][:split]' -> yields rows as dicts; raises `ValueError`
@@ -50,17 +52,34 @@ def _dataset(spec:str): # a file of `TABLES`, or 'user/name[:config][:split]' ->
     try: yield from datasets.load_dataset(name, config or None, split=split or 'train', streaming=True)
     except Exception as e: raise ValueError(f'cannot read the dataset {spec}: {(str(e).strip() or type(e).__name__).splitlines()[0]}') from None
 
-def _text_column(row:dict, spec:str) -> str: # raises `ValueError`
-    texts = [k for k, v in row.items() if isinstance(v, str)]
-    if len(texts) > 1: texts = [k for k in texts if not re.fullmatch(r'[-+\d.,\s]*', row[k])] # in a .csv numbers are texts too
-    if 'text' in row or len(texts)==1: return 'text' if 'text' in row else texts[0]
-    raise ValueError(f"{spec} has no column 'text', and {len(texts) or 'none'} of its columns ({', '.join(row)}) hold text: name the one to read 'text'")
+def _text_column(rows:list, spec:str) -> str: # of its first rows; raises `ValueError`
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
+    if named := [name for name in columns if name.strip().casefold() == 'text']: return 'text' if 'text' in named else named[0]
+    filled = {name: [row[name] for row in rows if isinstance(row.get(name), str) and row[name].strip()] for name in columns}
+    texts = [name for name, values in filled.items() if values]
+    if len(texts) > 1: texts = [name for name in texts if not all(re.fullmatch(r'[-+\d.,\s]*', value) for value in filled[name])] # in a .csv numbers are texts too
+    if len(texts) != 1: raise ValueError(f"{spec} has no column 'text', and {len(texts) or 'none'} of its columns ({', '.join(columns)}) hold text: name the one to read 'text'")
+    if table_kind(spec) in ('.csv', '.tsv'): _check_header(columns, spec)
+    print(f"{spec} has no column 'text': its column {texts[0]!r} is read", file=sys.stderr)
+    return texts[0]
+
+def _check_header(columns, spec): # raises `ValueError` where the first line of a .csv is a row, not the names of its columns
+    for place, name in enumerate(columns):
+        number = re.fullmatch(r'[-+\d.,]+', name) and name not in (str(place), str(place - 1)) # pandas numbers what has no names
+        if number or len(name) > 40 or len(name.split()) > 4 or name.endswith(('.', '!', '?')):
+            raise ValueError(f"{spec} has no line with the names of its columns: it begins with {name[:40]!r}; put a line with the name text above it")
 
 def _rows(spec:str): # the texts of a dataset, in pieces
-    column = None
-    for row in _dataset(spec):
-        column = column or _text_column(row, spec)
-        if row.get(column): yield from _pieces(str(row[column]))
+    rows = iter(_dataset(spec))
+    first = list(islice(rows, 100)) # some may lack what others have
+    if not first: return
+    column, empty, number = _text_column(first, spec), [], 0
+    for number, row in enumerate(chain(first, rows), 1):
+        text = row.get(column)
+        if isinstance(text, str) and text: yield from _pieces(text)
+        elif text is None or text == '' or (isinstance(text, float) and math.isnan(text)): empty.append(number)
+        else: raise ValueError(f'{spec}, row {number}: its {column} is {str(text)[:80]}, not a text')
+    if empty: print(f'{spec}: {len(empty):,} of {number:,} rows have no {column} and are left out, the first of them row {empty[0]}', file=sys.stderr)
 
 # %% ../../nbs/parts/sources/reading.ipynb #6bf3a4ee
 def _embedded(tokens:int, tokenizer): # list of (source, text)
@@ -73,14 +92,16 @@ def corpus_documents(spec:str, # 'embedded'; a text file, a folder or a glob of 
                      tokens:int|None=None, tokenizer=None): # of 'embedded': how many tokens, as this tokenizer counts them
     "Yields (source, text) for `read_corpus`; raises `ValueError` or `FileNotFoundError` where there is none, or none that can be read"
     if spec=='embedded': return (yield from _embedded(tokens, tokenizer))
+    if not spec.strip(): raise ValueError('the name of the corpus is empty')
     path = Path(spec).expanduser()
     if path.is_dir(): files = sorted(str(f) for f in path.rglob('*') if f.suffix.lower() in ('.txt', '.md'))
     elif path.exists(): files = [str(path)] # its name may hold what would be a pattern
-    else: files = sorted(glob(str(path), recursive=True))
+    else: files = sorted(file for file in glob(str(path), recursive=True) if Path(file).is_file())
     if not files and re.fullmatch(r'[\w.-]+/[\w.-]+(:[^:/]*){0,2}', spec) and not table_kind(spec): files = [spec]
     if not files:
         raise FileNotFoundError(f"no corpus {spec!r}: it is 'embedded', a text file, a folder or glob of them (.txt, .md), a .jsonl, .json, .csv, .tsv or .parquet file, "
                                 "or a hub dataset 'user/name[:config][:split]'")
+    if path.is_dir() and (tables := sum(table_kind(f) is not None for f in path.rglob('*'))): print(f'{spec}: {tables} tables in this folder are not read: name them, or a glob of them', file=sys.stderr)
     for file in files:
         name = Path(file).name if Path(file).exists() else file
         yield from ((name, text) for text in (_text_file(file) if Path(file).is_file() and not table_kind(file) else _rows(file)))
@@ -311,6 +332,7 @@ def _shares(words, weights, frequency, total): # casefolded word -> (share of th
     for w, x in zip(words, weights):
         if w: weight[w.casefold()] += x; form[w.casefold()][w] += x
     whole = sum(weights)
+    if not whole > 0: return {} # nothing fires
     return {w: (x/whole, x/whole * total/(frequency.get(w, 0)+1), form[w].most_common(1)[0][0]) for w, x in weight.items()}
 
 def word_label(contexts, # of `Context`, strongest first

@@ -7,6 +7,7 @@ __all__ = ['response_format']
 
 # %% ../../nbs/parts/writers/asking.ipynb #8fa1bc80
 import asyncio, json, random, re, time
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 # %% ../../nbs/parts/writers/asking.ipynb #53268590
@@ -68,6 +69,38 @@ def _joined(found, more, schema): # fields of a reply whose lists were topped up
     both = finish(json.dumps({k: v + new.get(k, []) if k in sizes else v for k, v in lists.items()}), found['cut'], schema)
     counts = {k: sum((c['counts'] or {}).get(k, 0) for c in (found, more, both)) for k in ('empty', 'duplicate', 'surplus')} | {'short': (both['counts'] or {}).get('short', 0)}
     return both | dict(counts={k: n for k, n in counts.items() if n} or None)
+
+# %% ../../nbs/parts/writers/asking.ipynb #779ae574
+class _Heard:
+    "The replies that came from a server, so that one that comes again is noticed"
+    def __init__(self):
+        # (id, created) -> {(text, tokens): what was asked}, two texts at most; ids alone can be small random numbers
+        self.said = OrderedDict()
+        self.ids = OrderedDict()
+        self.replies = 0
+        self.new = 0 # replies with an id that was new
+
+    def again(self, id, created, said, asked,
+              drawn:bool=True, # at a temperature above 0
+              chosen:bool=False # from a few texts
+             ) -> bool: # a server without ids or times cannot be checked
+        "Return whether the reply to another request came"
+        if not (isinstance(id, str) and isinstance(created, (int, float)) and id and created): return False
+        self._count(id)
+        known = self.said.setdefault((id, created), {})
+        if len(self.said) > 4096: self.said.popitem(last=False)
+        what = hash(said.text), said.tokens
+        before = known.get(what)
+        if len(known) < 2: known.setdefault(what, asked)
+        if before is None or len(known) > 1: return False
+        if chosen: return 2*self.new >= self.replies
+        return drawn or before != asked
+
+    def _count(self, id):
+        self.replies += 1
+        self.new += id not in self.ids
+        self.ids[id] = None
+        if len(self.ids) > 4096: self.ids.popitem(last=False)
 
 # %% ../../nbs/parts/writers/asking.ipynb #845ee38e
 class _Asking:
@@ -184,7 +217,9 @@ class _Asking:
         if len(text) > most_characters(max_tokens): return _Said(outcome='unparsed', error=f'a text of {len(text):,} characters, where {max_tokens} tokens were asked for', tokens=tokens)
         name = reply.get('model')
         said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name[:1000])[:200] if isinstance(name, str) else '', tokens=tokens)
-        if self.replayed(reply.get('id'), reply.get('created'), said.text): return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
+        how = dict(drawn=sent.get('temperature') != 0, chosen=self.choices is not None)
+        if w.heard.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
+            return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
         if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(str(refusal)[:5000]).split())[:300]}')
         if choice.get('finish_reason') == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said
@@ -199,15 +234,6 @@ class _Asking:
         status = next((int(part) for part in code.split() if re.fullmatch('[45][0-9][0-9]', part)), None)
         if status is None: return Trouble('error', f'an error with status 200: {line}', tokens=LOST)
         return replace(status_trouble(status, reply, {}, sent, self.writer.hide), tokens=LOST)
-
-    def replayed(self, id, created, text) -> bool: # a server without ids or times cannot be checked
-        "Whether the very same reply came before: there are servers whose ids are small random numbers, so that an id alone says little"
-        if not (isinstance(id, str) and isinstance(created, (int, float)) and id and created): return False
-        mark = id, created, hash(text)
-        before = mark in self.ids
-        self.ids[mark] = None
-        if len(self.ids) > 4096: self.ids.popitem(last=False)
-        return before
 
 def _text(content) -> str: # of a message: a string, or a list of parts
     if isinstance(content, str): return content

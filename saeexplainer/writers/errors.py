@@ -130,7 +130,7 @@ class Trouble:
     says: str # one line
     wait: float|None = None # seconds that the server asks to wait
     stop: type|None = None # the error that ends the call; None: it may pass
-    verdict: str|None = None # of a 400: see `bad_request`
+    verdict: str|None = None # of a 400: see `bad_request`; 'redirect'
     tokens: tuple = (0, 0) # that were billed; None: not known
 
 def trouble(e, sent, hide=str) -> Trouble: # e: an exception of `openai`, or what else its client ran into; hide: a text without the key
@@ -164,9 +164,9 @@ def status_trouble(status:int, body, headers, sent, hide=str) -> Trouble: # body
     if status in (400, 422):
         verdict = bad_request(says, code, param, sent)
         return replace(error, verdict=verdict, stop=ValueError if verdict == 'bad' else None)
-    if 300 <= status < 400: # to follow would hand the prompts to somebody else
-        place = re.split('[?#]', hide(headers.get('location', '')))[0][:200]
-        return replace(error, says=f'error {status}: it sends to {place!r}', stop=ValueError)
+    if 300 <= status < 400 and headers.get('location', '').strip(): # to follow would hand the prompts to somebody else
+        place = re.split('[?#]', hide(headers['location']))[0][:200]
+        return replace(error, says=f'error {status}: it sends to {place!r}', stop=ValueError, verdict='redirect')
     return replace(error, stop=PermissionError if status in (401, 403) else ValueError)
 
 # %% ../../nbs/parts/writers/errors.ipynb #628b0c91

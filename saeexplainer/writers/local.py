@@ -173,13 +173,18 @@ class LocalWriter(_Likelihoods, _Lists):
                 yield [(at + i, reply) for i, reply in done]
         else:
             for rows, out in self._generate(prompts, requests, [r.seed for r in requests], [r.max_tokens for r in requests]):
-                texts = [self._text(ids) for ids, _ in out]
+                texts = [self._text(ids, cut) for ids, cut in out]
                 yield [(i, Reply(**finish(text, cut, schema), prompt_tokens=len(prompts[i]), completion_tokens=len(ids), cost=0.))
                        for i, text, (ids, cut) in zip(rows, texts, out)]
 
-    def _text(self, ids) -> str: # where the marks of thinking are special tokens, they are needed to leave the thinking out
+    @cached_property
+    def _ends(self) -> set: # ids of tokens that end a turn
+        return set(end_ids(self.model, self.tokenizer))
+
+    def _text(self, ids, cut) -> str: # where the marks of thinking are special tokens, they are needed to leave the thinking out
+        if ids and ids[-1] in self._ends: ids = ids[:-1]
         whole = self.tokenizer.decode(ids)
-        answer = without_thinking(whole)
+        answer = without_thinking(whole.strip(), cut)
         if answer is None: return whole
         if answer == whole.strip(): return self.tokenizer.decode(ids, skip_special_tokens=True)
         for token in control_tokens(self.tokenizer): answer = answer.replace(token, '')

@@ -7,7 +7,7 @@ __all__ = ['OpenAIWriter', 'listed_models']
 
 # %% ../../nbs/parts/writers/openai.ipynb #e6747734
 import asyncio, json, os, re, tempfile, threading
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from ..files import hold, valid_text
 from ..replies import Reply, Request, reply_key
 from ..show import say
 from ..store import RunStore
-from .asking import _Asking, response_format
+from .asking import _Asking, _Heard, response_format
 from .budget import Budget, BudgetSpent, Ledger
 from .errors import FORMS, _json, api_key, bounded, check_address
 from .traffic import Traffic
@@ -34,7 +34,7 @@ class _Call(_Asking):
     def __init__(self, writer, schema, choices, stage, total, progress):
         from tqdm.auto import tqdm
         self.writer, self.schema, self.choices, self.stage, self.total = writer, schema, choices, stage, total
-        self.under_way, self.ids, self.odd, self.ready, self.client = {}, OrderedDict(), {}, threading.Event(), writer.client()
+        self.under_way, self.odd, self.ready, self.client = {}, {}, threading.Event(), writer.client()
         self.asked, self.done, self.heard, self.barred, self.error = 0, 0, 0, 0, None # requests asked, and done; replies heard; requests turned down; why there is no loop
         self.lost_by, self.ended = {}, {} # key -> kind of the last trouble of a request that failed; key -> its last attempt, not put down yet
         self.bar = tqdm(total=total, disable=not progress, desc=stage or writer.model, unit='reply')
@@ -172,7 +172,9 @@ class _Model:
         if got.kind in ('404', '405') and 'model' not in says.lower():
             return f'{self.where} has no chat completions ({says}): is it the base URL of a server, ending in /v1?'
         if got.kind == '404': return f'{self.where} has no model {self.model!r} for the key in {self.key_env} ({says})'
-        if got.kind.startswith('3'): return f'{self.where} answers with a redirect, which is not followed ({says}): if that is right, make it the base URL'
+        if got.verdict == 'redirect': return f'{self.where} answers with a redirect, which is not followed ({says}): if that is right, make it the base URL'
+        if got.kind.startswith('3'):
+            return f'{self.where} answers with the status {got.kind} and no reply ({says}): is it the URL of a chat completions server, ending in /v1?'
         if got.kind == 'unsent': return f'no request can be sent to {self.where} ({says})'
         if got.stop is ConnectionError: return f'the certificate of {self.where} is not trusted ({says}): SSL_CERT_FILE can name one that is'
         if got.stop: return f'{self.where} does not take this request to the model {self.model!r}, with the key in {self.key_env} ({says})'
@@ -211,6 +213,7 @@ class OpenAIWriter(_Model):
         known = self.store.meta(f'writer {self.name}') or {}
         self.dropped, self.form = list(known.get('dropped', [])), known.get('form', FORMS[0])
         self.ledger = Ledger(budget, price, self.store.spent(price))
+        self.heard = _Heard()
 
     def client(self): # openai.AsyncOpenAI; raises `PermissionError` without a key, unless a server is named
         import openai
