@@ -526,7 +526,7 @@ class _Asking:
         said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name[:1000])[:200] if isinstance(name, str) else '', tokens=tokens)
         how = dict(drawn=sent.get('temperature') != 0, chosen=self.choices is not None)
         if self.replays.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
-            return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
+            return Trouble('replayed', 'the reply to another request, with the same id and text', tokens=said.tokens)
         if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(str(refusal)[:5000]).split())[:300]}')
         if choice.get('finish_reason') == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said
