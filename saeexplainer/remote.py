@@ -379,7 +379,7 @@ def _joined(found, more, schema): # fields of a reply whose lists were topped up
 
 # %% ../nbs/parts/remote.ipynb #779ae574
 class _Heard:
-    "The replies that came from a server, so that one that comes again is noticed"
+    "The replies that came in one call, so that one that comes again is noticed"
     def __init__(self):
         # (id, created) -> {(text, tokens): what was asked}, two texts at most; ids alone can be small random numbers
         self.said = OrderedDict()
@@ -525,8 +525,8 @@ class _Asking:
         name = reply.get('model')
         said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name[:1000])[:200] if isinstance(name, str) else '', tokens=tokens)
         how = dict(drawn=sent.get('temperature') != 0, chosen=self.choices is not None)
-        if w.heard.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
-            return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
+        if self.replays.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
+            return Trouble('replayed', 'the reply to another request, with the same id and text', tokens=said.tokens)
         if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(str(refusal)[:5000]).split())[:300]}')
         if choice.get('finish_reason') == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said
@@ -564,7 +564,7 @@ class _Call(_Asking):
     def __init__(self, writer, schema, choices, stage, total, progress):
         from tqdm.auto import tqdm
         self.writer, self.schema, self.choices, self.stage, self.total = writer, schema, choices, stage, total
-        self.under_way, self.odd, self.ready, self.client = {}, {}, threading.Event(), writer.client()
+        self.under_way, self.replays, self.odd, self.ready, self.client = {}, _Heard(), {}, threading.Event(), writer.client()
         self.asked, self.done, self.heard, self.barred, self.error = 0, 0, 0, 0, None # requests asked, and done; replies heard; requests turned down; why there is no loop
         self.lost_by, self.ended = {}, {} # key -> kind of the last trouble of a request that failed; key -> its last attempt, not put down yet
         self.bar = tqdm(total=total, disable=not progress, desc=stage or writer.model, unit='reply')
@@ -749,7 +749,6 @@ class OpenAIWriter(_Model):
         known = self.store.meta(f'writer {self.name}') or {}
         self.dropped, self.form = list(known.get('dropped', [])), known.get('form', FORMS[0])
         self.ledger = Ledger(budget, price, self.store.spent(price))
-        self.heard = _Heard()
 
     def client(self): # openai.AsyncOpenAI; raises `PermissionError` without a key, unless a server is named
         import openai
