@@ -64,7 +64,7 @@ def explanations_html(said:dict) -> str: # who -> text
     rows = ''
     for who, text in said.items():
         title = f' title="{_WHO[who]}"' if who in _WHO else ''
-        shown = escape(text) if text and str(text).strip() else '<i>nothing</i>'
+        shown = escape(text) if text and text == text and str(text).strip() else '<i>nothing</i>' # NaN is not itself
         rows += f'<tr><th scope="row"{title}>{escape(who)}</th><td>{shown}</td></tr>'
     return f'<table>{rows}</table>' if rows else '<p class="note">Nothing has been said of it yet.</p>'
 
