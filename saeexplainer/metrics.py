@@ -102,7 +102,8 @@ def bootstrap_ci(values, # one value per feature; NaN: unavailable, left out and
     known = values[~np.isnan(values)]
     missing = len(values) - len(known)
     if not 0 < level < 1: raise ValueError(f'level must lie between 0 and 1, not {level}')
-    if n < 1 or np.isinf(known).any(): raise ValueError('an infinite value has no interval' if n >= 1 else f'there must be at least 1 resample, not {n}')
+    if n < 1: raise ValueError(f'there must be at least 1 resample, not {n}')
+    if np.isinf(known).any(): raise ValueError('an infinite value has no interval')
     if not len(known): return Interval(np.nan, np.nan, np.nan, 0, missing)
     rng, rows = np.random.default_rng(seed), max(1, 4_000_000//len(known))
     means = np.concatenate([known[rng.integers(len(known), size=(min(rows, n-i), len(known)))].mean(1) for i in range(0, n, rows)])
@@ -594,7 +595,9 @@ def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple
 # %% ../nbs/04_metrics.ipynb #89eed551
 def _check_once(metrics): # raises `ValueError` where a value is there twice
     twice = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
-    for r in twice.head(1).itertuples(): raise ValueError(f'feature {r.feature} has two values of {r.metric} at {r.stage}: keep one of each')
+    if len(twice):
+        r = twice.iloc[0]
+        raise ValueError(f'feature {r.feature} has two values of {r.metric} at {r.stage}: keep one of each')
 
 def summary(metrics, # columns stage, feature, metric, value
             stages=None # which, and in which order; None: as they appear
@@ -663,10 +666,12 @@ def agreement(first, second, # of either writer, with columns stage, feature, me
 # %% ../nbs/04_metrics.ipynb #ff8d6216
 def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
     "Explanations of a stage; raises `ValueError` for what is no index, and for two names of one feature"
-    if not hasattr(texts, 'items'): raise ValueError(f'{stage}: explanations are {{feature: text}}, not {str(texts)[:80]}')
+    if not hasattr(texts, 'items'):
+        raise ValueError(f'{stage}: explanations are {{feature: text}}, not {str(texts)[:80]}')
     found = {}
     for feature, text in texts.items():
-        try: whole = not isinstance(feature, (bool, np.bool_)) and '_' not in str(feature) and int(feature) == float(feature)
+        try:
+            whole = not isinstance(feature, (bool, np.bool_)) and '_' not in str(feature) and int(feature) == float(feature)
         except (TypeError, ValueError, OverflowError): whole = False
         if not whole: raise ValueError(f'{stage}: {feature!r} is no feature: explanations are named by the index of their feature')
         if int(feature) in found: raise ValueError(f'{stage}: feature {int(feature)} is explained twice: keep one explanation of each feature')
@@ -684,7 +689,8 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     unknown = set(metrics) - set(METRICS)
     if unknown: raise ValueError(f'unknown metric {sorted(unknown)[0]!r}: choose from {", ".join(METRICS)}')
     if not isinstance(explanations, dict) or not all(isinstance(stage, str) and stage.strip() for stage in explanations):
-        raise ValueError(f'explanations are {{stage: {{feature: text}}}}, and each stage has a name; these are {str(explanations)[:80]}')
+        raise ValueError(f'explanations are {{stage: {{feature: text}}}}, and each stage has a name; these are '
+                         f'{str(explanations)[:80]}')
     if 'control' in explanations: raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
     if hasattr(run, 'evaluation'): run = run.evaluation()
     explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}
