@@ -493,7 +493,9 @@ def explain_command(names: Annotated[Optional[list[str]], typer.Argument(help='a
     if everything:
         silent = dead_features(chosen)
         done = explain_dictionary(chosen, explainer_of(chosen, explainer), to, verified)
-        if silent: print(f'{silent:,} of {done["features"]:,} features are dead: they fired on none of the texts that they were read on, and what is said of them is a guess', file=sys.stderr)
+        if silent:
+            print(f'{silent:,} of {done["features"]:,} features are dead: they fired on none of the texts that they '
+                  'were read on, and what is said of them is a guess', file=sys.stderr)
         return print(json.dumps(done)) if as_json else tell(', '.join(f'{n:,} {k}' for k, n in done.items() if k != 'file') + f': {to}')
     shown = chosen_features(chosen, names, random, seed, known_features(chosen, names))
     if not shown: raise ValueError('no feature given: name some, or use --random 5')

@@ -72,7 +72,7 @@ def explanations_html(said:dict) -> str: # who -> text
     rows = ''
     for who, text in said.items():
         title = f' title="{_WHO[who]}"' if who in _WHO else ''
-        shown = escape(text) if text and str(text).strip() else '<i>nothing</i>'
+        shown = escape(text) if text and text == text and str(text).strip() else '<i>nothing</i>' # NaN is not itself
         rows += f'<tr><th scope="row"{title}>{escape(who)}</th><td>{shown}</td></tr>'
     return f'<table>{rows}</table>' if rows else '<p class="note">Nothing has been said of it yet.</p>'
 
@@ -167,7 +167,9 @@ class FeatureExplorer:
     def _checked(self, target): # itself; raises `ValueError` where its SAE is not that of the features
         file, n = features_file(self.preset), target.reader.n_features
         check_features_of(file, target.reader)
-        if max(self.known) >= n: raise ValueError(f'{file} holds feature {max(self.known)}, the SAE has features 0 to {n - 1}: it was read from another one')
+        if max(self.known) >= n:
+            raise ValueError(f'{file} holds feature {max(self.known)}, the SAE has features 0 to {n - 1}: it was read '
+                             'from another one')
         return target
 
     @cached_property
@@ -298,9 +300,11 @@ def explorer_view(x:FeatureExplorer, most:int=200): # of features in the list
             with turn:
                 if following: return
                 first = [n for n in needs if n not in vars(x)]
-                if busy or first: status.value = boxed(f'<p class="note" role="status">{"loading " + " and ".join(first) if first else busy} …</p>')
+                if busy or first:
+                    status.value = boxed(f'<p class="note" role="status">{"loading " + " and ".join(first) if first else busy} …</p>')
                 try: work(); status.value = ''
-                except Exception as e: status.value = boxed(f'<p class="wrong" role="alert">{escape((str(e) or type(e).__name__).splitlines()[0])}</p>')
+                except Exception as e:
+                    status.value = boxed(f'<p class="wrong" role="alert">{escape((str(e) or type(e).__name__).splitlines()[0])}</p>')
         return handler
 
     def follow(options=None): # the list shows where the view is, without moving it

@@ -3,7 +3,7 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 import pytest, torch
-from saeexplainer.explorer import FeatureExplorer, labels_said, search, searchable, tokens_html
+from saeexplainer.explorer import FeatureExplorer, explanations_html, labels_said, search, searchable, tokens_html
 from saeexplainer.show import escape, visible
 from saeexplainer.features import Context, Explanation
 from saeexplainer.presets import load_preset
@@ -180,6 +180,7 @@ def test_nothing_moves_and_nothing_is_cut_off(explorer):
 def test_texts_of_none_are_no_trouble(explorer):
     f = replace(explorer.feature, explanations=(Explanation(None, 'mini'),), explanation=None)
     assert searchable(f, [None]) and labels_said(f) == {'label (mini)': None}
+    assert explanations_html({'a': None, 'b': float('nan'), 'c': ' '}).count('<i>nothing</i>') == 3
 
 def test_results_of_another_sae_are_not_shown(explorer):
     preset = load_preset('smollm2-135m', sae='/elsewhere/sae')
