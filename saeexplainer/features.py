@@ -465,7 +465,7 @@ def strongest_contexts(contexts, n:int) -> list:
     for c in sorted(contexts, key=lambda c: -c.values[c.peak]): unique.setdefault(c.tokens, c)
     return list(unique.values())[:n]
 
-# %% ../nbs/parts/features.ipynb #686d5b90
+# %% ../nbs/parts/features.ipynb #526a21f0
 def __getattr__(name):
     "Return what stood here before it moved to `sources.neuronpedia`"
     from saeexplainer.sources import neuronpedia

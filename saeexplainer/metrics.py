@@ -23,7 +23,7 @@ from saeexplainer.evaluation.texts import (
 from .lm.sampling import seed_for
 from .evaluation.stats import bootstrap_ci
 
-# %% ../nbs/04_metrics.ipynb #7e65aa01
+# %% ../nbs/04_metrics.ipynb #7b741f4b
 _all_ = ['bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #72207655

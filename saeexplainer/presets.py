@@ -30,7 +30,7 @@ def _field(default, help, fixed=True): # a dataclass field with its help text; f
     metadata = {'help': help, 'fixed': fixed}
     return field(default_factory=lambda: dict(default), metadata=metadata) if isinstance(default, dict) else field(default=default, metadata=metadata)
 
-# %% ../nbs/parts/presets.ipynb #72ab6fcf
+# %% ../nbs/parts/presets.ipynb #c81cc8ed
 @dataclass(frozen=True)
 class Injection:
     "Where and how a direction enters the explainer (Eq. 5-6)"

@@ -224,11 +224,15 @@ class Run:
             self.close(); raise
 
     def _check_store(self): # raises `ValueError`
-        "An empty store beside adapters has lost its rows, and what was spent"
+        "A store beside adapters that it does not know has lost rows, and what was spent"
         adapters = sorted(card.parent.name for card in self.folder.glob('explainer/*/explainer.json'))
         if adapters and not self.store.begun():
             raise ValueError(f'{self.folder} holds adapters ({", ".join(adapters)}), but its store is empty: store.sqlite and store.sqlite-wal belong together, put '
                              f'both back; or choose another --name, where `--like {self.folder.name}` takes the adapters over')
+        begun = set(self.store.progress()['stage'])
+        if begun and (lost := [name for name in adapters if name in explainer_stages(self.preset) and name not in begun]):
+            raise ValueError(f'{self.folder} holds adapters ({", ".join(lost)}) of stages that store.sqlite has not begun: it is older than they are. '
+                             'store.sqlite and store.sqlite-wal belong together, put both back; or choose another --name')
 
     def keep_preset(self):
         "Write the preset, and forget the one that was begun with"

@@ -444,6 +444,13 @@ def test_an_empty_store_beside_adapters_is_noticed(world, finished, tmp_path):
     with pytest.raises(ValueError, match=r'holds adapters \(dpo1, dpo2, sft\), but its store is empty: store.sqlite and store.sqlite-wal belong together'): Run(folder, load_preset(world[1]))
 
 
+def test_a_store_that_is_older_than_its_adapters_is_noticed(world, finished, tmp_path):
+    "As one that was copied without its -wal"
+    folder = copy_of(finished[0], tmp_path/'run')
+    with sqlite3.connect(folder/'store.sqlite') as db: db.execute("DELETE FROM progress WHERE stage IN ('dpo2', 'evaluate')")
+    with pytest.raises(ValueError, match=r'holds adapters \(dpo2\) of stages that store.sqlite has not begun: it is older than they are'): Run(folder, load_preset(world[1]))
+
+
 def test_the_lock_empties_no_file(world, tmp_path):
     (tmp_path/'run').mkdir()
     precious = tmp_path/'precious'
