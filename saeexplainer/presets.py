@@ -715,7 +715,7 @@ def _from_yaml(file, overrides) -> Preset:
                          'as in "base: gemma-2-9b-l20"')
     return _from(file, Preset(**fields))
 
-def load_preset(name, /, # one of `presets()`, the path of a YAML file, or a `Preset`
+def load_preset(name:str|Path|Preset, /, # one of `presets()`, the path of a YAML file, or a `Preset`
                 **overrides # fields that differ; `size='demo'|'full'`
                ) -> Preset:
     "Return a checked preset; raise `ValueError` with the nearest name where a preset or a field does not exist"
