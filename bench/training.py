@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from record import finish, row
-from saeexplainer.explainer import ExplainerCard
+from saeexplainer.explainer import Explainer
 from saeexplainer.injection import Injector
 from saeexplainer.presets import load_preset
-from saeexplainer.sft import _sft_trainer, sft_dataset
-from saeexplainer.training import labels_only, quiet
+from saeexplainer.sft import sft_dataset, sft_trainer
+from saeexplainer.training import labels_only
 
 
 class Directions: # stands for an SAE: random unit vectors of the model's width
@@ -33,9 +33,10 @@ def main():
     clock = time.process_time if a.cpu_time else time.perf_counter
     preset, reader = load_preset(a.preset, sft_batch=a.batch, sft_accumulation=1), Directions(a.width)
     features = [SimpleNamespace(id=SimpleNamespace(index=i), explanation="words such as 'pass', 'passing', 'passed'") for i in range(a.batch)]
-    card = ExplainerCard.from_preset(preset, reader)
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        trainer = _sft_trainer(preset, sft_dataset(features, card), None, reader, card, folder, progress=False)
+    explainer = Explainer.from_preset(preset, reader)
+    card = explainer.card
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = sft_trainer(preset, sft_dataset(features, card), reader, explainer, folder, progress=False)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer_and_scheduler(100)
     injected = next(iter(trainer.get_train_dataloader()))
