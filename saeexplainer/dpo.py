@@ -29,7 +29,7 @@ from saeexplainer.training import (
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
                        card # ExplainerCard: its template and placeholder make the prompt
                       ) -> Any: # datasets.Dataset: prompt, chosen, rejected (conversations), feature
-    "The pairs of a round in trl's preference format, without dropped features; raise `ValueError` where none is left"
+    "Return a round's pairs in trl's preference format, but for dropped ones; raise `ValueError` where none is left"
     from datasets import Dataset
     table = pd.DataFrame(pairs)
     if 'dropped' in table: table = table[table['dropped'].isna()]
@@ -82,7 +82,7 @@ def dpo_trainer(preset, # `Preset`
                 round:int=1, # from 1
                 progress:bool=True # with a bar
                ) -> Any: # trl.DPOTrainer, ready to train
-    "trl's `DPOTrainer`, with the feature's direction in policy and reference"
+    "Return trl's `DPOTrainer`, with the feature's direction in policy and reference"
     from transformers import PrinterCallback
     from trl import DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference

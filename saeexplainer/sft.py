@@ -30,7 +30,7 @@ from saeexplainer.training import (
 def sft_dataset(features, # `Feature`s with a label
                 card:ExplainerCard # its template and placeholder make the prompt
                ) -> Any: # datasets.Dataset: prompt, completion (conversations), feature
-    "Labels in trl's prompt-completion format; raise `ValueError` for a feature without one"
+    "Return labels in trl's prompt-completion format; raise `ValueError` for a feature without one"
     from datasets import Dataset
     if not features: raise ValueError('there are no features to train on: give at least one with a label')
     prompt = prompt_messages(card.template, card.placeholder)
@@ -72,7 +72,8 @@ def answer_rows(explainer:Explainer, # whose tokenizer, prompt and vocabulary
     check_vocabulary(explainer.model, largest)
     return prompt, completions
 
-def warn_if_endless(tokenizer) -> None: # with its chat template
+def warn_if_endless(tokenizer # with its chat template
+                   ) -> None:
     "Print a line on stderr where nothing ends an answer in training"
     if answer_ends(tokenizer): return
     print('the chat_template puts no end token behind an answer: '
@@ -120,7 +121,7 @@ def sft_trainer(preset, # `Preset`
                 eval_rows=None, # of `sft_dataset`, for the eval loss
                 progress:bool=True # with a bar
                ) -> Any: # trl.SFTTrainer, ready to train
-    "trl's `SFTTrainer`, with the feature's direction in every row"
+    "Return trl's `SFTTrainer`, with the feature's direction in every row"
     from transformers import PrinterCallback
     from trl import SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling

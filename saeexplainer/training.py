@@ -9,10 +9,12 @@ __all__ = ['Checkpoints', 'last_checkpoint', 'TrainingBar', 'Finite', 'training_
 
 # %% ../nbs/parts/training.ipynb #4f1ca9b0
 import hashlib, json, math, shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from transformers import TrainerCallback
+from typing import Any
+from transformers import TrainerCallback, TrainingArguments
 
 # %% ../nbs/parts/training.ipynb #f9fabd52
 from .explainer import CARD, ExplainerCard, save_adapter
@@ -100,7 +102,7 @@ class Finite(TrainerCallback):
 def training_callbacks(setting:str, # name and value of the learning rate
                        description:str, # what stands before the bar
                        progress:bool=True # with a bar
-                      ) -> list[TrainerCallback]:
+                      ) -> list[TrainerCallback]: # for a trainer of trl
     "Return what watches a training: its checkpoints, its losses and, with `progress`, a bar"
     callbacks = [Checkpoints(), Finite(setting)]
     if progress: callbacks.append(TrainingBar(description))
@@ -139,13 +141,13 @@ def card_settings(card:ExplainerCard) -> dict: # JSON
     return {name: value for name, value in asdict(card).items() if name != 'versions'}
 
 def rows_sha256(rows # datasets.Dataset
-               ) -> str:
+               ) -> str: # 64 hexadecimal digits
     "Return the hash of a training's rows"
     return hashlib.sha256(json.dumps(rows.to_list()).encode()).hexdigest()
 
 # %% ../nbs/parts/training.ipynb #f4f32b33
 def read_training(folder, # of a finished training
-                  **fields # name and type of what else the file must hold
+                  **fields:Any # name and type of what else the file must hold
                  ) -> dict: # settings, log, seconds, and `fields`
     "Read `training.json`; raise `ValueError` naming the file where it is damaged"
     file = Path(folder)/'training.json'
@@ -158,7 +160,7 @@ def read_training(folder, # of a finished training
                          f'Delete the folder {folder}, and the training is done anew')
     return saved
 
-def is_finished(folder,
+def is_finished(folder, # that may hold a training
                 settings:dict, # what defines the training
                 what:str='a finished training' # as the message names it
                ) -> bool: # False: it is still to be done
@@ -213,15 +215,15 @@ def trainer_settings(schedule:Schedule, # how long and how fast
     return settings
 
 # %% ../nbs/parts/training.ipynb #474e9e7d
-def one_gpu(args # `transformers.TrainingArguments`
-           ): # the same, changed
+def one_gpu(args:TrainingArguments # of a trainer
+           ) -> TrainingArguments: # the same, changed
     "Keep a trainer to one GPU, where several are visible"
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
 # %% ../nbs/parts/training.ipynb #8b8d6de7
 @contextmanager
-def labels_only():
+def labels_only() -> Iterator[None]: # for `with`
     "Within, trl's LM head scores only the positions that have a label, on every device"
     from trl.trainer import utils
     def always(device): return True
@@ -233,7 +235,7 @@ def labels_only():
         utils._use_triton = before
 
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]: # for `with`
     "Within, datasets and trl show no bars and notes, and libraries no warnings of names that are being renamed"
     import datasets, logging, warnings
     bars = not datasets.are_progress_bars_disabled()
@@ -252,7 +254,7 @@ def quiet():
 # %% ../nbs/parts/training.ipynb #b293d9eb
 @contextmanager
 def writes(what # the folder, as the message names it
-          ):
+          ) -> Iterator[None]: # for `with`
     "Within, turn whatever fails into an `OSError` of one line: a full disk has another exception in each library"
     try:
         yield
