@@ -180,7 +180,14 @@ def _fvu(x, error) -> float: # fraction of variance unexplained; both (tokens, d
 
 class Trainer(SAETrainer):
     "Writes the curve, and every 100 steps a checkpoint from which it resumes"
-    work: Path # folder of both
+    def __init__(self,
+                 config:SAETrainerConfig, # of sae-lens
+                 sae:BatchTopKTrainingSAE, # untrained
+                 batches, # endless iterator of (batch, d) activations
+                 work:Path # folder of curve and checkpoints
+                ):
+        super().__init__(config, sae, batches)
+        self.work = work
 
     def step(self, batch):
         out = super().step(batch)
@@ -229,8 +236,7 @@ def _train(settings, model_name, d_in, activations, work, bos) -> Path: # in a f
     def batches(start): return mixing_buffer(16*settings.batch, settings.batch, activations(start))
     torch.manual_seed(settings.seed)
     sae = _untrained_sae(settings, model_name, d_in, bos)
-    trainer = Trainer(_trainer_config(settings), sae, batches(0))
-    trainer.work = work
+    trainer = Trainer(_trainer_config(settings), sae, batches(0), work)
     if trainer.load_checkpoint(): trainer.data_provider = batches(trainer.n_training_samples)
     trainer.fit()
     sae.save_inference_model(work/'part')
