@@ -10,7 +10,7 @@ from saeexplainer.lm.hooks import residual_stream
 from saeexplainer.presets import data_dir
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sources.sae_training import (
-    SAESettings, cache_residuals, export_sae, layer_residuals, reconstruction, text_windows, train_sae,
+    SAESettings, cache_residuals, export_sae, fed_bos, layer_residuals, reconstruction, text_windows, train_sae,
 )
 
 SIZES = dict(layer=1, features=64, steps=130, batch=32, context=8)
