@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminative_gap', 'output_score', 'names_word', 'repeats',
-           'Evaluation', 'output_features', 'feature_values', 'evaluate', 'bootstrap_ci']
+           'Evaluation', 'usable_targets', 'output_features', 'feature_values', 'evaluate', 'bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #760d832d
 import functools, json, re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
 # %% ../nbs/04_metrics.ipynb #4e722492
 from .evaluation.judge import judge, judge_controls
-from .evaluation.steering import steer, usable_targets
-from .evaluation.tables import COUNTS, METRICS, _FAILURES, summary
+from .evaluation.steering import steer, usable_targets as usable_kls
+from .evaluation.tables import COUNTS, FAILURES, METRICS, summary
 from saeexplainer.evaluation.texts import (
-    KINDS, _wanted, _whole_characters, max_acts, score_texts, write_evaluation_texts,
+    KINDS, max_acts, score_texts, whole_characters as _whole_characters, write_evaluation_texts,
 )
 from .lm.sampling import seed_for
 from .evaluation.stats import bootstrap_ci
@@ -119,6 +119,9 @@ class Evaluation:
     features: list # `Feature`s: `max_act` (Eq. 12) and words of those explained, and the pool of controls (those alive)
 
 # %% ../nbs/04_metrics.ipynb #d4c65c36
+def _wanted(preset): return asdict(preset.text_counts)
+def usable_targets(store, features, preset): return usable_kls(store, features, preset.steering)
+
 def output_features(features, preset) -> list[int]: # at most `preset.n_output`
     "Which features get an output score; depends on the seed and the features alone"
     return sorted(set(map(int, features)), key=lambda f: seed_for(preset.seed, 'output', f))[:preset.n_output]
@@ -224,7 +227,7 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
 
 # %% ../nbs/04_metrics.ipynb #c0536732
 def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values into the store, and their summary
-    wanted = {*metrics, 'empty', *(_FAILURES[name] for name in metrics if name in _FAILURES)}
+    wanted = {*metrics, 'empty', *(FAILURES[name] for name in metrics if name in FAILURES)}
     rows = [row for stage in explanations for row in feature_values(run, stage, explanations, with_output) if row[2] in wanted]
     if with_output:
         controls = run.store.judgements('control')

@@ -1,5 +1,5 @@
 "Edge cases of the metrics and of the stages behind them"
-import json, math
+import dataclasses, json, math
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
@@ -94,13 +94,12 @@ def test_evaluation_prompts_are_not_the_preference_prompt():
     assert len(texts) == 7
 
 
-def test_braces_and_quotes_in_an_explanation_are_text():
-    preset = load_preset('gemma-2-9b-l20')
-    for kind in ('generative', 'activating'):
-        keys = [(kind, 0)]
-        for make in (T._single_requests, T._list_request):
-            (_, request), = make(7, 'LaTeX {braces} and "quotes"', keys, preset)
-            assert '{braces} and "quotes"' in request.prompt
+@pytest.mark.parametrize('kind', ['generative', 'activating'])
+@pytest.mark.parametrize('single', [True, False])
+def test_braces_and_quotes_in_an_explanation_are_text(kind, single):
+    how = dataclasses.replace(T.TextRequests.of(load_preset('gemma-2-9b-l20')), single=single)
+    asked, = how.requests(T.Claim(7, 'LaTeX {braces} and "quotes"'), [T.Place(kind, 0)])
+    assert '{braces} and "quotes"' in asked.request.prompt
 
 
 def test_neutral_subjects_avoid_the_explanation():
