@@ -22,8 +22,8 @@ OKABE_ITO = dict(black='#000000', orange='#E69F00', sky='#56B4E9', green='#009E7
                  vermilion='#D55E00', purple='#CC79A7')
 
 COLORS = {'label': '#555555', 'peak words': '#888888', 'autointerp': '#AAAAAA', 'untrained': '#CCCCCC',
-          'ao': OKABE_ITO['purple'], 'control': '#000000',
-          'sft': OKABE_ITO['sky'], 'dpo1': OKABE_ITO['blue'], 'dpo2': OKABE_ITO['vermilion'], 'best': OKABE_ITO['green']}
+          'ao': OKABE_ITO['purple'], 'control': '#000000', 'sft': OKABE_ITO['sky'],
+          'dpo1': OKABE_ITO['blue'], 'dpo2': OKABE_ITO['vermilion'], 'best': OKABE_ITO['green']}
 
 NAMES = {'label': 'labels', 'peak words': 'peak words', 'autointerp': 'AutoInterp', 'untrained': 'untrained',
          'ao': 'Activation Oracle', 'control': 'controls',
@@ -41,7 +41,8 @@ def named(stage:str) -> str: # what a figure calls it; a method of the user's ow
 CYCLE = [OKABE_ITO[name] for name in ('blue', 'vermilion', 'green', 'orange', 'purple', 'sky')]
 STYLE = {'figure.dpi': 100, 'savefig.dpi': 150, 'savefig.bbox': 'tight',
          'svg.hashsalt': 'saeexplainer', 'svg.fonttype': 'none',
-         'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9, 'axes.spines.top': False, 'axes.spines.right': False,
+         'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9,
+         'axes.spines.top': False, 'axes.spines.right': False,
          'legend.frameon': False, 'legend.fontsize': 8, 'lines.linewidth': 1.5, 'figure.constrained_layout.use': True,
          'axes.prop_cycle': f"cycler('color', {CYCLE})"}
 WIDTH = 9. # inches of a page
@@ -93,7 +94,8 @@ def interval_plot(ax, # matplotlib axis
         mean = scale*row['mean']
         ax.plot([scale*row['low'], scale*row['high']], [y, y], color=color(stage), lw=2, solid_capstyle='butt')
         ax.plot(mean, y, MARKS.get(stage, 'o'), color=color(stage), ms=6)
-        ax.annotate(f'{mean:.1f}', (mean, y), xytext=(0, 5), textcoords='offset points', ha='center', fontsize=7, bbox=_BOX)
+        ax.annotate(f'{mean:.1f}', (mean, y), xytext=(0, 5), textcoords='offset points',
+                    ha='center', fontsize=7, bbox=_BOX)
     ax.set(yticks=range(len(rows)), yticklabels=[named(stage) for stage in rows.index], ylim=(len(rows) - .5, -.7))
     ax.grid(axis='x', color='.9', lw=.8)
     ax.set_axisbelow(True)

@@ -16,7 +16,8 @@ from .stats import bootstrap_ci, sign_flip
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #e8fe0b5e
 METRICS = ('generative', 'input', 'output', 'high', 'low', 'gap', # as in the paper's Table 1
-           'names_word', 'names_other') # names a word at its own peaks; at another feature's (the share of them, which is chance)
+           'names_word', # names a word at its own peaks
+           'names_other') # at another feature's: the share of them, which is chance
 COUNTS = ('unparsed_generative', 'unparsed_contrast', 'missed_kl', 'empty') # per feature, stored beside the metrics
 FAILURES = {'generative': 'unparsed_generative', 'output': 'missed_kl', # the count that belongs to a metric
             **dict.fromkeys(('input', 'high', 'low', 'gap'), 'unparsed_contrast')}
@@ -37,8 +38,16 @@ def summary(metrics, # columns stage, feature, metric, value
             values = of_stage[of_stage['metric'] == name].sort_values('feature')['value']
             if not len(values): continue
             ci = bootstrap_ci(values)
-            failures = int(total.get(FAILURES.get(name), 0))
-            rows.append((stage, name, ci.n, ci.mean, ci.low, ci.high, ci.missing, failures, int(total.get('empty', 0))))
+            rows.append(dict(
+                stage=stage,
+                metric=name,
+                n=ci.n,
+                mean=ci.mean,
+                low=ci.low,
+                high=ci.high,
+                unavailable=ci.missing,
+                failures=int(total.get(FAILURES.get(name), 0)),
+                empty=int(total.get('empty', 0))))
     return pd.DataFrame(rows, columns=SUMMARY).set_index(['stage', 'metric'])
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #f390b6ee
@@ -65,7 +74,15 @@ def compare(metrics, # columns stage, feature, metric, value
         if (stage, name) not in wide or (baseline, name) not in wide: continue
         difference = (wide[stage, name] - wide[baseline, name]).dropna()
         ci = bootstrap_ci(difference)
-        rows.append((stage, baseline, name, ci.n, ci.mean, ci.low, ci.high, sign_flip(difference)))
+        rows.append(dict(
+            stage=stage,
+            baseline=baseline,
+            metric=name,
+            n=ci.n,
+            difference=ci.mean,
+            low=ci.low,
+            high=ci.high,
+            p=sign_flip(difference)))
     return pd.DataFrame(rows, columns=DIFFERENCES).set_index(DIFFERENCES[:3])
 
 def p_text(p:float) -> str:
@@ -88,8 +105,11 @@ def _in_same_order(means, one, other) -> bool: # index stage, columns value_1, v
 def agreement(first, # of either writer, with columns stage, feature, metric, value
               second,
               stages # to compare
-             ) -> pd.DataFrame: # index metric: values that both have, mean rank correlation, pairs of stages in the same order, pairs
-    "Return how far two measurements of the same explanations agree"
+             ) -> pd.DataFrame: # one row for each metric
+    """Return how far two measurements of the same explanations agree.
+
+    Columns: how many values both have; mean rank correlation within a stage; pairs of stages in the same order; pairs in all.
+    """
     both = first.merge(second, on=['stage', 'feature', 'metric'], suffixes=('_1', '_2')).dropna()
     both = both[both['stage'].isin(list(stages))]
     rows = []
@@ -101,7 +121,12 @@ def agreement(first, # of either writer, with columns stage, feature, metric, va
         within = [r for r in correlations if not np.isnan(r)]
         pairs = list(itertools.combinations(means.index, 2))
         same = sum(_in_same_order(means, *pair) for pair in pairs)
-        rows.append((name, len(values), float(np.mean(within)) if within else np.nan, same, len(pairs)))
+        rows.append(dict(
+            metric=name,
+            values=len(values),
+            within=float(np.mean(within)) if within else np.nan,
+            same_order=same,
+            pairs=len(pairs)))
     return pd.DataFrame(rows, columns=AGREEMENT).set_index('metric')
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #e3be994c
@@ -112,7 +137,7 @@ def _score_by_feature(rows) -> dict: # of `screen`: mean score of each feature, 
 
 def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
                 ) -> pd.DataFrame: # one row for each variant
-    "Return scores in per cent of the strongest known activation, and their paired difference to SFT with interval and p"
+    "Return scores in per cent of the strongest known activation, and their difference to SFT, paired, with interval and p"
     scores = {variant: _score_by_feature(rows) for variant, rows in screened.items()}
     table = {}
     for variant, parts in scores.items():
@@ -120,7 +145,10 @@ def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
         for part, score in parts.items():
             difference = (score - scores['sft'][part]).dropna()
             ci = bootstrap_ci(100*difference)
-            row |= {part: 100*score.mean(), f'{part} - sft': ci.mean, f'{part} low': ci.low, f'{part} high': ci.high,
+            row |= {part: 100*score.mean(),
+                    f'{part} - sft': ci.mean,
+                    f'{part} low': ci.low,
+                    f'{part} high': ci.high,
                     f'{part} p': sign_flip(difference)}
         table[variant] = row
     return pd.DataFrame(table).T

@@ -26,7 +26,8 @@ GENERATIVE_LIST = '''Somebody has studied one feature inside a language model an
 <report>{explanation}</report>
 
 Test the report. Compose {n} new sentences of 15 to 30 words, each of which ought to set the feature off \
-as strongly as possible if the report is correct. Every sentence should stand by itself and come from a different situation. \
+as strongly as possible if the report is correct. Every sentence should stand by itself and come \
+from a different situation. \
 Never mention the report, the feature or the model.
 
 Reply in JSON with {n} strings: {{"sentences": ["...", "..."]}}'''
