@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminative_gap', 'output_score', 'names_word', 'repeats',
-           'Evaluation', 'usable_targets', 'output_features', 'feature_values', 'evaluate', 'bootstrap_ci']
+           'Evaluation', 'output_features', 'usable_targets', 'feature_values', 'evaluate', 'bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #760d832d
-import functools, json, re
+import functools, json, math, re
 from collections import Counter
 from dataclasses import asdict, dataclass
 import numpy as np
@@ -32,45 +32,51 @@ def _per_text(values, name) -> np.ndarray: # (n_features, n_texts) float64
     if values.ndim != 2: raise ValueError(f'{name} must have the shape (n_features, n_texts), not {values.shape}')
     return values
 
+def _mean_where(values, made) -> np.ndarray: # mean of each row over the places that are `made`; NaN where there is none
+    nothing = np.full(len(values), np.nan)
+    return np.divide(np.where(made, values, 0).sum(1), made.sum(1), out=nothing, where=made.any(1))
+
 def mean_activation(max_acts # per-text maxima, (n_features, n_texts); NaN: a text that could not be made
                    ) -> np.ndarray: # (n_features,); NaN where a feature has no text at all
-    "Mean of the per-text maxima (Eq. 13, 14, 16 and 17); texts that could not be made are left out"
+    "Return the mean of the per-text maxima (Eq. 13, 14, 16 and 17); texts that could not be made are left out"
     values = _per_text(max_acts, 'max_acts')
-    made = ~np.isnan(values)
-    return np.divide(np.where(made, values, 0).sum(1), made.sum(1), out=np.full(len(values), np.nan), where=made.any(1))
+    return _mean_where(values, ~np.isnan(values))
 
 # %% ../nbs/04_metrics.ipynb #85e82381
 def generative_accuracy(max_acts, # per-text maxima, (n_features, n_texts); NaN: a text that could not be made
                         feature_max, # largest known activation of each feature, (n_features,)
                         success:float=.5 # a text counts above this share of it
-                       ) -> np.ndarray: # share of successes among the texts that were made; NaN: none was, or no `feature_max` > 0
-    "Eq. 12"
-    values, known = _per_text(max_acts, 'max_acts'), np.asarray(feature_max, dtype=np.float64)
+                       ) -> np.ndarray: # share of the texts that were made; NaN: none was, or no `feature_max` > 0
+    "Return the share of texts that set a feature off (Eq. 12)"
+    values = _per_text(max_acts, 'max_acts')
+    known = np.asarray(feature_max, dtype=np.float64)
     if known.shape != values.shape[:1]:
         raise ValueError(f'feature_max must hold one value for each of the {len(values)} features, not {known.shape}')
-    made = ~np.isnan(values)
     known = np.where(known > 0, known, np.nan)
-    share = np.divide((values > success*known[:, None]).sum(1), made.sum(1), out=np.full(len(values), np.nan), where=made.any(1))
+    share = _mean_where(values > success*known[:, None], ~np.isnan(values))
     return np.where(np.isnan(known), np.nan, share)
 
 # %% ../nbs/04_metrics.ipynb #9b241a6d
 def _pair_of_means(first, second, names): # means of both sets, (n_features,) each
-    first, second = mean_activation(first), mean_activation(second)
-    if len(first) != len(second): raise ValueError(f'{names[0]} has {len(first)} features, {names[1]} {len(second)}: they must be the same')
+    first = mean_activation(first)
+    second = mean_activation(second)
+    if len(first) != len(second):
+        raise ValueError(f'{names[0]} has {len(first)} features, {names[1]} {len(second)}: they must be the same')
     return first, second
 
-def input_score(activating, # per-text maxima of the sentences that fit, (n_features, n_texts); NaN: a text that could not be made
+def input_score(activating, # per-text maxima of the sentences that fit, (n_features, n_texts); NaN: a text not made
                 neutral # of the sentences that do not
                ) -> np.ndarray: # 1. or 0. per feature; NaN where either set is empty
-    "Eq. 13-15: is the mean over the activating texts strictly larger?"
+    "Return whether the mean over the activating texts is strictly larger (Eq. 13-15)"
     fitting, other = _pair_of_means(activating, neutral, ('activating', 'neutral'))
-    return np.where(np.isnan(fitting) | np.isnan(other), np.nan, (fitting > other).astype(float))
+    unknown = np.isnan(fitting) | np.isnan(other)
+    return np.where(unknown, np.nan, (fitting > other).astype(float))
 
 # %% ../nbs/04_metrics.ipynb #fe9a5ba6
-def discriminative_gap(high, # per-text maxima of texts meant to activate, (n_features, n_texts); NaN: a text that could not be made
+def discriminative_gap(high, # per-text maxima of texts meant to activate, (n_features, n_texts); NaN: a text not made
                        low # of texts meant not to
                       ) -> np.ndarray: # H - L per feature; NaN where either set is empty
-    "Eq. 18; `mean_activation` of each argument is H (Eq. 16) and L (Eq. 17)"
+    "Return the gap (Eq. 18); `mean_activation` of each argument is H (Eq. 16) and L (Eq. 17)"
     H, L = _pair_of_means(high, low, ('high', 'low'))
     return H - L
 
@@ -78,34 +84,47 @@ def discriminative_gap(high, # per-text maxima of texts meant to activate, (n_fe
 def output_score(chosen, # the judge's choice per feature; None or NaN: it gave none
                  true # the right one, in the same terms (a position or a letter)
                 ) -> np.ndarray: # 1. or 0. per feature; NaN where there is no choice
-    "Appendix A.2: did the judge find the texts that the feature itself had steered?"
-    chosen, true = pd.Series(list(chosen), dtype=object), pd.Series(list(true), dtype=object)
-    if len(chosen) != len(true): raise ValueError(f'{len(chosen)} choices came with {len(true)} right answers: one each')
+    "Return whether the judge found the texts that the feature itself had steered (A.2)"
+    chosen = pd.Series(list(chosen), dtype=object)
+    true = pd.Series(list(true), dtype=object)
+    if len(chosen) != len(true):
+        raise ValueError(f'{len(chosen)} choices came with {len(true)} right answers: one each')
     return np.where(chosen.isna() | true.isna(), np.nan, (chosen == true).astype(float))
 
 # %% ../nbs/04_metrics.ipynb #d2796bc0
 @functools.lru_cache(maxsize=None)
 def _any_of(words) -> re.Pattern: # matches each of the words as a whole word, in case-folded text
-    return re.compile('|'.join(rf'(?<!\w){re.escape(w.casefold())}(?!\w)' for w in words) or '(?!)')
+    return re.compile('|'.join(rf'(?<!\w){re.escape(word.casefold())}(?!\w)' for word in words) or '(?!)')
 
-def names_word(explanation:str, words, # at the feature's peaks
+def names_word(explanation:str,
+               words, # at the feature's peaks
                max_words:int=20 # of the explanation; what comes later does not count
               ) -> bool:
-    "Does the explanation name one of the words: whole word, case folded?"
-    return bool(_any_of(tuple(words)).search(' '.join(explanation.split()[:max_words]).casefold()))
+    "Return whether the explanation names one of the words: whole word, case folded"
+    counted = ' '.join(explanation.split()[:max_words])
+    return bool(_any_of(tuple(words)).search(counted.casefold()))
 
 # %% ../nbs/04_metrics.ipynb #1c1ac89f
+def _telling_words(texts, form) -> list[set]: # of each text, without those that more than a share `form` of them have
+    words = [set(re.findall(r'\w+', text)) for text in texts]
+    times = Counter(word for of_text in words for word in of_text)
+    common = {word for word, n in times.items() if n > max(1, form*len(texts))}
+    return [of_text - common for of_text in words]
+
+def _overlap(a, b) -> float: # of two sets of words
+    return len(a & b)/len(a | b) if a | b else 1.
+
 def repeats(explanations:dict, # {feature: text}; empty ones are left out
             form:float=.05 # words in more than this share of the explanations are left out
            ) -> dict: # features, distinct, shared (share of features), nearest (mean overlap with the most similar other)
-    "How often explanations are used again"
+    "Count how often explanations are used again"
     texts = [' '.join(text.casefold().split()) for text in explanations.values() if text and text.strip()]
     if len(texts) < 2: return dict(features=len(texts), distinct=len(texts), shared=np.nan, nearest=np.nan)
-    times, words = Counter(texts), [set(re.findall(r'\w+', text)) for text in texts]
-    common = {w for w, n in Counter(w for ws in words for w in ws).items() if n > max(1, form*len(words))}
-    words = [ws - common for ws in words]
-    near = [max(len(a & b)/len(a | b) if a | b else 1. for j, b in enumerate(words) if j != i) for i, a in enumerate(words)]
-    return dict(features=len(texts), distinct=len(times), shared=float(np.mean([times[t] > 1 for t in texts])), nearest=float(np.mean(near)))
+    times = Counter(texts)
+    words = _telling_words(texts, form)
+    nearest = [max(_overlap(own, other) for j, other in enumerate(words) if j != i) for i, own in enumerate(words)]
+    shared = float(np.mean([times[text] > 1 for text in texts]))
+    return dict(features=len(texts), distinct=len(times), shared=shared, nearest=float(np.mean(nearest)))
 
 # %% ../nbs/04_metrics.ipynb #38bfa626
 @dataclass
@@ -119,43 +138,58 @@ class Evaluation:
     features: list # `Feature`s: `max_act` (Eq. 12) and words of those explained, and the pool of controls (those alive)
 
 # %% ../nbs/04_metrics.ipynb #d4c65c36
+def output_features(features, # indices
+                    preset # Preset: of it `n_output` and the seed
+                   ) -> list[int]: # at most `n_output`
+    "Choose the features that get an output score; depends on the seed and the features alone"
+    distinct = sorted(set(map(int, features)), key=lambda feature: seed_for(preset.seed, 'output', feature))
+    return distinct[:preset.n_output]
+
 def _wanted(preset): return asdict(preset.text_counts)
 def usable_targets(store, features, preset): return usable_kls(store, features, preset.steering)
 
-def output_features(features, preset) -> list[int]: # at most `preset.n_output`
-    "Which features get an output score; depends on the seed and the features alone"
-    return sorted(set(map(int, features)), key=lambda f: seed_for(preset.seed, 'output', f))[:preset.n_output]
-
+# %% ../nbs/04_metrics.ipynb #1fedfe68
 _MEASURED_BY = { # fields of the preset on which values depend: all of them, those of a kind of texts, and the output score
-    'all': 'evaluation_writer text_form text_tokens text_temperature text_top_p success dtype seed', 'generative': 'n_generative',
-    'activating': 'n_activating', 'neutral': 'n_neutral',
-    'output': 'n_controls steering_prompts steering_tokens steering_temperature steering_kl steering_reference'}
+    'all': ('evaluation_writer', 'text_form', 'text_tokens', 'text_temperature', 'text_top_p', 'success', 'dtype', 'seed'),
+    'generative': ('n_generative',),
+    'activating': ('n_activating',),
+    'neutral': ('n_neutral',),
+    'output': ('n_controls', 'steering_prompts', 'steering_tokens', 'steering_temperature', 'steering_kl',
+               'steering_reference')}
 
 def _check_settings(store, preset, parts) -> dict: # field -> value, for the store
     "Raise `ValueError`, with the difference, where values of the store were measured with other settings"
     known = store.meta('measured by') or {}
-    now = json.loads(json.dumps({name: getattr(preset, name) for part in ('all', *parts) for name in _MEASURED_BY[part].split()}))
-    changes = '; '.join(f'{name}: {known[name]!r} -> {value!r}' for name, value in now.items() if known.get(name, value) != value)
-    if changes: raise ValueError(f'the store {store.path} was evaluated with other settings ({changes}): use another store')
+    now = {name: getattr(preset, name) for part in ('all', *parts) for name in _MEASURED_BY[part]}
+    now = json.loads(json.dumps(now)) # as the store has them
+    changes = [f'{name}: {known[name]!r} -> {value!r}' for name, value in now.items() if known.get(name, value) != value]
+    if changes:
+        raise ValueError(f'the store {store.path} was evaluated with other settings ({"; ".join(changes)}): use another store')
     return known | now
 
-def _keep_explanations(store, explanations): # stored; raises `ValueError` where the store has another one
+def _keep_explanations(store, explanations) -> None:
+    "Store explanations; raise `ValueError` where the store has another one of the same feature and stage"
     for row in store.explanations(list(explanations)).itertuples():
         new = explanations[row.stage].get(row.feature)
         if row.k == 0 and new is not None and new != row.text:
-            raise ValueError(f'the store has another explanation of feature {row.feature} at stage {row.stage}: {row.text!r}, not {new!r}; what was measured '
-                             'stays: give the stage another name (for a file on the command line: rename it, or choose another --name)')
+            raise ValueError(f'the store has another explanation of feature {row.feature} at stage {row.stage}: '
+                             f'{row.text!r}, not {new!r}; what was measured stays: give the stage another name '
+                             '(for a file on the command line: rename it, or choose another --name)')
     store.put_explanations([(stage, f, 0, text) for stage, texts in explanations.items() for f, text in texts.items()])
 
 # %% ../nbs/04_metrics.ipynb #a7039fc3
-def _naming_values(stage, texts, words) -> list[tuple]: # rows of `names_word` and `names_other`, where words at the peaks are known
-    words, rows = {f: w for f, w in words.items() if w}, []
-    some = list(words)[::-(-len(words)//300) or 1] # other features, for chance
-    for f in (f for f in texts if f in words):
-        said = texts[f].strip()
-        others = [names_word(said, words[g]) for g in some if g != f]
-        rows += [(stage, f, 'names_word', float(names_word(said, words[f])) if said else np.nan),
-                 (stage, f, 'names_other', float(np.mean(others)) if said and others else np.nan)]
+def _naming_values(stage, texts, words) -> list[tuple]: # rows of `names_word` and `names_other`
+    words = {feature: of_feature for feature, of_feature in words.items() if of_feature}
+    others = list(words)[::max(1, math.ceil(len(words)/300))] # some features, for chance
+    rows = []
+    for feature, text in texts.items():
+        if feature not in words: continue
+        own = other = np.nan
+        if text.strip():
+            own = float(names_word(text, words[feature]))
+            by_chance = [names_word(text, words[one]) for one in others if one != feature]
+            if by_chance: other = float(np.mean(by_chance))
+        rows += [(stage, feature, 'names_word', own), (stage, feature, 'names_other', other)]
     return rows
 
 # %% ../nbs/04_metrics.ipynb #f2f452c6
@@ -179,6 +213,22 @@ def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple
         missed = float(len(preset.steering_kl) - len(usable[f]))
         if f in texts: rows += [(stage, f, 'output', verdicts.get(f, np.nan)), (stage, f, 'missed_kl', missed)]
     return rows + _naming_values(stage, texts, {f.id.index: f.words for f in run.features})
+
+# %% ../nbs/04_metrics.ipynb #c0536732
+def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values into the store, and their summary
+    wanted = {*metrics, 'empty', *(FAILURES[name] for name in metrics if name in FAILURES)}
+    rows = [row for stage in explanations for row in feature_values(run, stage, explanations, with_output)]
+    rows = [row for row in rows if row[2] in wanted]
+    if with_output:
+        controls = run.store.judgements('control')
+        values = output_score(controls['choice'], controls['true'])
+        rows += [('control', feature, 'output', value) for feature, value in zip(controls['feature'], values)]
+    run.store.put_metrics(rows)
+    asked = explanations | {'control': with_output}
+    stored = run.store.metrics(list(asked))
+    own = [feature in asked[stage] for stage, feature in zip(stored['stage'], stored['feature'])]
+    stored = stored[own] # a store may hold more features than this call's
+    return summary(stored[stored['metric'].isin((*metrics, *COUNTS))], list(asked))
 
 # %% ../nbs/04_metrics.ipynb #ff8d6216
 def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
@@ -224,15 +274,3 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
         judge_controls(store, run.judge, explanations, with_output, preset, progress)
     store.note('measured by', settings)
     return _record(run, explanations, with_output, metrics)
-
-# %% ../nbs/04_metrics.ipynb #c0536732
-def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values into the store, and their summary
-    wanted = {*metrics, 'empty', *(FAILURES[name] for name in metrics if name in FAILURES)}
-    rows = [row for stage in explanations for row in feature_values(run, stage, explanations, with_output) if row[2] in wanted]
-    if with_output:
-        controls = run.store.judgements('control')
-        rows += [('control', f, 'output', value) for f, value in zip(controls.feature, output_score(controls.choice, controls.true))]
-    run.store.put_metrics(rows)
-    asked, stored = explanations | {'control': with_output}, run.store.metrics([*explanations, 'control'])
-    stored = stored[[f in asked[s] for s, f in zip(stored.stage, stored.feature)]] # a store may hold more features than this call's
-    return summary(stored[stored.metric.isin((*metrics, *COUNTS))], list(asked))
