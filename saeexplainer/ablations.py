@@ -30,7 +30,8 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
     dotted = []
     with style():
         fig = Figure(figsize=(WIDTH, 2.3))
-        for ax, metric in zip(fig.subplots(1, len(panels)), panels):
+        axes = fig.subplots(1, len(panels), squeeze=False)[0]
+        for ax, metric in zip(axes, panels):
             for j, stage in enumerate(stages):
                 x = np.arange(len(names)) + .16*(j - (len(stages) - 1)/2)
                 rows = arms[(arms['stage'] == stage) & (arms['metric'] == metric)]

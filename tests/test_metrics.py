@@ -6,9 +6,8 @@ from helpers import tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer import metrics as M, prefs
 from saeexplainer.evaluation import texts as T
 from saeexplainer.evaluation.judge import judge_locally
-from saeexplainer.evaluation.stats import bootstrap_ci
 from saeexplainer.evaluation.steering import control_features, steer
-from saeexplainer.evaluation.tables import compare, stage_table
+from saeexplainer.evaluation.tables import stage_table
 from saeexplainer.evaluation.texts import neutral_subject, verify
 from saeexplainer.metrics import Evaluation, discriminative_gap, evaluate, generative_accuracy, input_score, mean_activation, names_word, output_score
 from saeexplainer.presets import load_preset
@@ -55,25 +54,10 @@ def test_one_value_per_feature_without_warnings(recwarn):
     (lambda: generative_accuracy([[1.], [2.]], [1.]), 'feature_max must hold one value for each of the 2 features'),
     (lambda: input_score([[1.]], [[1.], [2.]]), 'activating has 1 features, neutral 2'),
     (lambda: discriminative_gap([[1.]], [[1.], [2.]]), 'high has 1 features, low 2'),
-    (lambda: output_score([0, 1], [0]), '2 choices came with 1 right answers'),
-    (lambda: bootstrap_ci([1.], level=95), 'level must lie between 0 and 1, not 95')])
+    (lambda: output_score([0, 1], [0]), '2 choices came with 1 right answers')])
 def test_bad_input_is_refused_in_one_line(call, line):
     with pytest.raises(ValueError, match=line) as e: call()
     assert '\n' not in str(e.value)
-
-
-def test_bootstrap_in_pieces_is_the_bootstrap():
-    values = np.random.default_rng(0).normal(size=1500) # 10,000 resamples of these do not fit into one piece
-    ci = bootstrap_ci(values)
-    half = 1.96*values.std()/len(values)**.5
-    assert abs(ci.mean - ci.low - half) < .1*half and abs(ci.high - ci.mean - half) < .1*half
-    gaps = bootstrap_ci([*values, nan, nan])
-    assert tuple(gaps) == tuple(ci) and (gaps.mean, gaps.n, gaps.missing) == (ci.mean, 1500, 2)
-
-
-def test_bootstrap_of_constants_and_of_nothing():
-    assert tuple(bootstrap_ci([.5]*9)) == (.5, .5) and tuple(bootstrap_ci([3])) == (3., 3.)
-    assert all(map(math.isnan, bootstrap_ci([nan, nan]))) and bootstrap_ci([nan, nan]).missing == 2
 
 
 @pytest.mark.parametrize('explanation, words, named', [
@@ -406,9 +390,3 @@ def test_an_overlong_text_is_counted_and_the_others_are_measured(machine, store)
     assert table.loc[('label', 'generative'), 'failures'] == 3 and table.loc[('label', 'gap'), 'failures'] == 3 and table.loc[('label', 'gap'), 'n'] == 3
     found, = verify(machine.target, writer, [(3, 'rain')], load_preset('smollm2-135m', **PRESET, evaluation_writer='capable'), 2)
     assert found.texts == [long, 'a cat 1'] and np.isnan(found.scores).tolist() == [True, False] and found.best == 1
-
-
-def test_comparisons_are_over_features_with_both_values():
-    rows = [('a', 1, 'gap', 1.), ('a', 2, 'gap', nan), ('a', 3, 'gap', 2.), ('b', 1, 'gap', 3.), ('b', 2, 'gap', 9.), ('b', 3, 'gap', 4.)]
-    table = compare(pd.DataFrame(rows, columns=['stage', 'feature', 'metric', 'value']), [('b', 'a')])
-    assert table.loc[('b', 'a', 'gap'), ['n', 'difference', 'low', 'high']].tolist() == [2, 2, 2, 2]
