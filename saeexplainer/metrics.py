@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminative_gap', 'output_score', 'names_word', 'repeats',
-           'Evaluation', 'output_features', 'usable_targets', 'feature_values', 'evaluate', 'bootstrap_ci']
+           'Evaluation', 'output_features', 'feature_values', 'evaluate', 'bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #760d832d
 import functools, json, math, re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
 # %% ../nbs/04_metrics.ipynb #4e722492
 from .evaluation.judge import judge, judge_controls
-from .evaluation.steering import steer, usable_targets as usable_kls
+from .evaluation.steering import steer, usable_targets
 from .evaluation.tables import COUNTS, FAILURES, METRICS, summary
 from saeexplainer.evaluation.texts import (
-    KINDS, max_acts, score_texts, whole_characters as _whole_characters, write_evaluation_texts,
+    KINDS, max_acts, score_texts, whole_characters, write_evaluation_texts,
 )
 from .lm.sampling import seed_for
 from .evaluation.stats import bootstrap_ci
@@ -151,9 +151,6 @@ def output_features(features, # indices
     distinct = sorted(set(map(int, features)), key=lambda feature: seed_for(preset.seed, 'output', feature))
     return distinct[:preset.n_output]
 
-def _wanted(preset): return asdict(preset.text_counts)
-def usable_targets(store, features, preset): return usable_kls(store, features, preset.steering)
-
 # %% ../nbs/04_metrics.ipynb #1fedfe68
 _MEASURED_BY = { # fields of the preset on which values depend: all, those of a kind of texts, the output score
     'all': ('evaluation_writer', 'text_form', 'text_tokens', 'text_temperature', 'text_top_p', 'success', 'dtype',
@@ -201,26 +198,49 @@ def _naming_values(stage, texts, words) -> list[tuple]: # rows of `names_word` a
     return rows
 
 # %% ../nbs/04_metrics.ipynb #f2f452c6
-def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple]: # rows of the table `metrics`
-    "Every metric and failure count of every feature of a stage, from what the store holds"
-    store, preset, texts = run.store, run.preset, explanations[stage]
-    features, n = list(texts), _wanted(preset)
-    known = {f.id.index: f.max_act for f in run.features}
-    acts = {kind: max_acts(store, stage, kind, features, n[kind]) for kind in KINDS}
-    values = {'generative': generative_accuracy(acts['generative'], [known[f] for f in features], preset.success),
-              'input': input_score(acts['activating'], acts['neutral']), 'high': mean_activation(acts['activating']),
-              'low': mean_activation(acts['neutral']), 'gap': discriminative_gap(acts['activating'], acts['neutral'])}
-    said = np.array([bool(texts[f].strip()) for f in features], bool)
-    counts = {'unparsed_generative': np.isnan(acts['generative']).sum(1)*said, 'empty': ~said,
-              'unparsed_contrast': (np.isnan(acts['activating']).sum(1) + np.isnan(acts['neutral']).sum(1))*said}
-    rows = [(stage, f, name, float(v)) for name, column in (values | counts).items() for f, v in zip(features, column)]
+def _metric_columns(acts, feature_max, success) -> dict: # metric -> a value for each feature
+    high = acts['activating']
+    low = acts['neutral']
+    return {'generative': generative_accuracy(acts['generative'], feature_max, success),
+            'input': input_score(high, low),
+            'high': mean_activation(high),
+            'low': mean_activation(low),
+            'gap': discriminative_gap(high, low)}
+
+def _count_columns(acts, explained) -> dict: # count -> a value for each feature; of an empty explanation no text failed
+    unmade = {kind: np.isnan(values).sum(1)*explained for kind, values in acts.items()}
+    return {'unparsed_generative': unmade['generative'],
+            'empty': ~explained,
+            'unparsed_contrast': unmade['activating'] + unmade['neutral']}
+
+def _output_rows(store, stage, features, with_output, how) -> list[tuple]: # rows of `output` and `missed_kl`
     judged = store.judgements(stage)
-    verdicts = dict(zip(judged.feature, output_score(judged.choice, judged.true)))
-    usable = usable_targets(store, with_output, preset)
-    for f in with_output:
-        missed = float(len(preset.steering_kl) - len(usable[f]))
-        if f in texts: rows += [(stage, f, 'output', verdicts.get(f, np.nan)), (stage, f, 'missed_kl', missed)]
-    return rows + _naming_values(stage, texts, {f.id.index: f.words for f in run.features})
+    verdicts = dict(zip(judged['feature'], output_score(judged['choice'], judged['true'])))
+    usable = usable_targets(store, with_output, how)
+    rows = []
+    for feature in with_output:
+        if feature not in features: continue
+        missed = float(len(how.kl) - len(usable[feature]))
+        rows += [(stage, feature, 'output', verdicts.get(feature, np.nan)), (stage, feature, 'missed_kl', missed)]
+    return rows
+
+def feature_values(run:Evaluation,
+                   stage:str,
+                   explanations:dict, # {stage: {feature: text}}
+                   with_output # features that get an output score
+                  ) -> list[tuple]: # rows of the table `metrics`
+    "Return every metric and failure count of every feature of a stage, from what the store holds"
+    texts = explanations[stage]
+    features = list(texts)
+    known = {feature.id.index: feature for feature in run.features}
+    counts = run.preset.text_counts
+    acts = {kind: max_acts(run.store, stage, kind, features, getattr(counts, kind)) for kind in KINDS}
+    explained = np.array([bool(texts[f].strip()) for f in features], bool)
+    columns = _metric_columns(acts, [known[f].max_act for f in features], run.preset.success)
+    columns |= _count_columns(acts, explained)
+    rows = [(stage, f, name, float(value)) for name, column in columns.items() for f, value in zip(features, column)]
+    rows += _output_rows(run.store, stage, texts, with_output, run.preset.steering)
+    return rows + _naming_values(stage, texts, {index: feature.words for index, feature in known.items()})
 
 # %% ../nbs/04_metrics.ipynb #c0536732
 def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values into the store, and their summary
@@ -239,46 +259,63 @@ def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values i
     return summary(stored[stored['metric'].isin((*metrics, *COUNTS))], list(asked))
 
 # %% ../nbs/04_metrics.ipynb #ff8d6216
+def _is_index(feature) -> bool:
+    try: return not isinstance(feature, (bool, np.bool_)) and int(feature) == float(feature)
+    except (TypeError, ValueError): return False
+
 def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
-    "Explanations of a stage; raises `ValueError` for what is no index, and for two names of one feature"
+    "Return explanations of a stage by index; raise `ValueError` for what is no index, and for two names of one feature"
     found = {}
     for feature, text in texts.items():
-        try: whole = not isinstance(feature, (bool, np.bool_)) and int(feature) == float(feature)
-        except (TypeError, ValueError): whole = False
-        if not whole: raise ValueError(f'{stage}: {feature!r} is no feature: explanations are named by the index of their feature')
-        if int(feature) in found: raise ValueError(f'{stage}: feature {int(feature)} is explained twice: keep one explanation of each feature')
+        if not _is_index(feature):
+            raise ValueError(f'{stage}: {feature!r} is no feature: '
+                             'explanations are named by the index of their feature')
+        index = int(feature)
+        if index in found:
+            raise ValueError(f'{stage}: feature {index} is explained twice: keep one explanation of each feature')
         if text is None or text != text: text = '' # as pandas has missing ones
-        if not isinstance(text, str): raise ValueError(f'{stage}: the explanation of feature {int(feature)} is {text!r}, not text')
-        found[int(feature)] = _whole_characters(text)
+        if not isinstance(text, str):
+            raise ValueError(f'{stage}: the explanation of feature {index} is {text!r}, not text')
+        found[index] = whole_characters(text)
     return found
+
+def _kinds_for(metrics) -> list[str]: # kinds of texts
+    generative = {'generative', 'output'} & set(metrics) # the judge's controls are generative texts
+    contrast = {'input', 'high', 'low', 'gap'} & set(metrics)
+    return (['generative'] if generative else []) + (['activating', 'neutral'] if contrast else [])
+
+def _judge_output(run, explanations, with_output, progress) -> None: # steered texts and verdicts into the store
+    alive = [feature.id.index for feature in run.features if feature.max_act and feature.max_act > 0]
+    steer(run.store, run.target, with_output, run.preset, alive, progress)
+    judged = {stage: {f: texts[f] for f in with_output if f in texts} for stage, texts in explanations.items()}
+    judge(run.store, run.judge, judged, run.preset, progress)
+    judge_controls(run.store, run.judge, explanations, with_output, run.preset, progress)
 
 def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute
              progress:bool=True
             ) -> pd.DataFrame: # `summary`: n, mean, interval and failures for each (stage, metric)
-    "Measures explanations, from whatever method: writes texts, reads the target, steers, judges; resumable"
-    unknown = set(metrics) - set(METRICS)
-    if unknown: raise ValueError(f'unknown metric {sorted(unknown)[0]!r}: choose from {", ".join(METRICS)}')
-    if 'control' in explanations: raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
+    """Measure explanations, from whatever method; what is stored is not made again.
+
+    Raise `ValueError` for a metric or a feature that is not known, and where the store holds values of another kind.
+    """
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        raise ValueError(f'unknown metric {unknown[0]!r}: choose from {", ".join(METRICS)}')
+    if 'control' in explanations:
+        raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
     if hasattr(run, 'evaluation'): run = run.evaluation()
     explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}
-    features = list(dict.fromkeys(f for texts in explanations.values() for f in texts))
-    known = {f.id.index for f in run.features}
-    if lost := [f for f in features if f not in known]:
+    features = list(dict.fromkeys(feature for texts in explanations.values() for feature in texts))
+    known = {feature.id.index for feature in run.features}
+    if lost := [feature for feature in features if feature not in known]:
         raise ValueError(f"feature {lost[0]} is explained, but it is not among the run's features")
-    store, preset = run.store, run.preset
-    kinds = [*(['generative'] if {'generative', 'output'} & set(metrics) else []), *(['activating', 'neutral'] if {'input', 'high', 'low', 'gap'} & set(metrics) else [])] # the judge's controls are generative texts
-    settings = _check_settings(store, preset, [*kinds, *(['output'] if 'output' in metrics else [])])
-    _keep_explanations(store, explanations)
-    write_evaluation_texts(store, run.writer, explanations, preset, progress, kinds)
-    score_texts(store, run.target, preset, explanations, progress)
-    with_output = output_features(features, preset) if 'output' in metrics else []
-    if with_output:
-        alive = [f.id.index for f in run.features if f.max_act and f.max_act > 0]
-        steer(store, run.target, with_output, preset, alive, progress)
-        judged = {stage: {f: texts[f] for f in with_output if f in texts} for stage, texts in explanations.items()}
-        judge(store, run.judge, judged, preset, progress)
-        judge_controls(store, run.judge, explanations, with_output, preset, progress)
-    store.note('measured by', settings)
+    kinds = _kinds_for(metrics)
+    with_output = output_features(features, run.preset) if 'output' in metrics else []
+    settings = _check_settings(run.store, run.preset, [*kinds, 'output'] if 'output' in metrics else kinds)
+    _keep_explanations(run.store, explanations)
+    write_evaluation_texts(run.store, run.writer, explanations, run.preset, progress, kinds)
+    score_texts(run.store, run.target, run.preset, explanations, progress)
+    if with_output: _judge_output(run, explanations, with_output, progress)
+    run.store.note('measured by', settings)
     return _record(run, explanations, with_output, metrics)
