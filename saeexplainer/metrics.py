@@ -10,6 +10,7 @@ __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminat
 import functools, json, math, re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 import numpy as np
 import pandas as pd
 
@@ -21,6 +22,9 @@ from saeexplainer.evaluation.texts import (
     KINDS, max_acts, score_texts, whole_characters, write_evaluation_texts,
 )
 from .lm.sampling import seed_for
+from .presets import Preset
+from .replies import Writer
+from .store import RunStore
 from .evaluation.stats import bootstrap_ci
 
 # %% ../nbs/04_metrics.ipynb #4c2d371b
@@ -92,7 +96,7 @@ def output_score(chosen, # the judge's choice per feature; None or NaN: it gave 
     return np.where(chosen.isna() | true.isna(), np.nan, (chosen == true).astype(float))
 
 # %% ../nbs/04_metrics.ipynb #d2796bc0
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _any_of(words) -> re.Pattern: # matches each of the words as a whole word, in case-folded text
     return re.compile('|'.join(rf'(?<!\w){re.escape(word.casefold())}(?!\w)' for word in words) or '(?!)')
 
@@ -136,11 +140,11 @@ def repeats(explanations:dict, # {feature: text}; empty ones are left out
 @dataclass
 class Evaluation:
     "The parts that `evaluate` works with"
-    store: object # RunStore: texts, scores, steering, judgements and metrics are kept here, and never made twice
-    target: object # Target
-    writer: object # Writer of the evaluation texts
-    judge: object # Writer that judges; a LocalWriter where the preset's `evaluation_writer` is 'local'
-    preset: object # Preset
+    store: RunStore # keeps texts, scores, steering, judgements and metrics; nothing in it is made twice
+    target: Any # Target
+    writer: Writer # of the evaluation texts
+    judge: Writer # a LocalWriter where the preset's `evaluation_writer` is 'local'
+    preset: Preset
     features: list # `Feature`s: `max_act` (Eq. 12) and words of those explained, and the pool of controls (those alive)
 
 # %% ../nbs/04_metrics.ipynb #d4c65c36
@@ -258,7 +262,7 @@ def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values i
     stored = stored[own] # a store may hold more features than this call's
     return summary(stored[stored['metric'].isin((*metrics, *COUNTS))], list(asked))
 
-# %% ../nbs/04_metrics.ipynb #ff8d6216
+# %% ../nbs/04_metrics.ipynb #f2a8167e
 def _is_index(feature) -> bool:
     try: return not isinstance(feature, (bool, np.bool_)) and int(feature) == float(feature)
     except (TypeError, ValueError): return False
@@ -291,6 +295,7 @@ def _judge_output(run, explanations, with_output, progress) -> None: # steered t
     judge(run.store, run.judge, judged, run.preset, progress)
     judge_controls(run.store, run.judge, explanations, with_output, run.preset, progress)
 
+# %% ../nbs/04_metrics.ipynb #ff8d6216
 def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute

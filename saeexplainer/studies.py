@@ -125,11 +125,11 @@ def collect_screening(run, # `Run`
     write_json(made, out/'screening.json')
 
 # %% ../nbs/parts/studies.ipynb #86b1446e
-SMALLER = dict(n_pref=150, n_test=100, n_output=100, dpo_rounds=1, # than the recorded run
+SMALLER: dict = dict(n_pref=150, n_test=100, n_output=100, dpo_rounds=1, # than the recorded run
                baselines=(), baseline_labels=())
 LAYERS = (3, 9, 15, 21, 27)
 
-ARMS = { # what each changes
+ARMS: dict[str, dict] = { # what each changes
     'pool-2': dict(n_candidates=2),
     'pool-6': dict(n_candidates=6),
     'pool-10': dict(n_candidates=10),
@@ -155,7 +155,8 @@ def run_arms(names=ARMS, # of arms
     "Do what is left of the arms, one after another"
     for name in names:
         say(f'{name}:')
-        with Run(Path(root)/name, arm_preset(name, root), like=like and Path(root)/like) as run: execute(run, say)
+        taken_over = Path(root)/like if like else None
+        with Run(Path(root)/name, arm_preset(name, root), like=taken_over) as run: execute(run, say)
 
 # %% ../nbs/parts/studies.ipynb #685dcad0
 ARM_COLUMNS = ['arm', 'stage', 'feature', 'metric', 'value']

@@ -12,7 +12,9 @@ from saeexplainer.files import read_json, read_table, write_json, write_table
 from saeexplainer.plots import PANELS
 from saeexplainer.presets import load_preset
 from saeexplainer.store import RunStore
-from saeexplainer.studies import ARMS, VARIANTS, Explained, arm_preset, collect_arms, collect_screening, run_arms, screen, screen_row
+from saeexplainer.studies import (
+    ARMS, VARIANTS, Explained, arm_preset, collect_arms, collect_screening, run_arms, screen, screen_row,
+)
 
 
 # screening
@@ -28,7 +30,8 @@ def run(tmp_path):
         folder.mkdir(parents=True)
         write_json(dict(changes='', held_out=[7], samples=3, n=6), folder/'screen.json')
         write_table(pd.DataFrame([dict(vars(RAIN), score=.5, reached=1)]), folder/'screen.parquet')
-        yield SimpleNamespace(folder=tmp_path, store=store, preset=load_preset('smollm2-135m'), trained=lambda stage: tmp_path/stage)
+        yield SimpleNamespace(folder=tmp_path, store=store, preset=load_preset('smollm2-135m'),
+                              trained=lambda stage: tmp_path/stage)
 
 
 def test_the_score_is_a_share_of_the_strongest_activation():
@@ -51,9 +54,11 @@ def test_a_finished_screening_is_read_back(run):
     assert screen(run, 'sft', run.preset, [7])['score'].tolist() == [.5]
 
 
-@pytest.mark.parametrize('changed, line', [(dict(n=2), 'n: 6 there, 2 here'), (dict(samples=1), 'samples: 3 there, 1 here')])
+@pytest.mark.parametrize('changed, line', [
+    (dict(n=2), 'n: 6 there, 2 here'), (dict(samples=1), 'samples: 3 there, 1 here')])
 def test_a_screening_with_other_settings_is_refused(run, changed, line):
-    with pytest.raises(ValueError, match=f'holds another screening .{line}'): screen(run, 'sft', run.preset, [7], **changed)
+    with pytest.raises(ValueError, match=f'holds another screening .{line}'):
+        screen(run, 'sft', run.preset, [7], **changed)
 
 
 def test_a_screening_of_another_variant_is_refused(run):
@@ -75,7 +80,8 @@ def test_variants_are_presets():
 
 
 def test_a_variant_is_compared_on_the_features_that_both_have():
-    def rows(*scores): return pd.DataFrame([(f, 0, 'a b', s) for f, s in enumerate(scores)], columns=['feature', 'k', 'text', 'score'])
+    def rows(*scores):
+        return pd.DataFrame([dict(feature=f, k=0, text='a b', score=score) for f, score in enumerate(scores)])
     table = screen_table({'sft': rows(.1, .2, np.nan), 'fast': rows(.2, .3, .9)})
     assert table.loc['fast', 'greedy - sft'] == pytest.approx(10)
 
@@ -89,9 +95,11 @@ def reports(tmp_path):
         folder = tmp_path/name/'report'
         folder.mkdir(parents=True)
         write_json(dict(preset='smollm2-135m', seed=i), folder/'provenance.json')
-        write_table(pd.DataFrame([('sft', 7, 'gap', float(i))], columns=['stage', 'feature', 'metric', 'value']), folder/'metrics.parquet')
-        pairs = [(1, 7, 4., 2., None), (1, 8, 8., 2., None), (1, 9, None, None, 'low_spread')]
-        write_table(pd.DataFrame(pairs, columns=['round', 'feature', 'chosen_score', 'rejected_score', 'dropped']), folder/'pairs.parquet')
+        metrics = pd.DataFrame([dict(stage='sft', feature=7, metric='gap', value=float(i))])
+        write_table(metrics, folder/'metrics.parquet')
+        pairs = pd.DataFrame([(1, 7, 4., 2., None), (1, 8, 8., 2., None), (1, 9, None, None, 'low_spread')],
+                             columns=['round', 'feature', 'chosen_score', 'rejected_score', 'dropped'])
+        write_table(pairs, folder/'pairs.parquet')
     return tmp_path
 
 

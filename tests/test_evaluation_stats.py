@@ -92,13 +92,15 @@ def test_a_stage_that_lacks_a_metric_is_not_compared():
 
 
 def test_the_summary_counts_failures_of_its_metric():
-    rows = metrics_of(('a', 1, 'gap', 1.), ('a', 2, 'gap', nan), ('a', 2, 'unparsed_contrast', 4.), ('a', 1, 'empty', 0.), ('a', 2, 'empty', 1.))
+    rows = metrics_of(('a', 1, 'gap', 1.), ('a', 2, 'gap', nan), ('a', 2, 'unparsed_contrast', 4.),
+                      ('a', 1, 'empty', 0.), ('a', 2, 'empty', 1.))
     assert summary(rows).loc[('a', 'gap'), ['n', 'unavailable', 'failures', 'empty']].tolist() == [1, 1, 4, 1]
 
 
 def test_the_summary_keeps_the_order_that_is_asked_for():
     rows = metrics_of(*[(stage, 1, metric, 1.) for stage in 'ab' for metric in ('gap', 'generative')])
-    assert summary(rows, ['b', 'a']).index.tolist() == [('b', 'generative'), ('b', 'gap'), ('a', 'generative'), ('a', 'gap')]
+    index = summary(rows, ['b', 'a']).index.tolist()
+    assert index == [('b', 'generative'), ('b', 'gap'), ('a', 'generative'), ('a', 'gap')]
 
 
 def test_a_summary_of_nothing_has_its_columns():
@@ -115,7 +117,8 @@ def test_shares_are_shown_in_per_cent_and_activations_as_they_are():
 
 
 def test_writers_agree_with_themselves():
-    rows = metrics_of(*[(stage, f, metric, f + 10.*(stage == 'b')) for stage in 'ab' for f in range(4) for metric in METRICS])
+    rows = metrics_of(*[(stage, feature, metric, feature + 10.*(stage == 'b')) for stage in 'ab'
+                        for feature in range(4) for metric in METRICS])
     table = agreement(rows, rows, ['a', 'b'])
     assert list(table.index) == list(METRICS)
     assert (table[['values', 'within', 'same_order', 'pairs']] == [8, 1., 1, 1]).all(axis=None)

@@ -43,10 +43,10 @@ def judge_prompt(explanation:str,
                  sets # lists of texts, in the order of their letters
                 ) -> str: # prompt E.5
     "Return what a capable judge is asked"
-    *first, last = LETTERS[:len(sets)]
-    shown = [f'Set {letter}:\n' + '\n'.join(map(_bullet, texts)) for letter, texts in zip(LETTERS, sets)]
+    letters = LETTERS[:len(sets)]
+    shown = [f'Set {letter}:\n' + '\n'.join(map(_bullet, texts)) for letter, texts in zip(letters, sets)]
     return JUDGE.format(explanation=explanation.strip(), n=len(sets), sets='\n\n'.join(shown),
-                        letters=', '.join(first) + f' or {last}')
+                        letters=', '.join(letters[:-1]) + f' or {letters[-1]}')
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #a2e8869b
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def verdicts_by_letter(writer, # Writer that can answer prompt E.5
                        **how # total, progress
                       ): # yields (Shown, Verdict)
     "Ask a capable judge for the letter of a set"
-    letters = LETTERS[:n]
+    letters = list(LETTERS[:n])
     asked = ((shown, Request(judge_prompt(shown.case.claim.text, shown.sets), 64, temperature=0., seed=shown.seed))
              for shown in cases)
-    for shown, reply in answers(writer, asked, choices=list(letters), stage='judge', **how):
+    for shown, reply in answers(writer, asked, choices=letters, stage='judge', **how):
         letter = (reply.text or '').strip()
-        yield shown, Verdict(letters.index(letter) if letter and letter in letters else None)
+        yield shown, Verdict(letters.index(letter) if letter in letters else None)
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #ea98342d
 OVERHEARD = '{texts}\nThese texts have something in common:'

@@ -70,8 +70,8 @@ def calibrate(store, # RunStore
     todo = [search for search in searches if search.key in missing]
     found = {(row.steered, row.kl_target): row for row in store.steering().itertuples()}
     with progress_bar(len(todo), 'steering: KL searches', progress) as bar:
-        for (_, _, steered), group in itertools.groupby(todo, lambda s: (s.feature, s.control, s.steered)):
-            group = list(group)
+        for (_, _, steered), together in itertools.groupby(todo, lambda s: (s.feature, s.control, s.steered)):
+            group = list(together)
             new = [search.kl_target for search in group if (steered, search.kl_target) not in found]
             values = target.steering_values(steered, new, how.prompts, reference=how.reference) if new else []
             found |= {(steered, kl): value for kl, value in zip(new, values)}
@@ -91,8 +91,11 @@ def usable_targets(store, # RunStore
     "Return the KL targets on which a feature's sets can be compared; a search still to be made counts as missed"
     rows = store.steering([int(feature) for feature in features])
     reached = {(row.feature, row.control, row.kl_target) for row in rows.itertuples() if row.reached}
-    def usable(feature, kl): return all((feature, control, kl) in reached for control in range(how.n_controls + 1))
-    return {int(feature): [kl for kl in how.kl if usable(int(feature), kl)] for feature in features}
+    controls = range(how.n_controls + 1)
+    usable = {}
+    for feature in map(int, features):
+        usable[feature] = [kl for kl in how.kl if all((feature, control, kl) in reached for control in controls)]
+    return usable
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #9009d5a6
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def summary(metrics, # columns stage, feature, metric, value
 def stage_table(table # `summary`
                ) -> pd.DataFrame: # one row per stage, 'mean [low, high]' as text; shares in per cent
     "Return a summary as a table to read"
-    cells = {}
+    cells: dict[str, dict] = {}
     for (stage, name), row in table.iterrows():
         scale, digits = (1, 2) if name in ACTIVATIONS else (100, 1)
         mean, low, high = (f'{scale*row[column]:.{digits}f}' for column in ('mean', 'low', 'high'))
@@ -108,7 +108,7 @@ def agreement(first, # of either writer, with columns stage, feature, metric, va
              ) -> pd.DataFrame: # one row for each metric
     """Return how far two measurements of the same explanations agree.
 
-    Columns: how many values both have; mean rank correlation within a stage; pairs of stages in the same order; pairs in all.
+    Columns: values that both have; mean rank correlation within a stage; pairs of stages in the same order, and in all.
     """
     both = first.merge(second, on=['stage', 'feature', 'metric'], suffixes=('_1', '_2')).dropna()
     both = both[both['stage'].isin(list(stages))]
@@ -137,7 +137,7 @@ def _score_by_feature(rows) -> dict: # of `screen`: mean score of each feature, 
 
 def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
                 ) -> pd.DataFrame: # one row for each variant
-    "Return scores in per cent of the strongest known activation, and their difference to SFT, paired, with interval and p"
+    "Return scores in per cent of the strongest known activation, and paired differences to SFT"
     scores = {variant: _score_by_feature(rows) for variant, rows in screened.items()}
     table = {}
     for variant, parts in scores.items():

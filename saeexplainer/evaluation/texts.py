@@ -89,7 +89,7 @@ class Claim:
 def claims_of(explanations:dict # {stage: {feature: text}}
              ) -> list[Claim]: # in the order in which they first appear
     "Return each distinct claim once; empty explanations are left out"
-    stages = {} # (feature, text) -> stages
+    stages: dict[tuple, list] = {} # (feature, text) -> stages
     for stage, texts in explanations.items():
         for feature, text in texts.items():
             if text and text.strip():
@@ -186,7 +186,7 @@ def stored_texts(store, # RunStore
                 ) -> dict[TextKey, StoredText]:
     "Return the texts that a store has, by what they were written from"
     explanation = explanation_by_stage(store, claims)
-    found = {}
+    found: dict[TextKey, StoredText] = {}
     for row in store.texts(kind=KINDS).itertuples(index=False):
         if (row.stage, row.feature) not in explanation: continue
         key = TextKey(row.feature, explanation[row.stage, row.feature], Place(row.kind, row.j))
@@ -249,8 +249,8 @@ def write_evaluation_texts(store, # RunStore
         sizes = how.sizes(together)
         store.put_texts(copied_rows(claims, places, stored))
         asked = missing_requests(how, claims, places, stored)
-        how_counted = dict(stage=f'evaluate: {", ".join(together)}', total=len(asked))
-        replies = answers(writer, [(one, one.request) for one in asked], sizes, progress=progress, **how_counted)
+        replies = answers(writer, [(one, one.request) for one in asked], sizes, len(asked),
+                          stage=f'evaluate: {", ".join(together)}', progress=progress)
         for one, reply in replies:
             texts = zip(one.places, texts_at(reply, one.places, sizes))
             store.put_texts([_row(stage, one.claim.feature, place, text, error)
