@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminative_gap', 'output_score', 'names_word', 'repeats',
-           'Evaluation', 'output_features', 'feature_values', 'evaluate', 'bootstrap_ci']
+           'Evaluation', 'output_features', 'MetricValue', 'feature_values', 'evaluate', 'bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #760d832d
 import functools, json, math, re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
@@ -103,7 +103,7 @@ def _any_of(words) -> re.Pattern: # matches each of the words as a whole word, i
 def names_word(explanation:str,
                words, # at the feature's peaks
                max_words:int=20 # of the explanation; what comes later does not count
-              ) -> bool:
+              ) -> bool: # False where no words are known
     "Return whether the explanation names one of the words: whole word, case folded"
     counted = ' '.join(explanation.split()[:max_words])
     return bool(_any_of(tuple(words)).search(counted.casefold()))
@@ -187,7 +187,14 @@ def _keep_explanations(store, explanations) -> None:
     store.put_explanations([(stage, f, 0, text) for stage, texts in explanations.items() for f, text in texts.items()])
 
 # %% ../nbs/04_metrics.ipynb #a7039fc3
-def _naming_values(stage, texts, words) -> list[tuple]: # rows of `names_word` and `names_other`
+class MetricValue(NamedTuple):
+    "A row of the table `metrics`"
+    stage: str
+    feature: int
+    metric: str # or a count of failures
+    value: float # NaN: unavailable
+
+def _naming_values(stage, texts, words) -> list[MetricValue]: # of `names_word` and `names_other`
     words = {feature: of_feature for feature, of_feature in words.items() if of_feature}
     others = list(words)[::max(1, math.ceil(len(words)/300))] # some features, for chance
     rows = []
@@ -198,7 +205,8 @@ def _naming_values(stage, texts, words) -> list[tuple]: # rows of `names_word` a
             own = float(names_word(text, words[feature]))
             by_chance = [names_word(text, words[one]) for one in others if one != feature]
             if by_chance: other = float(np.mean(by_chance))
-        rows += [(stage, feature, 'names_word', own), (stage, feature, 'names_other', other)]
+        rows.append(MetricValue(stage, feature, 'names_word', own))
+        rows.append(MetricValue(stage, feature, 'names_other', other))
     return rows
 
 # %% ../nbs/04_metrics.ipynb #f2f452c6
@@ -217,7 +225,7 @@ def _count_columns(acts, explained) -> dict: # count -> a value for each feature
             'empty': ~explained,
             'unparsed_contrast': unmade['activating'] + unmade['neutral']}
 
-def _output_rows(store, stage, features, with_output, how) -> list[tuple]: # rows of `output` and `missed_kl`
+def _output_values(store, stage, features, with_output, how) -> list[MetricValue]: # of `output` and `missed_kl`
     judged = store.judgements(stage)
     verdicts = dict(zip(judged['feature'], output_score(judged['choice'], judged['true'])))
     usable = usable_targets(store, with_output, how)
@@ -225,14 +233,15 @@ def _output_rows(store, stage, features, with_output, how) -> list[tuple]: # row
     for feature in with_output:
         if feature not in features: continue
         missed = float(len(how.kl) - len(usable[feature]))
-        rows += [(stage, feature, 'output', verdicts.get(feature, np.nan)), (stage, feature, 'missed_kl', missed)]
+        rows.append(MetricValue(stage, feature, 'output', verdicts.get(feature, np.nan)))
+        rows.append(MetricValue(stage, feature, 'missed_kl', missed))
     return rows
 
 def feature_values(run:Evaluation,
                    stage:str,
                    explanations:dict, # {stage: {feature: text}}
                    with_output # features that get an output score
-                  ) -> list[tuple]: # rows of the table `metrics`
+                  ) -> list[MetricValue]: # metric by metric
     "Return every metric and failure count of every feature of a stage, from what the store holds"
     texts = explanations[stage]
     features = list(texts)
@@ -242,19 +251,25 @@ def feature_values(run:Evaluation,
     explained = np.array([bool(texts[f].strip()) for f in features], bool)
     columns = _metric_columns(acts, [known[f].max_act for f in features], run.preset.success)
     columns |= _count_columns(acts, explained)
-    rows = [(stage, f, name, float(value)) for name, column in columns.items() for f, value in zip(features, column)]
-    rows += _output_rows(run.store, stage, texts, with_output, run.preset.steering)
-    return rows + _naming_values(stage, texts, {index: feature.words for index, feature in known.items()})
+    values = []
+    for name, column in columns.items():
+        values += [MetricValue(stage, f, name, float(value)) for f, value in zip(features, column)]
+    values += _output_values(run.store, stage, texts, with_output, run.preset.steering)
+    words = {index: feature.words for index, feature in known.items()}
+    return values + _naming_values(stage, texts, words)
 
 # %% ../nbs/04_metrics.ipynb #c0536732
 def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values into the store, and their summary
-    wanted = {*metrics, 'empty', *(FAILURES[name] for name in metrics if name in FAILURES)}
-    rows = [row for stage in explanations for row in feature_values(run, stage, explanations, with_output)]
-    rows = [row for row in rows if row[2] in wanted]
+    failures = {FAILURES[name] for name in metrics if name in FAILURES}
+    wanted = {*metrics, 'empty', *failures}
+    rows = []
+    for stage in explanations:
+        values = feature_values(run, stage, explanations, with_output)
+        rows += [row for row in values if row.metric in wanted]
     if with_output:
         controls = run.store.judgements('control')
-        values = output_score(controls['choice'], controls['true'])
-        rows += [('control', feature, 'output', value) for feature, value in zip(controls['feature'], values)]
+        found = output_score(controls['choice'], controls['true'])
+        rows += [MetricValue('control', f, 'output', value) for f, value in zip(controls['feature'], found)]
     run.store.put_metrics(rows)
     asked = explanations | {'control': with_output}
     stored = run.store.metrics(list(asked))
@@ -291,7 +306,9 @@ def _kinds_for(metrics) -> list[str]: # kinds of texts
 def _judge_output(run, explanations, with_output, progress) -> None: # steered texts and verdicts into the store
     alive = [feature.id.index for feature in run.features if feature.max_act and feature.max_act > 0]
     steer(run.store, run.target, with_output, run.preset, alive, progress)
-    judged = {stage: {f: texts[f] for f in with_output if f in texts} for stage, texts in explanations.items()}
+    judged = {}
+    for stage, texts in explanations.items():
+        judged[stage] = {feature: texts[feature] for feature in with_output if feature in texts}
     judge(run.store, run.judge, judged, run.preset, progress)
     judge_controls(run.store, run.judge, explanations, with_output, run.preset, progress)
 

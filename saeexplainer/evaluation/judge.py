@@ -8,6 +8,7 @@ __all__ = ['LETTERS', 'JUDGE', 'OVERHEARD', 'judge_prompt', 'Case', 'Shown', 'Ve
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #995c78f2
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 import numpy as np
@@ -85,7 +86,7 @@ def verdicts_by_letter(writer, # Writer that can answer prompt E.5
                        cases, # iterable of `Shown`
                        n:int, # sets in each
                        **how # total, progress
-                      ): # yields (Shown, Verdict)
+                      ) -> Iterator[tuple[Shown, Verdict]]: # as they come
     "Ask a capable judge for the letter of a set"
     letters = list(LETTERS[:n])
     asked = ((shown, Request(judge_prompt(shown.case.claim.text, shown.sets), 64, temperature=0., seed=shown.seed))
@@ -186,7 +187,10 @@ def judge(store, # RunStore
 def _generative_texts(store, stage, features) -> dict: # {feature: texts that could be made, in order}
     rows = store.texts(stage, 'generative')
     made = rows[rows['error'].isna() & rows['feature'].isin(list(features))]
-    return {int(feature): group.sort_values('j')['text'].tolist() for feature, group in made.groupby('feature')}
+    texts = {}
+    for feature, group in made.groupby('feature'):
+        texts[int(feature)] = group.sort_values('j')['text'].tolist()
+    return texts
 
 def control_cases(store, # RunStore
                   explanations:dict, # {stage: {feature: text}}

@@ -115,9 +115,11 @@ class SteeredText:
 
 def _texts_to_steer(store, features, how) -> list[SteeredText]: # those that the store lacks
     usable = usable_targets(store, features, how)
-    texts = [SteeredText(row.feature, row.control, row.kl_target, prompt, row.steered, row.value)
-             for row in store.steering(list(usable)).itertuples() if row.kl_target in usable[row.feature]
-             for prompt in how.prompts]
+    texts = []
+    for row in store.steering(list(usable)).itertuples():
+        if row.kl_target not in usable[row.feature]: continue
+        texts += [SteeredText(row.feature, row.control, row.kl_target, prompt, row.steered, row.value)
+                  for prompt in how.prompts]
     missing = set(store.missing('steered_texts', [text.key for text in texts]))
     return [text for text in texts if text.key in missing]
 

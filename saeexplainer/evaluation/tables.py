@@ -85,7 +85,7 @@ def compare(metrics, # columns stage, feature, metric, value
             p=sign_flip(difference)))
     return pd.DataFrame(rows, columns=DIFFERENCES).set_index(DIFFERENCES[:3])
 
-def p_text(p:float) -> str:
+def p_text(p:float) -> str: # '-' for NaN
     "Return a p value with three decimals, or the bound that it lies below"
     if np.isnan(p): return '-'
     return '< 0.001' if p < .0005 else f'{p:.3f}'
@@ -102,8 +102,8 @@ def _in_same_order(means, one, other) -> bool: # index stage, columns value_1, v
     difference = means.loc[one] - means.loc[other]
     return bool(difference['value_1']*difference['value_2'] > 0)
 
-def agreement(first, # of either writer, with columns stage, feature, metric, value
-              second,
+def agreement(first, # rows of one writer, with columns stage, feature, metric, value
+              second, # of the other, likewise
               stages # to compare
              ) -> pd.DataFrame: # one row for each metric
     """Return how far two measurements of the same explanations agree.

@@ -12,6 +12,7 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
 # %% ../../nbs/parts/evaluation/texts.ipynb #afd98404
 import hashlib, re
 from dataclasses import dataclass, field
+from typing import Any
 import numpy as np
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #ba186d59
@@ -119,19 +120,28 @@ class TextRequests:
     single: bool # a request for each text, or one for all texts of a prompt
 
     @classmethod
-    def of(cls, preset) -> 'TextRequests':
+    def of(cls,
+           preset # Preset
+          ) -> 'TextRequests': # for all texts of an evaluation
         "Return how a preset asks its evaluation writer"
         return cls(preset.text_counts, preset.text_sampling, preset.seed, preset.one_text('evaluation_writer'))
 
-    def places(self, kinds) -> list[Place]:
+    def places(self,
+               kinds # some of `KINDS`
+              ) -> list[Place]: # kind by kind
         "Return the places of all texts of some kinds"
         return [Place(kind, j) for kind in kinds for j in range(getattr(self.counts, kind))]
 
-    def sizes(self, kinds) -> dict|None: # list name -> texts wanted; None: the reply is one plain text
+    def sizes(self,
+              kinds # that one prompt asks for
+             ) -> dict|None: # list name -> texts wanted; None: the reply is one plain text
         "Return the lists that a JSON reply must hold"
         return None if self.single else {LIST_NAMES[kind]: getattr(self.counts, kind) for kind in kinds}
 
-    def requests(self, claim:Claim, places) -> list[TextRequest]:
+    def requests(self,
+                 claim:Claim,
+                 places # those to be filled
+                ) -> list[TextRequest]: # one for each place, or one for all
         "Return what to ask, so that the places are filled"
         if not self.single:
             return [TextRequest(claim, tuple(places), self._for_all(claim, places[0].kind))]
@@ -183,7 +193,7 @@ def explanation_by_stage(store, # RunStore
 
 def stored_texts(store, # RunStore
                  claims:list[Claim]
-                ) -> dict[TextKey, StoredText]:
+                ) -> dict[TextKey, StoredText]: # those of other claims too
     "Return the texts that a store has, by what they were written from"
     explanation = explanation_by_stage(store, claims)
     found: dict[TextKey, StoredText] = {}
@@ -197,7 +207,10 @@ def stored_texts(store, # RunStore
 def _row(stage, feature, place, text, error) -> dict: # of the table `texts`
     return dict(stage=stage, feature=feature, k=0, kind=place.kind, j=place.j, text=text, error=error)
 
-def copied_rows(claims, places, stored) -> list[dict]: # rows of the table `texts`
+def copied_rows(claims:list[Claim],
+                places:list[Place],
+                stored:dict[TextKey, StoredText]
+               ) -> list[dict]: # rows of the table `texts`
     "Return texts of other stages for those that make the same claim"
     rows = []
     for claim in claims:
@@ -208,7 +221,11 @@ def copied_rows(claims, places, stored) -> list[dict]: # rows of the table `text
             rows += [_row(stage, claim.feature, place, found.text, found.error) for stage in lacking]
     return rows
 
-def missing_requests(how:TextRequests, claims, places, stored) -> list[TextRequest]:
+def missing_requests(how:TextRequests,
+                     claims:list[Claim],
+                     places:list[Place],
+                     stored:dict[TextKey, StoredText]
+                    ) -> list[TextRequest]: # claim by claim
     "Return what is to be asked, so that every claim has its texts"
     asked = []
     for claim in claims:
@@ -217,7 +234,7 @@ def missing_requests(how:TextRequests, claims, places, stored) -> list[TextReque
     return asked
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #5ede123d
-def progress_bar(total:int, description:str, shown:bool): # tqdm
+def progress_bar(total:int, description:str, shown:bool) -> Any: # a bar of tqdm
     "Return a bar with rate and time left"
     from tqdm.auto import tqdm
     return tqdm(total=total, desc=description, disable=not shown)
@@ -315,7 +332,7 @@ class Verified:
         return None if np.isnan(self.scores).all() else int(np.nanargmax(self.scores))
 
     @property
-    def made(self) -> int:
+    def made(self) -> int: # of the n texts
         "Number of texts to judge by; a text that could not be made is no miss"
         return int((~np.isnan(self.scores)).sum())
 
