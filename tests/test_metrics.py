@@ -13,7 +13,7 @@ from saeexplainer.evaluation.tables import agreement, compare, stage_table, summ
 from saeexplainer.evaluation.texts import Claim, claims_of, verify
 from saeexplainer.metrics import (
     Evaluation, discriminative_gap, evaluate, generative_accuracy, input_score, mean_activation, names_word,
-    output_score,
+    output_score, repeats,
 )
 from saeexplainer.presets import load_preset
 from saeexplainer.replies import Reply
