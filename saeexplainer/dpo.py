@@ -155,7 +155,7 @@ def train_dpo(preset, pairs, # rows of the store's `pairs` of this round
 def _settings(preset, card, rows, previous, round) -> dict: # JSON: what makes two trainings the same
     check_tensors(Path(previous)/'adapter_model.safetensors')
     names = 'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight max_length seed'.split()
-    about = {k: v for k, v in dataclasses.asdict(card).items() if k != 'versions'}
+    about = card.settings()
     return {**{k: getattr(preset, k) for k in names}, 'beta': preset.dpo_beta[round-1], 'lr': preset.dpo_lr[round-1],
             'round': round, **about, 'pairs': hashlib.sha256(json.dumps(rows.to_list()).encode()).hexdigest(),
             'previous': weights_sha256(previous)}

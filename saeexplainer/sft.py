@@ -7,7 +7,7 @@ __all__ = ['sft_dataset', 'answer_rows', 'say_endless', 'check_disjoint', 'SFTRe
 
 # %% ../nbs/01_sft.ipynb #ddbf4c05
 import hashlib, json, sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/01_sft.ipynb #575f6f00
@@ -139,5 +139,5 @@ def train_sft(preset, # `Preset`
 def _settings(preset, card, rows, eval_rows) -> dict: # JSON
     digest = lambda d: d and hashlib.sha256(json.dumps(d.to_list()).encode()).hexdigest()
     names = 'explainer lora_r lora_alpha lora_dropout sft_lr sft_epochs sft_batch sft_accumulation sft_warmup sft_weight_decay max_length seed'.split()
-    about = {k: v for k, v in asdict(card).items() if k != 'versions'}
+    about = card.settings()
     return {**{k: getattr(preset, k) for k in names}, **about, 'features': len(rows), 'rows': digest(rows), 'eval_rows': digest(eval_rows)}

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.explainer import CARD, Explainer, ExplainerCard, adapter_sha256, oracle_layers, oracle_note, save_adapter
 from saeexplainer.injection import FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages, without_placeholder
-from saeexplainer.lm import models
+from saeexplainer.lm.hooks import decoder_layers
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.lm.sampling import seed_for
@@ -368,10 +368,10 @@ def test_oracle(made, tmp_path):
     state = {n: p.clone() for n, p in oracle.model.named_parameters()}
     bare = load_model(preset.explainer, device='cpu')[0]
     assert any(not torch.equal(state[n], p) for n, p in bare.named_parameters()) # the adapter is in it
-    handle, seen = models.decoder_layers(oracle.model)[1].register_forward_hook(lambda m, a, out: seen.append(out)), []
+    handle, seen = decoder_layers(oracle.model)[1].register_forward_hook(lambda m, a, out: seen.append(out)), []
     with oracle.injector.using(v): oracle.model(torch.tensor([oracle.prompt]*2))
     handle.remove(); plain = []
-    handle = models.decoder_layers(oracle.model)[1].register_forward_hook(lambda m, a, out: plain.append(out))
+    handle = decoder_layers(oracle.model)[1].register_forward_hook(lambda m, a, out: plain.append(out))
     oracle.model(torch.tensor([oracle.prompt]*2)); handle.remove()
     after, before = (x[0] if isinstance(x, tuple) else x for x in (seen[0], plain[0]))
     at = oracle.prompt.index(oracle.placeholder_id)
@@ -449,6 +449,47 @@ def test_a_card_of_other_types(made, tmp_path, change, says):
     whole = ExplainerCard.load(d/'sft')
     dataclasses.replace(whole, coefficient=1).save(tmp_path/'x') # a whole number is a number
     assert ExplainerCard.load(tmp_path/'x') == whole
+
+
+def test_an_older_card_has_no_length_of_explanations(made, tmp_path):
+    preset, reader, d = made
+    new = ExplainerCard.load(d/'sft')
+    assert new.explanation_tokens == preset.explanation_tokens
+    older = json.loads((d/'sft'/CARD).read_text())
+    del older['explanation_tokens']
+    (tmp_path/CARD).write_text(json.dumps(older))
+    card = ExplainerCard.load(tmp_path)
+    assert card.explanation_tokens is None
+    card.save(tmp_path)
+    assert json.loads((tmp_path/CARD).read_text()) == older
+
+
+def test_the_length_of_explanations_does_not_make_another_training(made):
+    preset, reader, d = made
+    card = ExplainerCard.load(d/'sft')
+    before = {k: v for k, v in dataclasses.asdict(card).items() if k not in ('versions', 'explanation_tokens')}
+    assert card.settings() == dataclasses.replace(card, explanation_tokens=None).settings() == before
+
+
+def test_explanations_are_as_long_as_the_card_says(made):
+    preset, reader, d = made
+    e, v = Explainer.from_pretrained(d/'sft', reader), reader.directions([1, 2])
+    e.card = dataclasses.replace(e.card, explanation_tokens=3)
+    assert e.explain(v) == e.explain(v, max_new_tokens=3)
+    assert e.sample(v, 2) == e.sample(v, 2, max_new_tokens=3)
+    e.card = dataclasses.replace(e.card, explanation_tokens=None)
+    assert e.explain(v) == e.explain(v, max_new_tokens=64)
+
+
+@pytest.mark.parametrize('indices', [[5, 13], range(2), 5, torch.tensor([5, 13]), (5,)])
+def test_indices_are_no_directions(made, indices):
+    preset, reader, d = made
+    e = Explainer.from_preset(preset, reader)
+    shown = torch.atleast_1d(torch.as_tensor(indices)).tolist()
+    for asked in (lambda: e.explain(indices), lambda: e.sample(indices, 2)):
+        with pytest.raises(ValueError) as error: asked()
+        assert f'give it reader.directions({shown})' in str(error.value)
+        assert '\n' not in str(error.value)
 
 
 def test_placeholder_of_nothing():
