@@ -354,7 +354,7 @@ class Explainer:
         self.injector = Injector(self.model, self.placeholder_id, self.card.layer, self.card.coefficient)
 
     @classmethod
-    def from_preset(cls, preset:Preset, reader:FeatureReader, device:str|None=None) -> 'Explainer': # bare model
+    def from_preset(cls, preset:Preset, reader:FeatureReader, device:str|None=None) -> 'Explainer': # without an adapter
         "Return the untrained explainer of a preset; device None is the preset's"
         return cls(*_untrained(preset, reader, device))
 
@@ -362,13 +362,13 @@ class Explainer:
     def from_pretrained(cls, source:str|Path, # folder or hub id
                         reader:FeatureReader|None=None, # to check it against
                         trainable:bool=False, # keep the adapter as it is, with gradients
-                        dtype:Any=None, device:Any=None) -> 'Explainer': # both as `load_model` takes them
-        "Load an explainer; raises `ValueError` where base model, layer, SAE or width are not the card's"
+                        dtype:Any=None, device:Any=None) -> 'Explainer': # with its adapter merged, unless trainable
+        "Load an explainer, as `load_model` does; raises `ValueError` where model, layer, SAE or width are not the card's"
         return cls(*_pretrained(source, reader, trainable, dtype, device))
 
     @classmethod
     def from_oracle(cls, adapter:str|Path, # PEFT adapter: a folder or hub id
-                    preset:Preset, reader:FeatureReader, device:str|None=None) -> 'Explainer': # that is frozen
+                    preset:Preset, reader:FeatureReader, device:str|None=None) -> 'Explainer': # with its adapter merged
         "Load an Activation Oracle; raises as `from_pretrained` does"
         return cls(*_oracle(adapter, preset, reader, device))
 
