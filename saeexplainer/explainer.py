@@ -363,7 +363,7 @@ class Explainer:
                         reader:FeatureReader|None=None, # to check it against
                         trainable:bool=False, # keep the adapter as it is, with gradients
                         dtype:Any=None, device:Any=None) -> 'Explainer': # with its adapter merged, unless trainable
-        "Load an explainer, as `load_model` does; raises `ValueError` where model, layer, SAE or width are not the card's"
+        "Load an explainer (as `load_model`); raises `ValueError` where model, layer, SAE or width are not the card's"
         return cls(*_pretrained(source, reader, trainable, dtype, device))
 
     @classmethod
