@@ -37,7 +37,8 @@ def trained(tmp_path_factory):
 def test_test_features_reach_no_trainer(trained):
     run, seen = trained
     test = set(run.splits['test'])
-    assert len(seen) >= 8 + 8 + 2 and not {row['feature'] for row in seen} & test
+    assert len(seen) >= 8 + 8 + 2
+    assert not {row['feature'] for row in seen} & test
     tokenizer = load_tokenizer(run.preset.explainer)
     rows = [row[part] for row in seen for part in ('input_ids', 'chosen_ids', 'rejected_ids') if part in row]
     learned = ' / '.join(tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
@@ -49,10 +50,13 @@ def test_test_features_reach_no_trainer(trained):
 def test_features_without_a_label(trained):
     "Tested, and used for preferences, as often as others; passed over where labels are learned; said in the report"
     run, _ = trained
-    status = lambda split: {run.features[i].status for i in run.splits[split]}
-    assert status('test') == status('preference1') == {'ok', 'unlabelled'} and status('sft') == status('validation') == {'ok'}
+    def status(split): return {run.features[i].status for i in run.splits[split]}
+    assert status('test') == status('preference1') == {'ok', 'unlabelled'}
+    assert status('sft') == status('validation') == {'ok'}
     n = sum(run.features[i].status == 'ok' for i in run.splits['test'])
-    assert run.store.meta('notes') == [f'{n} of 4 test features have a label'] and len(run.store.explanations('label')) == n and len(run.store.explanations('sft')) == 4
+    assert run.store.meta('notes') == [f'{n} of 4 test features have a label']
+    assert len(run.store.explanations('label')) == n
+    assert len(run.store.explanations('sft')) == 4
 
 
 def test_no_test_feature_has_a_label(tmp_path, monkeypatch):
@@ -60,7 +64,8 @@ def test_no_test_feature_has_a_label(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
     from saeexplainer.results import Results
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
-    preset, features = load_preset(make_preset(tmp_path), label_model=None, baseline_labels=(), baselines=()), tmp_path/'data'/'tiny'/'features.parquet'
+    preset = load_preset(make_preset(tmp_path), label_model=None, baseline_labels=(), baselines=())
+    features = tmp_path/'data'/'tiny'/'features.parquet'
     with Run(tmp_path/'run', preset, progress=False) as run: test = run.splits['test']
     table = pq.read_table(features).to_pandas()
     table.loc[table['index'].isin(test), ['status', 'explanation']] = ['unlabelled', None]
@@ -68,7 +73,8 @@ def test_no_test_feature_has_a_label(tmp_path, monkeypatch):
     with Run(tmp_path/'run', preset, progress=False) as run:
         assert run.splits['test'] == test
         report = execute(run, say=lambda line: None)
-    assert Results(report).stages == ['sft', 'dpo1', 'dpo2'] and '0 of 4 test features have a label' in (report/'report.md').read_text()
+    assert Results(report).stages == ['sft', 'dpo1', 'dpo2']
+    assert '0 of 4 test features have a label' in (report/'report.md').read_text()
 
 
 def test_a_leaking_split_is_refused(trained, monkeypatch):
@@ -82,15 +88,18 @@ def test_a_leaking_split_is_refused(trained, monkeypatch):
 def test_what_is_written_for_the_evaluation_was_asked_in_other_words(trained):
     "The prompts that the writer was really sent, by stage"
     run, _ = trained
-    asked = pd.DataFrame(run.store._rows("SELECT stage, json_extract(request, '$.prompt') FROM replies"), columns=['stage', 'prompt'])
+    rows = run.store._rows("SELECT stage, json_extract(request, '$.prompt') FROM replies")
+    asked = pd.DataFrame(rows, columns=['stage', 'prompt'])
     rounds, evaluation = (asked[asked.stage.str.startswith(part)].prompt for part in ('round', 'evaluate'))
-    assert len(rounds) and len(evaluation) and not set(rounds) & set(evaluation)
+    assert len(rounds) and len(evaluation)
+    assert not set(rounds) & set(evaluation)
 
 
 def test_no_prompt_is_another_for_any_label(monkeypatch):
     monkeypatch.delenv('SAEEXPLAINER_DATA', raising=False)
     said = list(labels_of(load_features(load_preset('smollm2-135m')), 'claude').values())[::30]
     preference = {prefs.preference_prompt(e, n) for e in said for n in (None, 4)}
-    evaluation = {form.format(explanation=e, n=10, n_activating=5, n_neutral=5) for e in said
-                  for form in (metrics.GENERATIVE_ONE, metrics.GENERATIVE_LIST, metrics.ACTIVATING_ONE, metrics.CONTRAST_LIST)}
-    assert len(preference) == 2*len(set(said)) and not preference & evaluation
+    forms = metrics.GENERATIVE_ONE, metrics.GENERATIVE_LIST, metrics.ACTIVATING_ONE, metrics.CONTRAST_LIST
+    evaluation = {form.format(explanation=e, n=10, n_activating=5, n_neutral=5) for e in said for form in forms}
+    assert len(preference) == 2*len(set(said))
+    assert not preference & evaluation
