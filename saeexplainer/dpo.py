@@ -21,7 +21,7 @@ from .lm.models import weights_sha256
 from .lm.sampling import seed_for
 from .sft import answer_rows, warn_if_endless
 from saeexplainer.training import (
-    card_settings, claim, copy_finished, finish_training, is_finished, labels_only, last_checkpoint, one_gpu, quiet,
+    claim, copy_finished, finish_training, is_finished, labels_only, last_checkpoint, one_gpu, quiet,
     read_training, row_length, rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
 )
 
@@ -168,7 +168,7 @@ def _settings(preset, card, rows, previous, round) -> dict: # JSON
     own = {name: getattr(preset, name) for name in _SETTINGS}
     of_round = dict(beta=preset.dpo_beta[round-1], lr=preset.dpo_lr[round-1], round=round)
     data = dict(pairs=rows_sha256(rows), previous=weights_sha256(previous))
-    return {**own, **of_round, **card_settings(card), **data}
+    return {**own, **of_round, **card.settings(), **data}
 
 # %% ../nbs/03_dpo.ipynb #e87daf57
 def train_dpo(preset, # `Preset`

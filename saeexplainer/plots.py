@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'COLORS', 'NAMES', 'CYCLE', 'STYLE', 'WIDTH', 'MARKS', 'PANELS', 'color', 'named', 'style', 'Figure',
-           'save_figure', 'interval_plot', 'scale_of', 'stage_figure']
+           'save_figure', 'interval_plot', 'scale_of', 'stage_figure', 'Drawing', 'framework_figure']
 
 # %% ../nbs/parts/plots.ipynb #ee684313
 import io
@@ -130,3 +130,94 @@ def stage_figure(metrics, # rows stage, feature, metric, value
             if metric != 'gap': ax.set_xlim(left=0)
             if ax is not axes[0]: ax.tick_params(left=False)
     return fig
+
+# %% ../nbs/parts/plots.ipynb #05c87c8d
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+# %% ../nbs/parts/plots.ipynb #b5b5103b
+class Drawing:
+    "Boxes and arrows on a page without axes, `width` by `height` units"
+    def __init__(self, width:float, height:float, inches:tuple[float, float]) -> None:
+        self.figure = Figure(figsize=inches, layout='none')
+        self.ax = self.figure.add_axes([0, 0, 1, 1])
+        self.ax.set(xlim=(0, width), ylim=(.6, height))
+        self.ax.axis('off')
+
+    def text(self, x:float, y:float, text:str, size:float=7, **how) -> None:
+        "Write a text at a place"
+        self.ax.text(x, y, text, fontsize=size, **how)
+
+    def box(self, corner:tuple[float, float], size:tuple[float, float], title:str, text:str='', **colors) -> None:
+        "Draw a rounded box with a bold title at its top and a text in its middle"
+        (x, y), (width, height) = corner, size
+        look = dict(fc='white', ec='k', lw=1.3) | colors
+        shape = 'round,pad=0.06,rounding_size=.18'
+        self.ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle=shape, **look))
+        self.text(x + width/2, y + height - .13, title, 8, ha='center', va='top', fontweight='bold')
+        if text: self.text(x + width/2, y + (height - .5)/2, text, 7, ha='center', va='center', linespacing=1.35)
+
+    def arrow(self, start:tuple[float, float], end:tuple[float, float], color:str='k', bend:float=0.) -> None:
+        "Draw an arrow"
+        self.ax.add_patch(FancyArrowPatch(
+            start, end, arrowstyle='-|>', mutation_scale=11, lw=1.3, color=color,
+            connectionstyle=f'arc3,rad={bend}', shrinkA=1, shrinkB=1,
+        ))
+
+# %% ../nbs/parts/plots.ipynb #42f0bddf
+def _explainer_column(draw:Drawing) -> None: # the explainer's layers, its prompt below, and the injected feature
+    blue = OKABE_ITO['blue']
+    red = OKABE_ITO['vermilion']
+    draw.text(.4, 8.15, 'explainer', 9, fontweight='bold', color=blue)
+    for i in range(5):
+        place = .4, 4.9 + .62*i
+        draw.ax.add_patch(FancyBboxPatch(place, 4.2, .42, boxstyle='round,pad=0.03', fc='#E3EEF8', ec=blue, lw=1))
+    for i, name in enumerate(('layer 0', 'layer 1', 'layer 2', '…', 'last layer')):
+        draw.text(.55, 5.11 + .62*i, name, va='center')
+    for i, token in enumerate(('Feature', '▢', 'is', 'given.', '…')):
+        look = dict(fontweight='bold', color=red) if token == '▢' else dict(color='k')
+        draw.text(1.75 + .65*i, 4.62, token, ha='center', va='top', **look)
+    draw.ax.plot([2.4, 2.4], [4.68, 5.5], color=red, lw=1)
+    draw.ax.plot(2.4, 5.73, 'o', ms=7, color=red)
+    draw.ax.plot([2.4, 3.05, 3.7, 4.3], [5.95, 6.35, 6.97, 7.6], color=red, lw=1, ls=':')
+    injection = 'its decoder direction is injected\nat one token, after layer 1, Eq. 6:\n'
+    draw.box((.3, .9), (4.4, 2.3), 'feature $f$ of the SAE', injection + r'$h^\prime = h + \|h\|\; v_f / \|v_f\|$',
+             fc='#FBEFD5', ec=OKABE_ITO['orange'])
+    draw.arrow((2.4, 3.3), (2.4, 4.2), red)
+
+# %% ../nbs/parts/plots.ipynb #78efa9d9
+def _preference_loop(draw:Drawing) -> None: # from explanations to pairs, and back to the explainer
+    orange = dict(fc='#FBEFD5', ec=OKABE_ITO['orange'])
+    green = dict(fc='#DDF1EA', ec=OKABE_ITO['green'])
+    explanations = "“the word ‘park’”\n“national institutions”\n“names of places”"
+    draw.box((6.1, 6.6), (3.2, 1.9), 'K explanations', explanations, ec=OKABE_ITO['blue'])
+    draw.arrow((4.75, 7.55), (6.0, 7.55))
+    draw.text((4.75 + 6.)/2, 7.55 + .18, 'says', ha='center', va='center', style='italic')
+    texts = 'a writer acts on the words\n“They met in the\nnational park …”'
+    draw.box((10.3, 6.6), (3.2, 1.9), 'M texts of each', texts, ec='.4')
+    draw.arrow((9.4, 7.55), (10.2, 7.55))
+    reading = 'reads the texts;\nhow strongly does\n$f$ respond?'
+    draw.box((14.4, 6.6), (3.3, 1.9), 'target model', reading, **orange)
+    draw.arrow((13.6, 7.55), (14.3, 7.55))
+    draw.box((14.4, 3.7), (3.3, 1.7), 'score $s_k$', 'largest activation,\nEq. 7', ec=OKABE_ITO['orange'])
+    draw.arrow((16.05, 6.5), (16.05, 5.5))
+    pair = 'the best  ≻  one clearly\nworse, Eq. 8–10'
+    draw.box((9.6, 3.7), (3.9, 1.7), 'preference pair', pair, **green)
+    draw.arrow((14.3, 4.55), (13.6, 4.55))
+    draw.box((6.1, 3.7), (2.6, 1.7), 'DPO', 'two rounds,\nEq. 11', **green)
+    draw.arrow((9.5, 4.55), (8.8, 4.55))
+    draw.arrow((6.0, 4.75), (4.72, 5.6), OKABE_ITO['green'])
+    draw.text(5.3, 5.5, 'learns', style='italic')
+
+def framework_figure() -> Figure:
+    "Draw the method in one picture: injection, explanations, texts, the target's activations, pairs and training"
+    blue = dict(fc='#E3EEF8', ec=OKABE_ITO['blue'])
+    with style():
+        draw = Drawing(18, 9.2, inches=(WIDTH, 4.6))
+        _explainer_column(draw)
+        _preference_loop(draw)
+        draw.box((6.1, .9), (2.6, 1.5), 'SFT', 'known labels,\nonce, to begin', **blue)
+        draw.arrow((6.0, 2.0), (4.72, 4.8), OKABE_ITO['blue'], bend=.2)
+        measures = ('generative accuracy · input score\n'
+                    'output score (steering) · discriminative gap, Eq. 12–18')
+        draw.box((9.6, .9), (8.1, 1.5), 'four measures, on features that no stage has seen', measures, ec='.4')
+    return draw.figure

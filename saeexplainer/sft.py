@@ -22,7 +22,7 @@ from .lm.models import load_model
 from .lm.sampling import check_vocabulary
 from .presets import Lora
 from saeexplainer.training import (
-    card_settings, claim, copy_finished, finish_training, is_finished, last_checkpoint, one_gpu, quiet,
+    claim, copy_finished, finish_training, is_finished, last_checkpoint, one_gpu, quiet,
     read_training, rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
 )
 
@@ -174,7 +174,7 @@ _SETTINGS = ('explainer', 'lora_r', 'lora_alpha', 'lora_dropout', 'sft_lr', 'sft
 def _settings(preset, card, rows, eval_rows) -> dict: # JSON
     own = {name: getattr(preset, name) for name in _SETTINGS}
     data = dict(features=len(rows), rows=rows_sha256(rows), eval_rows=rows_sha256(eval_rows) if eval_rows else None)
-    return {**own, **card_settings(card), **data}
+    return {**own, **card.settings(), **data}
 
 # %% ../nbs/01_sft.ipynb #0ea84feb
 def train_sft(preset, # `Preset`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Checkpoints', 'last_checkpoint', 'TrainingBar', 'Finite', 'training_callbacks', 'same_settings', 'claim',
-           'card_settings', 'rows_sha256', 'read_training', 'is_finished', 'copy_finished', 'row_length',
-           'trainer_settings', 'one_gpu', 'labels_only', 'quiet', 'writes', 'train_to_the_end', 'finish_training']
+           'rows_sha256', 'read_training', 'is_finished', 'copy_finished', 'row_length', 'trainer_settings', 'one_gpu',
+           'labels_only', 'quiet', 'writes', 'train_to_the_end', 'finish_training']
 
 # %% ../nbs/parts/training.ipynb #4f1ca9b0
 import hashlib, json, math, shutil
@@ -136,10 +136,6 @@ def claim(folder, # of a trainer's checkpoints
     write_json(settings, file)
 
 # %% ../nbs/parts/training.ipynb #48384fc0
-def card_settings(card:ExplainerCard) -> dict: # JSON
-    "Return what of a card defines a training: all but the versions of libraries"
-    return {name: value for name, value in asdict(card).items() if name != 'versions'}
-
 def rows_sha256(rows # datasets.Dataset
                ) -> str: # 64 hexadecimal digits
     "Return the hash of a training's rows"

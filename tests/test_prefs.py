@@ -5,7 +5,10 @@ import pandas as pd
 import pytest
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.explainer import Explainer
-from saeexplainer.prefs import Dropped, Pair, build_preferences, candidate_rewards, distinct_candidates, preference_prompt, sample_candidates, score_candidates, select_pair, threshold_of, write_texts
+from saeexplainer.prefs import (
+    Dropped, Pair, build_preferences, candidate_rewards, distinct_candidates, preference_prompt, sample_candidates,
+    score_candidates, select_pair, threshold_of, write_texts,
+)
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
@@ -36,18 +39,21 @@ def by_the_book(candidates, scores, threshold, spread, margin):
 
 def test_select_pair_agrees_with_eq_8_to_10_on_random_scores():
     rng, seen = random.Random(0), set()
+    def score(): return rng.choice([nan, 0., 1., 8.5, 9., 10., round(rng.uniform(0, 12), 1)])
     for _ in range(3000):
         k = rng.randint(1, 7)
         texts = [rng.choice('abcdefgh') for _ in range(k)]
-        score = lambda: rng.choice([nan, 0., 1., 8.5, 9., 10., round(rng.uniform(0, 12), 1)])
         shared = {t: score() for t in 'abcdefgh'}
         scores = [shared[t] for t in texts] if rng.random() < .5 else [score() for _ in texts]
         expected, got = by_the_book(texts, scores, 2., .1, .15), select_pair(texts, scores, 2.)
-        if isinstance(expected, str): assert got == Dropped(expected); seen.add(expected)
+        if isinstance(expected, str):
+            assert got == Dropped(expected)
+            seen.add(expected)
         else:
             plus, minus = expected
             assert got == Pair(texts[plus], texts[minus], scores[plus], scores[minus])
-            assert got.chosen != got.rejected and got.chosen_score > got.rejected_score
+            assert got.chosen != got.rejected
+            assert got.chosen_score > got.rejected_score
             seen.add('pair')
     assert seen == {'pair', 'unscored', 'below_threshold', 'low_spread'}
 
@@ -75,7 +81,8 @@ def test_pairs_at_the_edges(scores, expected): assert select_pair('abcd', scores
     ('abc', [nan, None, nan], 5., 'unscored'),
     ('', [], 5., 'unscored'),
 ])
-def test_reasons_at_the_edges(texts, scores, threshold, reason): assert select_pair(texts, scores, threshold) == Dropped(reason)
+def test_reasons_at_the_edges(texts, scores, threshold, reason):
+    assert select_pair(texts, scores, threshold) == Dropped(reason)
 
 
 def test_a_copy_of_the_chosen_text_is_never_rejected():
@@ -87,7 +94,8 @@ def test_arrays_are_as_good_as_lists():
 
 
 def test_as_many_scores_as_candidates():
-    with pytest.raises(ValueError, match='3 candidates came with 2 scores: one score each'): select_pair('abc', [1., 2.], 1.)
+    with pytest.raises(ValueError, match='3 candidates came with 2 scores: one score each'):
+        select_pair('abc', [1., 2.], 1.)
 
 
 # ---- prompts, replies, threshold
@@ -103,7 +111,8 @@ def test_threshold():
     features = [F(max_act=a) for a in (4., 8., 12., 0., None)]
     assert threshold_of(load_preset('gemma-2-9b-l20'), features) == 10.
     assert threshold_of(load_preset('smollm2-135m', reward='max'), features) == 2.
-    assert threshold_of(load_preset('smollm2-135m', reward='mean', n_texts=4), features) == .5 # one text at the threshold is enough
+    mean = load_preset('smollm2-135m', reward='mean', n_texts=4)
+    assert threshold_of(mean, features) == .5 # one text at the threshold is enough
     with pytest.raises(ValueError, match="threshold 'auto' needs SFT features with a max_act above 0"):
         threshold_of(load_preset('smollm2-135m'), [F(max_act=0.)])
 
@@ -113,9 +122,12 @@ def test_threshold():
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp('prefs')
-    tiny_model().save_pretrained(folder/'model'); tiny_tokenizer().save_pretrained(folder/'model')
-    preset = load_preset('smollm2-135m', target=str(folder/'model'), explainer=str(folder/'model'), sae=str(tiny_sae(folder/'sae')), layer=2,
-                         n_candidates=3, n_texts=2, explanation_tokens=4, text_tokens=6, batch_size=4, device='cpu', dtype='float32')
+    model = folder/'model'
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    preset = load_preset(
+        'smollm2-135m', target=str(model), explainer=str(model), sae=str(tiny_sae(folder/'sae')), layer=2,
+        n_candidates=3, n_texts=2, explanation_tokens=4, text_tokens=6, batch_size=4, device='cpu', dtype='float32')
     reader = FeatureReader.load(preset.sae)
     return preset, reader, Explainer.from_preset(preset, reader), Target(tiny_model(seed=3), tiny_tokenizer(), reader)
 
@@ -127,10 +139,16 @@ def store(tmp_path):
 
 class Scripted:
     "A writer that answers from a function of the request, and may break down after some calls"
-    def __init__(self, answer, calls=10**9, size=64): self.answer, self.calls, self.size, self.requests = answer, calls, size, []
+    def __init__(self, answer, calls=10**9, size=64):
+        self.answer = answer
+        self.calls = calls
+        self.size = size
+        self.requests = []
+
     def stream(self, requests, schema=None, total=None, **_):
         requests = list(requests)
         for i in range(0, len(requests), self.size): yield from self.write(requests[i:i+self.size], schema)
+
     def write(self, requests, schema=None, **_):
         if len(self.requests) >= self.calls: raise ConnectionError('the writer is gone')
         self.requests.append((requests, schema))
@@ -149,11 +167,13 @@ def test_the_whole_way_with_the_local_writer(world, store):
     preset, reader, explainer, target = world
     writer = LocalWriter(target.model, target.tokenizer)
     pairs = everything(store, world, [3, 5, 8, 11], writer)
-    assert pairs['feature'].tolist() == [3, 5, 8, 11] and (pairs['dropped'].isna() == pairs['chosen'].notna()).all()
+    assert pairs['feature'].tolist() == [3, 5, 8, 11]
+    assert (pairs['dropped'].isna() == pairs['chosen'].notna()).all()
     texts = store.texts('round1', 'preference')
     assert len(texts) == len(distinct_candidates(store, 1)) * preset.n_texts
     row = texts[texts['text'].notna()].iloc[0]
-    assert row['score'] == pytest.approx(target.max_acts([row['text']], [row['feature']])[0], abs=1e-5) # Eq. 7, read once more
+    again = target.max_acts([row['text']], [row['feature']])[0] # Eq. 7, read once more
+    assert row['score'] == pytest.approx(again, abs=1e-5)
     assert everything(store, world, [3, 5, 8, 11], writer).equals(pairs)
 
 
@@ -164,9 +184,12 @@ def test_a_second_run_asks_nothing_and_seeds_differ(world, store):
     requests = [r for batch, _ in writer.requests for r in batch]
     assert len({r.seed for r in requests}) == len(requests)
     again = Scripted(lambda r: 'x')
-    assert write_texts(store, again, preset) == 0 and not again.requests and score_candidates(store, target, preset) == 0
+    assert write_texts(store, again, preset) == 0
+    assert not again.requests
+    assert score_candidates(store, target, preset) == 0
     everything(store, world, [1, 2], again, round=2)
-    assert not {r.seed for batch, _ in again.requests for r in batch} & {r.seed for r in requests} # round 2 asks other questions
+    seeds = {r.seed for batch, _ in again.requests for r in batch}
+    assert not seeds & {r.seed for r in requests} # round 2 asks other questions
 
 
 def test_interrupted_anywhere_it_ends_the_same(world, tmp_path):
@@ -178,7 +201,8 @@ def test_interrupted_anywhere_it_ends_the_same(world, tmp_path):
     with RunStore(tmp_path/'broken.sqlite') as store:
         sample_candidates(store, explainer, reader, features[:2], preset) # stopped after some features
         sample_candidates(store, explainer, reader, features, preset)
-        with pytest.raises(ConnectionError): write_texts(store, Scripted(answer, calls=2, size=5), preset) # stopped after two batches
+        with pytest.raises(ConnectionError): # stopped after two batches
+            write_texts(store, Scripted(answer, calls=2, size=5), preset)
         assert 0 < len(store.texts()) < len(reference[1])
         score_candidates(store, target, preset) # some scores, out of order
         write_texts(store, Scripted(answer), preset)
@@ -188,7 +212,8 @@ def test_interrupted_anywhere_it_ends_the_same(world, tmp_path):
         pd.testing.assert_frame_equal(store.texts(), reference[1], rtol=1e-4)
 
 
-def put(store, texts, stage='round1'): store.put_explanations([(stage, f, k, t) for f, row in texts.items() for k, t in enumerate(row)])
+def put(store, texts, stage='round1'):
+    store.put_explanations([(stage, f, k, t) for f, row in texts.items() for k, t in enumerate(row)])
 
 
 def test_copies_share_texts_and_rewards_and_blank_candidates_get_none(world, store):
@@ -207,7 +232,8 @@ def test_copies_share_texts_and_rewards_and_blank_candidates_get_none(world, sto
 @pytest.mark.parametrize('reward, expected', [('max', [3., 2.]), ('mean', [1.5, 2.])])
 def test_reward_is_the_maximum_or_the_mean_over_the_texts(store, reward, expected):
     put(store, {1: ['rain', 'sea']})
-    store.put_texts([('round1', 1, k, 'preference', j, 't', None, s) for k, j, s in ((0, 0, 0.), (0, 1, 3.), (1, 0, 2.), (1, 1, None))])
+    scores = ((0, 0, 0.), (0, 1, 3.), (1, 0, 2.), (1, 1, None))
+    store.put_texts([('round1', 1, k, 'preference', j, 't', None, s) for k, j, s in scores])
     preset = load_preset('smollm2-135m', reward=reward)
     assert candidate_rewards(store, preset)['reward'].tolist() == expected
 
@@ -216,9 +242,12 @@ def test_json_writer_one_request_per_candidate(world, store):
     preset, _, _, target = world
     preset = load_preset(preset, writer='some-model')
     put(store, {1: ['rain', 'sea', 'fog']})
-    replies = {'rain': json.dumps(dict(samples=['it rains', 'rainy days'])), 'sea': 'Sorry.', 'fog': '{"samples": ["in the fog"]}'}
+    rainy = json.dumps(dict(samples=['it rains', 'rainy days']))
+    replies = {'rain': rainy, 'sea': 'Sorry.', 'fog': '{"samples": ["in the fog"]}'}
     writer = Scripted(lambda r: next(v for k, v in replies.items() if f'\n{k}\n' in r.prompt))
-    assert write_texts(store, writer, preset) == 6 and len(writer.requests) == 1 and writer.requests[0][1] == text_schema({'samples': 2})
+    assert write_texts(store, writer, preset) == 6
+    assert len(writer.requests) == 1
+    assert writer.requests[0][1] == text_schema({'samples': 2})
     texts = store.texts('round1', 'preference')
     assert texts['text'].tolist() == ['it rains', 'rainy days', None, None, 'in the fog', None]
     assert texts['error'].tolist() == [None, None, *['not JSON']*2, None, '1 of 2 texts in the reply']
@@ -250,22 +279,32 @@ def test_pairs_are_not_built_too_early(world, store):
 
 def test_a_feature_that_does_not_exist_is_refused(world, store):
     preset, reader, explainer, _ = world
-    with pytest.raises(ValueError, match='there is no feature 9999'): sample_candidates(store, explainer, reader, [9999], preset)
+    with pytest.raises(ValueError, match='there is no feature 9999'):
+        sample_candidates(store, explainer, reader, [9999], preset)
 
 
 def test_an_overlong_text_is_recorded_and_the_round_ends(world, store):
-    "A writer that ignores max_tokens: its text has an error, the others their scores, and a run that was stuck on it goes on"
+    "A writer that ignores max_tokens: its text has an error, the others have scores, a run stuck on it goes on"
     preset, _, _, target = world
     put(store, {1: ['rain', 'sea', 'fog']})
-    write_texts(store, Scripted(lambda r: 'it rains ' + 'and rains '*600 if 'sea' in r.prompt and r.seed % 2 else f'it rains {r.seed % 7}'), preset)
-    store.put_texts([('round1', 2, 0, 'preference', 0, 'it rains '*600, None, None), ('round1', 2, 0, 'preference', 1, 'it rains', None, None)])
+    def answer(request):
+        if 'sea' in request.prompt and request.seed % 2: return 'it rains ' + 'and rains '*600
+        return f'it rains {request.seed % 7}'
+    write_texts(store, Scripted(answer), preset)
+    store.put_texts([('round1', 2, 0, 'preference', 0, 'it rains '*600, None, None),
+                     ('round1', 2, 0, 'preference', 1, 'it rains', None, None)])
     score_candidates(store, target, preset)
     texts = store.texts('round1')
     long = texts['text'].str.len() > 2000
-    assert long.sum() >= 1 and (texts['error'][long] == 'too long').all() and texts['score'][long].isna().all()
-    assert texts['score'][~long].notna().all() and texts['error'][~long].isna().all()
-    assert not len(store.unscored('round1')) and score_candidates(store, target, preset) == 0
-    assert candidate_rewards(store, preset)['reward'].notna().sum() == 3 - sum(long[texts.feature == 1].groupby(texts.k).all())
+    assert long.sum() >= 1
+    assert (texts['error'][long] == 'too long').all()
+    assert texts['score'][long].isna().all()
+    assert texts['score'][~long].notna().all()
+    assert texts['error'][~long].isna().all()
+    assert not len(store.unscored('round1'))
+    assert score_candidates(store, target, preset) == 0
+    lost = long[texts.feature == 1].groupby(texts.k).all()
+    assert candidate_rewards(store, preset)['reward'].notna().sum() == 3 - sum(lost)
 
 
 def test_what_float16_cannot_hold_ends_the_stage_and_nothing_is_stored(world, store):
@@ -274,5 +313,8 @@ def test_what_float16_cannot_hold_ends_the_stage_and_nothing_is_stored(world, st
     model.model.embed_tokens.weight.data.mul_(1e6)
     put(store, {1: ['rain', 'sea', 'fog']})
     write_texts(store, Scripted(lambda r: 'it rains'), preset)
-    with pytest.raises(ValueError, match='is not finite in float16: use dtype bfloat16'): score_candidates(store, Target(model.half(), tiny_tokenizer(), reader), preset)
-    assert len(store.unscored('round1')) == 6 and store.texts('round1')['error'].isna().all()
+    target = Target(model.half(), tiny_tokenizer(), reader)
+    with pytest.raises(ValueError, match='is not finite in float16: use dtype bfloat16'):
+        score_candidates(store, target, preset)
+    assert len(store.unscored('round1')) == 6
+    assert store.texts('round1')['error'].isna().all()
