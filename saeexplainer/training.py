@@ -11,7 +11,6 @@ __all__ = ['Checkpoints', 'last_checkpoint', 'TrainingBar', 'Finite', 'training_
 import hashlib, json, math, shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from transformers import TrainerCallback, TrainingArguments
