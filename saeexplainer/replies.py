@@ -41,18 +41,20 @@ _VALUES = ( # of a request: what must hold, in words
     ('seed', lambda value: isinstance(value, int) and abs(value) < 2**63, 'a whole number of 64 bits'))
 
 # %% ../nbs/parts/replies.ipynb #85939869
-OUTCOMES = {'ok': 'a text, a choice or JSON that was asked for',
-            'empty': 'nothing but space',
-            'unparsed': 'not the JSON or the choice that was asked for, after asking once more; thinking without an answer; far too long',
-            'refused': 'the model refuses, or a content filter does',
-            'rejected': 'the server does not take this prompt',
-            'failed': 'no reply in all tries of one call: the next call asks again',
-            'given up': 'no reply in all tries of two calls'}
+OUTCOMES = {
+    'ok': 'a text, a choice or JSON that was asked for',
+    'empty': 'nothing but space',
+    'unparsed': 'not the JSON or the choice that was asked for, after asking once more; thinking without an answer; '
+                'far too long',
+    'refused': 'the model refuses, or a content filter does',
+    'rejected': 'the server does not take this prompt',
+    'failed': 'no reply in all tries of one call: the next call asks again',
+    'given up': 'no reply in all tries of two calls'}
 
 # %% ../nbs/parts/replies.ipynb #1660f94a
 @dataclass(frozen=True)
 class Reply:
-    "What came back: a text, or the error that stands in its place"
+    "An answer: a text, or the error that stands in its place"
     text: str|None = None
     error: str|None = None
     outcome: str = 'ok' # one of `OUTCOMES`
@@ -69,15 +71,28 @@ class Reply:
     seconds: float = 0. # from the first of them to the reply
 
 class Writer(Protocol):
-    "Anything that answers requests in order; both writers here have `stream` too, which takes any iterable, with its length as `total`, and yields"
-    def write(self, requests, # list of `Request`
-              schema:dict|None=None, # JSON schema: the text is JSON that fits it
-              choices:list[str]|None=None, # the text is one of these
-              stage:str='', # under which the outcomes are counted
-              progress:bool=False) -> list[Reply]: ...
+    """Anything that answers requests in order.
+
+    Both writers here have `stream` too. It takes any iterable, with its length as `total`, and yields.
+    """
+    def write(
+        self,
+        requests, # list of `Request`
+        schema:dict|None=None, # JSON schema: the text is JSON that fits it
+        choices:list[str]|None=None, # the text is one of these
+        stage:str='', # under which the outcomes are counted
+        progress:bool=False, # whether to show a bar
+    ) -> list[Reply]: # one for each, in their order
+        "Return a reply to each request"
+        ...
 
 # %% ../nbs/parts/replies.ipynb #af9f3fa9
-def reply_key(name:str, # of the writer
-              request:Request, schema=None, choices=None) -> str: # sha256
-    "What a reply is remembered under"
-    return hashlib.sha256(json.dumps([name, asdict(request), schema, choices], sort_keys=True).encode()).hexdigest()
+def reply_key(
+    name:str, # of the writer
+    request:Request,
+    schema:dict|None=None, # JSON schema of the reply
+    choices:list|None=None, # the texts to choose from
+) -> str: # sha256
+    "Return the key under which a reply is remembered"
+    depends_on = [name, asdict(request), schema, choices]
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()

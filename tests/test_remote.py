@@ -324,8 +324,8 @@ def test_all_who_are_asked_to_wait_wait_together():
     said = []
     async def asked():
         traffic = Traffic(16, tries=8, pause=1., patience=600., say=said.append)
-        assert all(traffic.wait(90., 'slow down') for _ in range(16)) and traffic.waited < 91 and not traffic.stopped
-        assert traffic.wait(120., 'slower') and 119 < traffic.waited < 121 # a longer pause counts by what it adds
+        assert all(traffic.wait(90., 'slow down') for _ in range(16)) and traffic.pauses.waited < 91 and not traffic.ending.error
+        assert traffic.wait(120., 'slower') and 119 < traffic.pauses.waited < 121 # a longer pause counts by what it adds
     asyncio.run(asked())
     assert said == ['slow down: next try in 90 s', 'slower: next try in 120 s']
 

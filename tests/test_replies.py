@@ -2,7 +2,7 @@
 import json, random, time
 import pytest
 from saeexplainer.replies import Reply, Request
-from saeexplainer.writers.parsing import finish, longest_json, text_schema, texts_of, without_thinking
+from saeexplainer.writers.parsing import longest_json, parse_reply, text_schema, texts_of, without_thinking
 
 LIST = text_schema({'samples': 2})
 
@@ -18,10 +18,10 @@ CLOSED = ['<think>\n{draft}\n</think>\n\n{answer}', '{draft}</think>{answer}', '
 @pytest.mark.parametrize('form', CLOSED)
 def test_what_stands_before_the_end_of_thinking_is_no_answer(form):
     said = lambda draft, answer: form.replace('{draft}', draft).replace('{answer}', answer)
-    assert finish(said('Perhaps a dog. But no ...', 'A cat sat.'))['text'] == 'A cat sat.'
-    assert finish(said('It could be {"choice": "A"}. But no ...', '{"choice": "B"}'), choices=['A', 'B'])['text'] == 'B'
-    assert finish(said('It is A.', 'B'), choices=['A', 'B'])['text'] == 'B'
-    assert json.loads(finish(said('Maybe {"samples": ["a first draft", "of two texts"]}', '{"samples": ["a cat", "a dog"]}'), schema=LIST)['text']) == {'samples': ['a cat', 'a dog']}
+    assert parse_reply(said('Perhaps a dog. But no ...', 'A cat sat.')).text == 'A cat sat.'
+    assert parse_reply(said('It could be {"choice": "A"}. But no ...', '{"choice": "B"}'), choices=['A', 'B']).text == 'B'
+    assert parse_reply(said('It is A.', 'B'), choices=['A', 'B']).text == 'B'
+    assert json.loads(parse_reply(said('Maybe {"samples": ["a first draft", "of two texts"]}', '{"samples": ["a cat", "a dog"]}'), schema=LIST).text) == {'samples': ['a cat', 'a dog']}
 
 
 OPENED = {'<think >': '</think >', '< think>': '</think>', '<think time="3" src="a/b">': '</think>', '<mm:think>': '</mm:think>', '<scratchpad>': '</scratchpad>', '<reflection>': '</reflection>', '<reasoning>': '</reasoning>',
@@ -36,18 +36,18 @@ QUOTING = '{"samples": ["she wrote </think> on the <answer> board", "<think> beg
 @pytest.mark.parametrize('form', [*(f'{begin}{{draft}}{end}{{answer}}' for begin, end in OPENED.items()), *WRAPPED, *FIRST])
 def test_thoughts_of_many_shapes_are_left_out(form):
     said = lambda draft, answer: form.replace('{draft}', draft).replace('{answer}', answer)
-    assert finish(said('Perhaps a dog. But no ...', 'A cat sat.')) == dict(text='A cat sat.', cut=False)
-    assert finish(said('It could be {"choice": "A"}. But no ...', '{"choice": "B"}'), choices=['A', 'B'])['text'] == 'B'
-    assert finish(said('It is A.', 'B'), choices=['A', 'B'])['text'] == 'B'
-    assert finish(said('Maybe {"samples": ["x </think> y", "z"]}', QUOTING), schema=LIST)['text'] == QUOTING
-    assert finish(said('Maybe.', f'```json\n{QUOTING}\n```'), schema=LIST)['text'] == QUOTING
+    assert parse_reply(said('Perhaps a dog. But no ...', 'A cat sat.')) == Reply(text='A cat sat.', cut=False)
+    assert parse_reply(said('It could be {"choice": "A"}. But no ...', '{"choice": "B"}'), choices=['A', 'B']).text == 'B'
+    assert parse_reply(said('It is A.', 'B'), choices=['A', 'B']).text == 'B'
+    assert parse_reply(said('Maybe {"samples": ["x </think> y", "z"]}', QUOTING), schema=LIST).text == QUOTING
+    assert parse_reply(said('Maybe.', f'```json\n{QUOTING}\n```'), schema=LIST).text == QUOTING
 
 
 @pytest.mark.parametrize('begin', [*OPENED, '<answer>a</answer><think>', '<think>a</think>b<mm:think >'])
 @pytest.mark.parametrize('cut', [True, False])
 def test_thoughts_of_many_shapes_may_never_end(begin, cut):
     for form in (dict(), dict(choices=['A', 'B']), dict(schema=LIST)):
-        assert finish(begin + 'Maybe {"samples": ["a", "b"]} and {"choice": "A"}. A', cut, **form)['outcome'] == 'unparsed'
+        assert parse_reply(begin + 'Maybe {"samples": ["a", "b"]} and {"choice": "A"}. A', cut, **form).outcome == 'unparsed'
 
 
 @pytest.mark.parametrize('begin', OPENED)
@@ -55,50 +55,50 @@ def test_thoughts_that_are_cut_anywhere_are_no_answer(begin):
     for draft, answer, form in (('A dog. No ', 'A cat sat.', dict()), ('{"choice": "A"}, no ', '{"choice": "B"}', dict(choices=['A', 'B'])), ('["x"] {"samples": ["c", "d"]}', QUOTING, dict(schema=LIST))):
         whole = begin + draft + OPENED[begin] + answer
         for length in range(len(begin) + 1, len(whole) + 1):
-            text = finish(whole[:length], True, **form).get('text')
+            text = parse_reply(whole[:length], True, **form).text
             assert text is None or (answer.startswith(text) if not form else text in ('B', QUOTING)), whole[:length]
 
 
 @pytest.mark.parametrize('text', ['<think', '</think', '<scratch', '<mm:thi', '[THI', '◁th', '<|channel'])
-def test_a_reply_that_is_cut_within_its_first_mark_has_no_answer(text): assert finish(text, True)['outcome'] in ('unparsed', 'empty')
+def test_a_reply_that_is_cut_within_its_first_mark_has_no_answer(text): assert parse_reply(text, True).outcome in ('unparsed', 'empty')
 
 
 def test_what_stands_before_the_last_thoughts_is_no_answer_of_a_cut_reply():
-    assert finish('Let me see. <think>A cat?</think>', True)['outcome'] == 'empty'
-    assert finish('{"choice": "A"} <think>ok?</think>', True, choices=['A', 'B'])['outcome'] == 'empty'
+    assert parse_reply('Let me see. <think>A cat?</think>', True).outcome == 'empty'
+    assert parse_reply('{"choice": "A"} <think>ok?</think>', True, choices=['A', 'B']).outcome == 'empty'
 
 
 @pytest.mark.parametrize('text', ['Maybe {"samples": ["a", "b"]}. No, rather', '{"samples": ["a", "b"]} Better: {"samples": ["c', 'Maybe {"samples": ["a", "b"]} as in [1]', 'Maybe {"samples": ["a", "b"]}, or {"samples": ["c", "d"]}, but'])
 def test_a_draft_in_a_cut_reply_is_no_answer(text):
-    assert finish(text, True, schema=LIST) == dict(outcome='unparsed', error='cut, and its JSON may be a draft', cut=True)
-    assert finish(text, False, schema=LIST)['text']
+    assert parse_reply(text, True, schema=LIST) == Reply(outcome='unparsed', error='cut, and its JSON may be a draft', cut=True)
+    assert parse_reply(text, False, schema=LIST).text
 
 
 @pytest.mark.parametrize('text', ['{"samples": ["a", "b"]}\nThese texts are', '```json\n{"samples": ["a", "b"]}\n```\nThese', 'Here they are: {"samples": ["a", "b"]}', '<think>Maybe {"samples": ["c", "d"]}. But</think>{"samples": ["a", "b"]}'])
-def test_an_answer_in_a_cut_reply_is_one(text): assert finish(text, True, schema=LIST)['text'] == '{"samples": ["a", "b"]}'
+def test_an_answer_in_a_cut_reply_is_one(text): assert parse_reply(text, True, schema=LIST).text == '{"samples": ["a", "b"]}'
 
 
 @pytest.mark.parametrize('begin', ['<think>', '<thinking>\n', '[THINK]', '◁think▷', '<|START_THINKING|>', '<|channel>thought\n', '<|channel|>analysis<|message|>', '<think>a</think>b<think>', 'The answer is <think>'])
 @pytest.mark.parametrize('cut', [True, False])
 def test_thinking_that_never_ends_is_an_outcome_and_no_text(begin, cut):
     for form in (dict(), dict(choices=['A', 'B']), dict(schema=LIST)):
-        found = finish(begin + 'Maybe {"samples": ["a", "b"]} and {"choice": "A"}.', cut, **form)
-        assert found == dict(outcome='unparsed', error='thinking that never ends, without an answer', cut=cut)
+        found = parse_reply(begin + 'Maybe {"samples": ["a", "b"]} and {"choice": "A"}.', cut, **form)
+        assert found == Reply(outcome='unparsed', error='thinking that never ends, without an answer', cut=cut)
 
 
 def test_thoughts_without_an_answer_are_empty():
-    assert finish('<think>Nothing comes to mind.</think>\n ')['outcome'] == 'empty'
+    assert parse_reply('<think>Nothing comes to mind.</think>\n ').outcome == 'empty'
 
 
 @pytest.mark.parametrize('text', ['I think, therefore <b>I am</b>.', 'An analysis of the final assistant.', 'analysis: it rains', 'a < b > c', 'the [1] note', '<|im_end|> ends a turn', 'thought and channel',
     'analysis of the assistantfinal exam.', 'The tag "<think>" opens it.', 'It ends with `</think>`.', "the tokens '<think>' and '</think>'", 'She wrote (“</think>”).', 'x < think y', 'put it between <answer> and </answer> tags.',
     'In XML, <answer> is a tag.', '<reason>Bad</reason>', 'analysis-based', '<b>think</b>', '"She wrote </think> here"', 'a list [1] or {2}', '<think about it'])
-def test_texts_without_marks_stay_as_they_are(text): assert without_thinking(text) == finish(text)['text'] == text
+def test_texts_without_marks_stay_as_they_are(text): assert without_thinking(text) == parse_reply(text).text == text
 
 
 def test_marks_inside_json_are_part_of_its_texts():
     said = json.dumps({'samples': ['It ends with </think> here.', '<think> begins it.']})
-    assert finish(said, schema=LIST)['text'] == said
+    assert parse_reply(said, schema=LIST).text == said
     assert texts_of(Reply(said), {'samples': 2})['samples'][1] == ('<think> begins it.', None) # read again from a store
 
 
@@ -109,24 +109,24 @@ def test_marks_that_lists_quote_stay_whatever_stands_around_them():
     for seed in range(200):
         rng = random.Random(seed)
         plain = 'So ' + ' '.join(rng.choices(WORDS, k=20)).strip()
-        assert finish(plain) == dict(text=plain, cut=False), seed
+        assert parse_reply(plain) == Reply(text=plain, cut=False), seed
         texts = [f'{i} ' + ' '.join(' '.join(rng.choices([*WORDS, *MARKS], k=6)).split()) for i in range(2)]
         for form in ('{}', '```json\n{}\n```', 'Sure! {}', '<think>hm</think>{}', '<think>hm ["x</think>"]</think>\n{}\n', '{} <think>ok</think>', 'assistantfinal{}', 'analysisWe need. assistantfinal{}', '<answer>{}</answer>'):
             said = form.replace('{}', json.dumps({'samples': texts}))
-            assert json.loads(finish(said, schema=LIST)['text'])['samples'] == texts, said
+            assert json.loads(parse_reply(said, schema=LIST).text)['samples'] == texts, said
 
 
 # ---- which JSON of several
 
 @pytest.mark.parametrize('text, choice', [('{"choice": "A"} or rather {"choice": "B"}', 'B'), ('{"choice":   "A"} or rather {"choice": "B"}', 'B'),
     ('{"choice": "A", "why": "it is so long"} or rather {"choice": "B"}', 'B'), ('{"choice": "B"} as in [1, 2, 3, 4, 5]', 'B'), ('{"choice": "B"}, not {"choice": "Z"} and not {"chosen": "A"}', 'B')])
-def test_the_last_choice_counts(text, choice): assert finish(text, choices=['A', 'B'])['text'] == choice
+def test_the_last_choice_counts(text, choice): assert parse_reply(text, choices=['A', 'B']).text == choice
 
 
 @pytest.mark.parametrize('text, samples', [
     ('{"samples": ["a draft", "of two"]} Better: {"samples": ["a", "b"]}', ['a', 'b']), ('{"samples": ["...", "..."]}\n{"samples": ["a", "b"]}', ['a', 'b']),
     ('{"samples": ["a", "b"]} has the form {"samples": ["..."]}', ['a', 'b']), ('{"samples": ["a"]} or {"samples": ["a", "b", "c", "d"]}', ['a', 'b']), ('```json\n{"samples": ["a", "b"]}\n``` and [1, 2, 3, 4, 5, 6, 7, 8, 9]', ['a', 'b'])])
-def test_the_last_list_that_fits_counts(text, samples): assert json.loads(finish(text, schema=LIST)['text'])['samples'] == samples
+def test_the_last_list_that_fits_counts(text, samples): assert json.loads(parse_reply(text, schema=LIST).text)['samples'] == samples
 
 
 # ---- what costs time
@@ -136,21 +136,28 @@ def test_the_last_list_that_fits_counts(text, samples): assert json.loads(finish
                                   '<think><reflection></reflection>'*8_000, '<think'*40_000, '<' + 'a-'*90_000, '<a_'*50_000, '<think ' + 'a=b '*50_000, '<answer>'*25_000, '<think>"[{'*20_000, '<answer></answer>a'*12_000, 'analysisWe' + 'assistantfinal'*15_000, '< '*80_000])
 def test_long_nonsense_is_read_in_well_under_a_second(text):
     began = time.process_time()
-    for cut, form in ((False, dict(schema=LIST)), (True, dict(choices=['A', 'B'])), (True, dict())): finish(text, cut, **form)
+    for cut, form in ((False, dict(schema=LIST)), (True, dict(choices=['A', 'B'])), (True, dict())): parse_reply(text, cut, **form)
     assert time.process_time() - began < 3 # three times; it was a minute and more
     assert longest_json('['*200_000) is None
 
 
+def test_a_number_of_more_digits_than_python_reads_is_no_json():
+    digits = '[' + '9'*5000 + ']'
+    assert longest_json(f'{digits} and {{"samples": ["a", "b"]}}') == {'samples': ['a', 'b']}
+    assert parse_reply(digits, schema=LIST).error == 'not JSON'
+    assert parse_reply('['*500 + digits, schema=LIST).error == 'not JSON'
+
+
 def test_a_refusal_in_plain_text_is_no_text():
     for said in ("I'm sorry, but I cannot help with that.", 'I am sorry, but I can’t assist with this request', 'I cannot write such a text.', 'As an AI language model, I do not'):
-        assert finish(said)['outcome'] == 'refused' and 'text' not in finish(said)
+        assert parse_reply(said).outcome == 'refused' and parse_reply(said).text is None
     for said in ("I'm sorry that I missed the party.", "I am sorry, I can't find my keys", 'I cannot believe it rained.', 'The nurse said: I cannot help'):
-        assert finish(said) == dict(text=said, cut=False)
+        assert parse_reply(said) == Reply(text=said, cut=False)
 
 
 def test_a_zero_byte_that_json_spells_is_left_out():
     schema = text_schema({'samples': 2})
-    assert json.loads(finish('{"samples": ["a\\u0000b", "c"]}', schema=schema)['text'])['samples'] == ['ab', 'c']
+    assert json.loads(parse_reply('{"samples": ["a\\u0000b", "c"]}', schema=schema).text)['samples'] == ['ab', 'c']
 
 
 # ---- what may be asked

@@ -8,7 +8,7 @@ from saeexplainer.store import RunStore
 from saeexplainer.lm.sampling import can_share, new_tokens, pad
 from saeexplainer.writers.parsing import schema_error, text_schema, whole_sentences
 from saeexplainer.replies import Reply, Request
-from saeexplainer.writers.local import LocalWriter, _open_string, _string, chat_ids
+from saeexplainer.writers.local import LocalWriter, chat_ids, context_ids, open_string, read_string
 from helpers import tiny_model, tiny_tokenizer
 
 SAMPLES = {'type': 'object', 'properties': {'samples': {'type': 'array', 'items': {'type': 'string'}, 'minItems': 2}}, 'required': ['samples'],
@@ -139,13 +139,13 @@ def test_lists_from_a_model_that_knows_no_json(local):
 
 
 def test_what_ends_a_string(local):
-    text = lambda t: _string(t)[0]
+    text = lambda t: read_string(t).text
     assert [text(t) for t in ('A ship." and', 'He said \\"go\\" twice."]', 'no end', '"', 'a \\\\ b" x', 'half \\', 'tab\tand\nline')] == \
         ['A ship.', 'He said "go" twice.', 'no end', '', 'a \\ b', 'half ', 'tab\tand\nline']
-    assert [_string(t)[1] for t in ('A ship." and', 'no end', 'He said \\"', '"')] == [True, False, False, True]
-    assert _open_string({'a': ['x "y"'], 'b': []}, 'b') == '{"a": ["x \\"y\\""], "b": ["' and _open_string({'a': ['x'], 'b': []}, 'a') == '{"a": ["x", "'
+    assert [read_string(t).closed for t in ('A ship." and', 'no end', 'He said \\"', '"')] == [True, False, False, True]
+    assert open_string({'a': ['x "y"'], 'b': []}, 'b') == '{"a": ["x \\"y\\""], "b": ["' and open_string({'a': ['x'], 'b': []}, 'a') == '{"a": ["x", "'
     quote = local.tokenizer('"', add_special_tokens=False)['input_ids'][-1]
-    assert quote in local._quotes and len(local._quotes) < len(local.tokenizer)//4
+    assert quote in local.lists.quotes and len(local.lists.quotes) < len(local.tokenizer)//4
 
 
 def test_another_schema_is_asked_for_in_the_prompt_alone(local):
@@ -219,7 +219,7 @@ def test_control_tokens_of_an_explanation_do_not_end_the_users_turn(local):
     reply, = local.write([Request(said, max_tokens=4)])
     assert reply.prompt_tokens == len(chat_ids(t, Request(said)))
     texts = local.log_probs(['a <|im_end|> b'], [' the </s>'])
-    plain = lambda text: [i for i in local._context(text)]
+    plain = lambda text: [i for i in context_ids(local.tokenizer, text)]
     assert not {2, 4} & {*plain('a <|im_end|> b')} and np.isfinite(texts).all()
 
 

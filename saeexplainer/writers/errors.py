@@ -4,37 +4,46 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL', 'FORMS', 'LOST', 'TOO_LATE', 'MAYBE_OUTAGE', 'OUTAGE', 'MOST_BYTES', 'api_key', 'check_address',
-           'bad_request', 'retry_after', 'server_words', 'Trouble', 'trouble', 'status_trouble', 'TooMuch', 'bounded',
-           'most_characters', 'tokens_of']
+           'bad_request', 'retry_after', 'Words', 'server_words', 'Trouble', 'json_or_text', 'status_trouble',
+           'trouble', 'TooMuch', 'bounded', 'most_characters', 'tokens_of']
 
 # %% ../../nbs/parts/writers/errors.ipynb #0cd1e759
 import json, os, re, time
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 # %% ../../nbs/parts/writers/errors.ipynb #7ed426c1
-from .budget import BudgetSpent
+from .budget import BudgetSpent, Tokens
 
-# %% ../../nbs/parts/writers/errors.ipynb #98f42d9d
-def api_key(name:str='OPENAI_API_KEY') -> str|None: # None: there is none
+# %% ../../nbs/parts/writers/errors.ipynb #a14ce1c9
+def api_key(
+    name:str='OPENAI_API_KEY', # of an environment variable
+) -> str|None: # None: there is none
     "Return the key in an environment variable; raise `ValueError`, which does not show it, where it is none"
     key = os.environ.get(name, '').strip(' \t')
     if not re.fullmatch('[!-~]*', key):
-        what = 'a line break' if re.search('[\r\n]', key) else 'a blank' if re.search(r'\s', key) else 'characters'
-        raise ValueError(f'{name} holds {what} that no key has: set it again, to the key alone')
+        raise ValueError(f'{name} holds {_odd(key)} that no key has: set it again, to the key alone')
     if key[:1] in ('"', "'"):
         raise ValueError(f'{name} holds quotes around the key: set it without them')
     return key or None
 
-def check_address(url:str, # base URL of a server
-                  password:bool=False # whether a user and a password may stand in it
-                 ) -> str: # without blanks around it
+def _odd(key) -> str: # what a key does not hold
+    if re.search('[\r\n]', key): return 'a line break'
+    return 'a blank' if re.search(r'\s', key) else 'characters'
+
+# %% ../../nbs/parts/writers/errors.ipynb #98f42d9d
+def check_address(
+    url:str, # base URL of a server
+    password:bool=False, # whether a user and a password may stand in it
+) -> str: # without blanks around it
     "Return the URL; raise `ValueError`, which shows no password and no query, where no request can be sent to it"
     url = url.strip()
     shown = re.sub(r'^(.*?//)?.*@', r'\1', re.split('[?#]', url)[0])[:200]
     if why := _unusable(url, password):
-        raise ValueError(f'{repr(shown)[1:-1]} is no address of a server: {why} (--base-url, writer_url or OPENAI_BASE_URL)')
+        where = '(--base-url, writer_url or OPENAI_BASE_URL)'
+        raise ValueError(f'{repr(shown)[1:-1]} is no address of a server: {why} {where}')
     return url
 
 def _unusable(url, password) -> str|None: # why no request can be sent there
@@ -52,76 +61,114 @@ def _unusable(url, password) -> str|None: # why no request can be sent there
         return 'it must hold no query: a key goes into OPENAI_API_KEY'
     if not parts.hostname:
         return 'it names no host'
-    try:
-        port = parts.port
-    except ValueError:
-        port = 0
-    if port == 0:
+    if _port(parts) == 0:
         return 'its port must be a number from 1 to 65535'
     if parts.path.rstrip('/').endswith('/chat/completions'):
         return 'it must be the base URL, which ends before /chat/completions'
     return None
 
+def _port(parts) -> int|None: # 0: it cannot be read; None: there is none
+    try:
+        return parts.port
+    except ValueError:
+        return 0
+
 # %% ../../nbs/parts/writers/errors.ipynb #8adce821
 OPTIONAL = ('max_tokens', 'max_completion_tokens', 'temperature', 'top_p', 'seed', 'response_format')
 FORMS = ('schema with counts', 'schema', 'JSON mode', 'prompt alone') # of structured replies, from the strongest on
 
-_UNKNOWN = re.compile(r'unsupported|not.{0,12} support|un(known|recogni[sz]ed|expected)|not (permitted|allowed|accepted|available)|extra (inputs|fields)|invalid (parameter|argument)|deprecated|only the default|cannot both|only one', re.I)
-_LONG = re.compile(r'context (length|size|window)|(prompt|input|messages?)\b.{0,60}(too long|exceed)|too many tokens', re.I)
-_FILTER = re.compile(r'content.{0,3}(filter|policy|management)|(prompt|content|input|text|message)\b.{0,60}(flagged|violat|moderation|blocked)|usage polic', re.I)
+_UNKNOWN = re.compile(
+    r'unsupported|not.{0,12} support|un(known|recogni[sz]ed|expected)|not (permitted|allowed|accepted|available)'
+    r'|extra (inputs|fields)|invalid (parameter|argument)|deprecated|only the default|cannot both|only one', re.I)
+_LONG = re.compile(
+    r'context (length|size|window)|(prompt|input|messages?)\b.{0,60}(too long|exceed)|too many tokens', re.I)
+_FILTER = re.compile(
+    r'content.{0,3}(filter|policy|management)'
+    r'|(prompt|content|input|text|message)\b.{0,60}(flagged|violat|moderation|blocked)|usage polic', re.I)
 
-def bad_request(message:str, code, param, # of the server's error 400
-                sent # parameters of the request
-               ) -> str: # 'refused', 'rejected', the parameter that is not accepted, or 'bad'
-    "What a server has against a request"
-    code, param = str(code or ''), str(param or '').split('.')[0]
+def bad_request(
+    message:str, # of the server's error 400
+    code:str|None, # the error's code and type
+    param:str|None, # the parameter that it names
+    sent:dict, # parameters of the request
+) -> str: # 'refused', 'rejected', the parameter that is not accepted, or 'bad'
+    "Return what a server has against a request"
+    code = str(code or '')
+    param = str(param or '').split('.')[0]
     if re.search('content_?(filter|policy)', code) or _FILTER.search(message): return 'refused'
-    if code.startswith(('context_length', 'exceed_context')) or (_LONG.search(message) and not code.startswith('unsupported')): return 'rejected'
-    if 'response_format' in sent and re.search(r'response_format|schema|grammar', f'{param} {message}'): return 'response_format'
+    if code.startswith(('context_length', 'exceed_context')): return 'rejected'
+    if _LONG.search(message) and not code.startswith('unsupported'): return 'rejected'
+    if 'response_format' in sent and re.search(r'response_format|schema|grammar', f'{param} {message}'):
+        return 'response_format'
     named = [p for p in OPTIONAL if p in sent and (p == param or re.search(rf'\b{p}\b', message))]
     named.sort(key=lambda p: (p != param, p != 'top_p')) # "temperature and top_p cannot both be specified"
-    return named[0] if named and (_UNKNOWN.search(message) or code.startswith(('unsupported', 'unknown'))) else 'bad'
+    unknown = _UNKNOWN.search(message) or code.startswith(('unsupported', 'unknown'))
+    return named[0] if named and unknown else 'bad'
 
 # %% ../../nbs/parts/writers/errors.ipynb #ed6c0217
-def retry_after(headers) -> float|None: # seconds
-    "How long a server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as a date"
+def retry_after(
+    headers, # of a reply: a mapping
+) -> float|None: # seconds; None: it does not say, or says what cannot be read
+    "Return how long a server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as a date"
     try:
         if 'retry-after-ms' in headers: return max(0., float(headers['retry-after-ms'])/1000)
         value = headers.get('retry-after')
         if value is None: return None
-        return max(0., float(value) if re.fullmatch(r'[\d.]+', value) else parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError): return None
+        if re.fullmatch(r'[\d.]+', value): return max(0., float(value))
+        return max(0., parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None
 
 # %% ../../nbs/parts/writers/errors.ipynb #3a727e50
-_WORDS = 'message', 'detail', 'error', 'errors', 'msg', 'error_message', 'error_description', 'faultstring', 'fault', 'reason', 'title', 'description'
+_WORDS = ('message', 'detail', 'error', 'errors', 'msg', 'error_message', 'error_description', 'faultstring', 'fault',
+          'reason', 'title', 'description')
+_DEPTH = 6 # of bodies within bodies
 
-def server_words(body, depth:int=0) -> tuple: # (what it says, its code and type, the parameter that it names); '' where there is none
+class Words(NamedTuple):
+    "Words of the body of an error; '' where it has none"
+    text: str = ''
+    code: str = '' # its code and type
+    parameter: str = '' # that it names
+
+def server_words(
+    body, # of an error: its JSON, or its text
+    depth:int=0, # of the body within others
+) -> Words: # empty ones where there are none
     "Return what the body of an error says, whatever its form"
-    if isinstance(body, str):
-        body = body[:4000]
-        page = re.search('<title[^>]*>(.*?)</title>', body, re.I | re.S)
-        return ' '.join((page[1] if page else re.sub('<[^>]*>', ' ', body)).split()), '', ''
-    if isinstance(body, list) and depth < 6:
-        said = [server_words(part, depth + 1) for part in body[:8]]
-        texts, codes, names = ([part[i] for part in said if part[i]] for i in range(3))
-        return '; '.join(texts), next(iter(codes), ''), next(iter(names), '')
-    if not isinstance(body, dict) or depth >= 6:
-        return '', '', ''
+    if isinstance(body, str): return Words(_page_text(body[:4000]))
+    if depth >= _DEPTH: return Words()
+    if isinstance(body, list): return _words_of_list([server_words(part, depth + 1) for part in body[:8]])
+    if isinstance(body, dict): return _words_of_object(body, depth)
+    return Words()
+
+def _page_text(page) -> str: # the title of a page, or its text without tags
+    title = re.search('<title[^>]*>(.*?)</title>', page, re.I | re.S)
+    text = title[1] if title else re.sub('<[^>]*>', ' ', page)
+    return ' '.join(text.split())
+
+def _words_of_list(said) -> Words:
+    text = '; '.join(words.text for words in said if words.text)
+    code = next((words.code for words in said if words.code), '')
+    return Words(text, code, next((words.parameter for words in said if words.parameter), ''))
+
+def _words_of_object(body, depth) -> Words:
     said = (server_words(body[key], depth + 1) for key in _WORDS if key in body)
-    text, code, name = next((words for words in said if words[0]), ('', '', ''))
+    text, code, parameter = next((words for words in said if words.text), Words())
     place = [str(part) for part in body['loc']] if isinstance(body.get('loc'), list) else []
-    if text and place:
-        text = f'{".".join(place)}: {text}'
+    if text and place: text = f'{".".join(place)}: {text}'
     own = [str(body[key]) for key in ('code', 'type') if isinstance(body.get(key), (str, int))]
     own.sort(key=str.isdecimal) # a name says more than a number
     named = [part for part in place if part in OPTIONAL] or place[-1:]
-    return text, code or ' '.join(own), name or str(body.get('param') or next(iter(named), ''))
+    return Words(text, code or ' '.join(own), parameter or str(body.get('param') or next(iter(named), '')))
 
 # %% ../../nbs/parts/writers/errors.ipynb #1023528a
-LOST = None, None # tokens of an attempt that the server may have answered and billed, though no reply arrived
+LOST = Tokens(None, None) # of an attempt that the server may have answered and billed, though no reply arrived
 TOO_LATE = 408, 502, 504, *range(520, 525) # a gateway between gave up
-MAYBE_OUTAGE = 'timeout', 'dropped', '500', '408', '409', 'error' # kinds that a request can bring about too: the server is asked whether it answers another one
-OUTAGE = ('unreachable', 'unreadable', *map(str, (429, 502, 503, 504, *range(520, 525)))) # kinds of trouble that say nothing about the request
+
+# kinds that a request can bring about too: the server is asked whether it answers another one
+MAYBE_OUTAGE = 'timeout', 'dropped', '500', '408', '409', 'error'
+# kinds of trouble that say nothing about the request
+OUTAGE = ('unreachable', 'unreadable', *map(str, (429, 502, 503, 504, *range(520, 525))))
 
 @dataclass
 class Trouble:
@@ -131,43 +178,78 @@ class Trouble:
     wait: float|None = None # seconds that the server asks to wait
     stop: type|None = None # the error that ends the call; None: it may pass
     verdict: str|None = None # of a 400: see `bad_request`; 'redirect'
-    tokens: tuple = (0, 0) # that were billed; None: not known
+    tokens: Tokens = Tokens(0, 0) # that were billed
 
-def trouble(e, sent, hide=str) -> Trouble: # e: an exception of `openai`, or what else its client ran into; hide: a text without the key
-    "What an exception of the client means"
-    import openai
-    cause = e.__cause__ or e
-    name = type(cause).__name__
-    line = lambda text: ' '.join(hide(str(text)).split())[:300]
-    if isinstance(e, openai.APITimeoutError): return Trouble('timeout', 'no reply in time', tokens=LOST)
-    if isinstance(e, openai.APIStatusError): return status_trouble(e.status_code, _json(e.response.text), e.response.headers, sent, hide)
-    if not isinstance(e, openai.APIConnectionError): return Trouble('unreadable', line(f'not the reply of a chat completions server ({name})'), tokens=LOST)
-    says = line(f'{e.message} ({name}: {cause})' if str(cause) else f'{e.message} ({name})')
-    if name == 'UnsupportedProtocol' or 'Illegal header' in says: return Trouble('unsent', says, stop=ValueError) # it never leaves this machine
-    if name not in ('ConnectError', 'ProxyError'): return Trouble('dropped', says, tokens=LOST)
-    return Trouble('unreachable', says, stop=ConnectionError if 'certificate' in says.lower() else None)
+    @property
+    def passes(self) -> bool: # it is worth another try
+        return not (self.verdict or self.stop)
 
-def _json(text): # the text itself where it is none
+def json_or_text(
+    text:str|bytes,
+) -> Any: # the value; the text itself where it is no JSON
+    "Return what a body holds"
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
-def status_trouble(status:int, body, headers, sent, hide=str) -> Trouble: # body: its JSON, or its text
-    "What the status and the body of an error mean"
+# %% ../../nbs/parts/writers/errors.ipynb #2b95e71d
+def status_trouble(
+    status:int,
+    body, # its JSON, or its text
+    headers, # a mapping
+    sent:dict, # parameters of the request
+    hide=str, # function: a text without the key
+) -> Trouble:
+    "Return what the status and the body of an error mean"
     text, code, param = server_words(body)
-    says = hide((text or ('nothing more' if body in ('', None) else json.dumps(body)))[:5000])[:2000]
-    error = Trouble(str(status), f'error {status}: {" ".join(says.split())[:300]}', retry_after(headers), tokens=LOST if status in TOO_LATE else (0, 0))
+    if not text: text = 'nothing more' if body in ('', None) else json.dumps(body)
+    says = hide(text[:5000])[:2000]
+    line = f'error {status}: {" ".join(says.split())[:300]}'
+    tokens = LOST if status in TOO_LATE else Tokens(0, 0)
+    error = Trouble(str(status), line, retry_after(headers), tokens=tokens)
     if status == 402 or 'insufficient_quota' in code.split(): return replace(error, stop=BudgetSpent)
     if status in (408, 409, 429) or status >= 500: return error
     if status == 413: return replace(error, verdict='rejected')
     if status in (400, 422):
         verdict = bad_request(says, code, param, sent)
         return replace(error, verdict=verdict, stop=ValueError if verdict == 'bad' else None)
-    if 300 <= status < 400 and headers.get('location', '').strip(): # to follow would hand the prompts to somebody else
+    if 300 <= status < 400 and headers.get('location', '').strip():
+        # to follow would hand the prompts to somebody else
         place = re.split('[?#]', hide(headers['location']))[0][:200]
-        return replace(error, says=f'error {status}: it sends to {place!r}', stop=ValueError, verdict='redirect')
+        says = f'error {status}: it sends to {place!r}'
+        return replace(error, says=says, stop=ValueError, verdict='redirect')
     return replace(error, stop=PermissionError if status in (401, 403) else ValueError)
+
+# %% ../../nbs/parts/writers/errors.ipynb #e6eda6e2
+def trouble(
+    error:Exception, # of `openai`, or what else its client ran into
+    sent:dict, # parameters of the request
+    hide=str, # function: a text without the key
+) -> Trouble:
+    "Return what an exception of the client means"
+    import openai
+    if isinstance(error, openai.APITimeoutError): return Trouble('timeout', 'no reply in time', tokens=LOST)
+    if isinstance(error, openai.APIStatusError):
+        response = error.response
+        return status_trouble(error.status_code, json_or_text(response.text), response.headers, sent, hide)
+    cause = error.__cause__ or error
+    name = type(cause).__name__
+    if not isinstance(error, openai.APIConnectionError):
+        says = f'not the reply of a chat completions server ({name})'
+        return Trouble('unreadable', _line(says, hide), tokens=LOST)
+    reason = f'{name}: {cause}' if str(cause) else name
+    return _connection_trouble(name, _line(f'{error.message} ({reason})', hide))
+
+def _line(text, hide) -> str:
+    return ' '.join(hide(text).split())[:300]
+
+def _connection_trouble(name, says) -> Trouble: # name: of the error's class
+    if name == 'UnsupportedProtocol' or 'Illegal header' in says: # it never leaves this machine
+        return Trouble('unsent', says, stop=ValueError)
+    if name not in ('ConnectError', 'ProxyError'):
+        return Trouble('dropped', says, tokens=LOST)
+    return Trouble('unreachable', says, stop=ConnectionError if 'certificate' in says.lower() else None)
 
 # %% ../../nbs/parts/writers/errors.ipynb #628b0c91
 MOST_BYTES = 4_000_000 # of one reply: a million tokens
@@ -175,7 +257,9 @@ MOST_BYTES = 4_000_000 # of one reply: a million tokens
 class TooMuch(ValueError):
     "A reply that was not read to its end"
 
-async def bounded(response): # a hook of the HTTP client
+async def bounded(
+    response, # of the HTTP client, whose hook this is
+) -> None:
     "Let no more than `MOST_BYTES` of a body be read; an error's is cut there"
     read = response.aiter_bytes
     async def parts(chunk_size=None):
@@ -189,17 +273,26 @@ async def bounded(response): # a hook of the HTTP client
             yield part
     response.aiter_bytes = parts
 
-def most_characters(max_tokens:int) -> int: # of a text
-    "More than any text of so many tokens"
+def most_characters(
+    max_tokens:int,
+) -> int: # of a text
+    "Return more than any text of so many tokens has"
     return 10_000 + 100*max_tokens
 
-def tokens_of(usage, said:str) -> tuple: # (prompt, reply); None: not known
-    "Numbers of tokens as a server counts them, as far as they can be true"
+# %% ../../nbs/parts/writers/errors.ipynb #8bccdc81
+def tokens_of(
+    usage, # as the server states it, whatever that is
+    said:str, # the text of the reply
+) -> Tokens:
+    "Return numbers of tokens as a server counts them, as far as they can be true"
     usage = usage if isinstance(usage, dict) else {}
-    prompt, reply = _tokens(usage.get('prompt_tokens')), _tokens(usage.get('completion_tokens'))
+    prompt = _tokens(usage.get('prompt_tokens'))
+    reply = _tokens(usage.get('completion_tokens'))
     total = _tokens(usage.get('total_tokens'))
-    if None not in (prompt, reply, total): reply = max(reply, total - prompt)  # some servers count thinking in the total alone
-    return prompt or None, None if reply == 0 and said.strip() else reply
+    if prompt is not None and reply is not None and total is not None:
+        reply = max(reply, total - prompt) # some count thinking in the total alone
+    if reply == 0 and said.strip(): reply = None
+    return Tokens(prompt or None, reply)
 
 def _tokens(value) -> int|None: # None: no number of tokens
     if isinstance(value, str) and re.fullmatch('[0-9]{1,9}', value): value = int(value)

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['whole_sentences', 'json_values', 'is_json', 'without_thinking', 'text_schema', 'list_sizes', 'uncounted',
-           'schema_error', 'longest_json', 'maybe_draft', 'tidy_lists', 'refuses', 'choice_schema', 'finish',
+           'schema_error', 'longest_json', 'maybe_draft', 'tidy_lists', 'refuses', 'choice_schema', 'parse_reply',
            'texts_of', 'answers']
 
 # %% ../../nbs/parts/writers/parsing.ipynb #5fdc15fa
 import json, re
 from bisect import bisect_right
 from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 # %% ../../nbs/parts/writers/parsing.ipynb #0672c0c1
 from ..files import valid_text
@@ -20,16 +23,20 @@ from ..replies import Reply
 # %% ../../nbs/parts/writers/parsing.ipynb #1c6562e3
 _END = re.compile(r'(?<=\w\w)(?<!\bMrs)(?<!\b(?:Mr|Ms|Dr|St|vs))[.!?…]+["\')\]”’]*(?=\s+[^a-z\s]|\s*$)')
 
-def whole_sentences(text:str) -> str: # unchanged where no sentence ends
-    "The text up to the end of its last complete sentence"
-    ends = [m.end() for m in _END.finditer(text)]
+def whole_sentences(
+    text:str,
+) -> str: # unchanged where no sentence ends
+    "Return the text up to the end of its last complete sentence"
+    ends = [match.end() for match in _END.finditer(text)]
     return text[:ends[-1]] if ends else text
 
 # %% ../../nbs/parts/writers/parsing.ipynb #6a17b8d4
 _JSON = json.JSONDecoder(strict=False) # a line break inside a string is let through
 _OPENING = re.compile(r'[{\[]')
 
-def json_values(text:str): # yields (start, end, value)
+def json_values(
+    text:str,
+) -> Iterator[tuple]: # (start, end, value)
     "Find the objects and lists in a text, from the left, none inside another"
     at = 0
     work = 100_000 + 10*len(text) # characters that may be read, again and again, for starts that lead nowhere
@@ -37,8 +44,13 @@ def json_values(text:str): # yields (start, end, value)
         at = start.start()
         try:
             value, end = _JSON.raw_decode(text, at)
-        except ValueError as error:
-            work -= (len(text) if error.msg.startswith('Unterminated') else error.pos) - at + error.pos//100 # the error counts lines
+        except json.JSONDecodeError as error:
+            read = len(text) if error.msg.startswith('Unterminated') else error.pos
+            work -= read - at + error.pos//100 # the error counts lines
+            at += 1
+            continue
+        except ValueError: # a number of more digits than Python reads
+            work -= len(text) - at
             at += 1
             continue
         except RecursionError: # nested deeper than anything that is asked for
@@ -46,7 +58,9 @@ def json_values(text:str): # yields (start, end, value)
         yield at, end, value
         at = end
 
-def is_json(text:str) -> bool:
+def is_json(
+    text:str,
+) -> bool:
     "Return whether a text as a whole is JSON"
     try:
         _JSON.decode(text)
@@ -73,66 +87,81 @@ _QUOTES = {'"': '"', "'": "'", '`': '`', '“': '”', '‘': '’', '«': '»'}
 def _quoted(text, mark) -> bool: # whether it stands in quotes of its own, as in: ends with "</think>".
     before = text[max(0, mark.start() - 2):mark.start()]
     after = text[mark.end():mark.end() + 2]
-    return _QUOTES.get(before[-1:]) == after[:1] and not before[:-1].strip(' \n(') and not after[1:].isalnum()
-
-def _closes(mark) -> bool: # whether it ends thoughts
-    if mark['final'] or mark['channel']:
-        return bool(mark['final'])
-    if not mark['tag']:
-        return '/' in mark[0]
-    return '/' in mark['lead'] + mark['tail'] or 'end' in re.split('[:_-]', mark['name'].lower())
+    if _QUOTES.get(before[-1:]) != after[:1]: return False
+    return not before[:-1].strip(' \n(') and not after[1:].isalnum()
 
 def _meant(text, pattern) -> list: # its matches, but for those that the text quotes
     marks = list(pattern.finditer(text))
     spans = [span[:2] for span in json_values(text)] if marks else []
     starts = [start for start, _ in spans]
-    within = lambda mark: any(mark.start() < end for _, end in spans[:bisect_right(starts, mark.start())][-1:])
+    def within(mark):
+        before = spans[:bisect_right(starts, mark.start())]
+        return any(mark.start() < end for _, end in before[-1:])
     return [mark for mark in marks if not within(mark) and not _quoted(text, mark)]
 
-def _marks(text): # [(start, end, kind of thoughts, whether it closes them)]
+# %% ../../nbs/parts/writers/parsing.ipynb #efcbe250
+@dataclass(frozen=True)
+class _Mark:
+    "A place where thoughts begin or end"
+    start: int
+    end: int
+    kind: str # of thoughts
+    closes: bool
+
+def _closes(mark) -> bool: # whether it ends thoughts
+    if mark['final'] or mark['channel']: return bool(mark['final'])
+    if not mark['tag']: return '/' in mark[0]
+    return '/' in mark['lead'] + mark['tail'] or 'end' in re.split('[:_-]', mark['name'].lower())
+
+def _marks(text) -> list: # of `_Mark`
     found = []
     for mark in _meant(text, _MARKS):
         kind = mark['tag'] or mark['torn'] or mark['bracket'] or mark['arrow'] or 'channel'
-        found.append((mark.start(), mark.end(), kind.lower(), _closes(mark)))
+        found.append(_Mark(mark.start(), mark.end(), kind.lower(), _closes(mark)))
     return found
 
-# %% ../../nbs/parts/writers/parsing.ipynb #71cecc64
-_HARMONY = r'(?:assistant)?(?:analysis|commentary)(?=[^\W\d_a-z]|["{\[]|assistant)|assistantfinal'
-_GRANITE = "Here(?:'s|’s| is) my "
-_PLAIN = ((re.compile(_HARMONY), re.compile('assistantfinal')),
-          (re.compile(f'{_GRANITE}thought process:', re.I), re.compile(f'{_GRANITE}response:', re.I)))
-_ENDS = re.compile(rf'<\|(?:return|end|/{_ANSWER}|END_RESPONSE|end_of_{_ANSWER})\|>\s*$', re.I)
+# %% ../../nbs/parts/writers/parsing.ipynb #eed7ddcb
 _WRAP = re.compile(rf'<(/?)\s*({_ANSWER})\s*>', re.I)
 
 def _unwrapped(text) -> str: # without the tags of an answer, where one begins or ends the text
     tags = _meant(text, _WRAP)
-    last = tags[-1] if tags and tags[-1][1] and not text[tags[-1].end():].strip() else None
-    opening = next((tag for tag in reversed(tags) if not tag[1]), None) if last else None
-    if opening:
-        return text[opening.end():last.start()].strip()
-    if tags and not tags[0][1] and not text[:tags[0].start()].strip():
-        end = next((tag.start() for tag in tags if tag[1]), len(text))
-        return text[tags[0].end():end].strip()
+    opening = [tag for tag in tags if not tag[1]]
+    closing = [tag for tag in tags if tag[1]]
+    if opening and closing and tags[-1] is closing[-1] and not text[closing[-1].end():].strip():
+        return text[opening[-1].end():closing[-1].start()].strip()
+    if opening and tags[0] is opening[0] and not text[:opening[0].start()].strip():
+        end = closing[0].start() if closing else len(text)
+        return text[opening[0].end():end].strip()
     return text
 
-def _outside(text): # the stretches that are no thoughts, the last one last; None: the thinking never ends
+def _outside(text) -> list|None: # the stretches that are no thoughts, the last one last; None: thinking never ends
     said = []
-    thoughts = {} # their kinds, in the order in which they began
+    thoughts:dict = {} # their kinds, in the order in which they began
     start = 0
-    for at, end, kind, closes in _marks(text):
-        if not closes:
-            if not thoughts: said.append(text[start:at])
-            thoughts.setdefault(kind)
+    for mark in _marks(text):
+        if not mark.closes:
+            if not thoughts: said.append(text[start:mark.start])
+            thoughts.setdefault(mark.kind)
             continue
         if not thoughts: said = []
         kinds = list(thoughts)
-        thoughts = dict.fromkeys(kinds[:kinds.index(kind)] if kind in kinds else ())
-        start = end
+        outer = kinds[:kinds.index(mark.kind)] if mark.kind in kinds else []
+        thoughts = dict.fromkeys(outer)
+        start = mark.end
     return None if thoughts else [*said, text[start:]]
 
-def without_thinking(text:str,
-                     cut:bool=False # whether max_tokens ended it: what stood before the last thoughts is no answer then
-                    ) -> str|None: # None: the thinking never ends
+# %% ../../nbs/parts/writers/parsing.ipynb #71cecc64
+_HARMONY = r'(?:assistant)?(?:analysis|commentary)(?=[^\W\d_a-z]|["{\[]|assistant)|assistantfinal'
+_GRANITE = "Here(?:'s|’s| is) my "
+_PLAIN = ( # how thoughts in plain words begin, and what stands before the answer
+    (re.compile(_HARMONY), re.compile('assistantfinal')),
+    (re.compile(f'{_GRANITE}thought process:', re.I), re.compile(f'{_GRANITE}response:', re.I)))
+_ENDS = re.compile(rf'<\|(?:return|end|/{_ANSWER}|END_RESPONSE|end_of_{_ANSWER})\|>\s*$', re.I)
+
+def without_thinking(
+    text:str,
+    cut:bool=False, # whether max_tokens ended it: what stood before the last thoughts is no answer then
+) -> str|None: # None: the thinking never ends
     "Return what a model says outside of its thoughts, as it is where there are none"
     if text.startswith(('{', '[', '"')) and is_json(text) and not _MARKS.match(text, 1):
         return text
@@ -149,61 +178,110 @@ def without_thinking(text:str,
     return answers[-1] if cut else next((answer for answer in reversed(answers) if answer), '')
 
 # %% ../../nbs/parts/writers/parsing.ipynb #e2043c14
-def text_schema(sizes:dict) -> dict: # list name -> texts wanted
-    "JSON schema of an object with these lists of strings"
-    lists = {name: {'type': 'array', 'items': {'type': 'string'}, 'minItems': n, 'maxItems': n} for name, n in sizes.items()}
+def text_schema(
+    sizes:dict, # list name -> texts wanted
+) -> dict: # JSON schema
+    "Return the schema of an object with these lists of strings"
+    lists = {}
+    for name, n in sizes.items():
+        lists[name] = {'type': 'array', 'items': {'type': 'string'}, 'minItems': n, 'maxItems': n}
     return {'type': 'object', 'properties': lists, 'required': list(sizes), 'additionalProperties': False}
 
-def list_sizes(schema) -> dict: # list name -> texts wanted; empty: no list of strings with a number
-    "The lists of strings that a schema counts"
-    lists = (schema or {}).get('properties', {}).items()
-    return {name: s['minItems'] for name, s in lists if s.get('type') == 'array' and s.get('items', {}).get('type') == 'string' and 'minItems' in s}
+def list_sizes(
+    schema:dict|None,
+) -> dict: # list name -> texts wanted; empty: no list of strings with a number
+    "Return the lists of strings that a schema counts"
+    properties = (schema or {}).get('properties', {})
+    return {name: part['minItems'] for name, part in properties.items() if _counts_strings(part)}
 
-def uncounted(schema): # schema
-    "The same form with any number of items"
+def _counts_strings(schema) -> bool:
+    if schema.get('type') != 'array' or 'minItems' not in schema: return False
+    return schema.get('items', {}).get('type') == 'string'
+
+def uncounted(
+    schema:Any, # or a part of one
+) -> Any:
+    "Return the same form with any number of items"
     if not isinstance(schema, dict): return schema
-    return {k: {n: uncounted(s) for n, s in v.items()} if k == 'properties' else uncounted(v) for k, v in schema.items() if k not in ('minItems', 'maxItems')}
+    kept = {key: part for key, part in schema.items() if key not in ('minItems', 'maxItems')}
+    for key, part in kept.items():
+        if key == 'properties': kept[key] = {name: uncounted(inner) for name, inner in part.items()}
+        else: kept[key] = uncounted(part)
+    return kept
 
 # %% ../../nbs/parts/writers/parsing.ipynb #c299cda3
-_TYPES = {'object': dict, 'array': list, 'string': str, 'boolean': bool, 'integer': int, 'number': (int, float), 'null': type(None)}
+_TYPES:dict = {'object': dict, 'array': list, 'string': str, 'boolean': bool, 'integer': int, 'number': (int, float),
+               'null': type(None)}
 
-def schema_error(value, schema:dict, where:str='reply') -> str|None: # None: it fits
-    "The first way in which a value breaks a schema of type, properties, required, items, enum, minItems, maxItems, additionalProperties"
+def schema_error(
+    value, # as JSON has it
+    schema:dict, # of type, properties, required, items, enum, minItems, maxItems, additionalProperties
+    where:str='reply', # what the value is called
+) -> str|None: # None: it fits
+    "Return the first way in which a value breaks a schema"
     kinds = schema.get('type', list(_TYPES))
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    fits = [k for k in kinds if isinstance(value, _TYPES[k]) and (k == 'boolean' or not isinstance(value, bool))]
-    if not fits: return f'{where} is not {" or ".join(kinds)}'
-    if 'enum' in schema and value not in schema['enum']: return f'{where} is none of {", ".join(map(str, schema["enum"]))}'
-    if isinstance(value, dict):
-        properties = schema.get('properties', {})
-        if lost := [k for k in schema.get('required', []) if k not in value]: return f'{where} lacks {lost[0]!r}'
-        more = [k for k in value if k not in properties]
-        if more and schema.get('additionalProperties') is False: return f'{where} has {more[0]!r} too'
-        return next((e for k, s in properties.items() if k in value and (e := schema_error(value[k], s, f'{where}.{k}'))), None)
-    if isinstance(value, list):
-        if len(value) < schema.get('minItems', 0): return f'{where} has {len(value)} items, not {schema["minItems"]} or more'
-        if len(value) > schema.get('maxItems', len(value)): return f'{where} has {len(value)} items, not {schema["maxItems"]} or fewer'
-        return next((e for i, v in enumerate(value) if (e := schema_error(v, schema.get('items', {}), f'{where}[{i}]'))), None)
+    if not any(_is_a(kind, value) for kind in kinds): return f'{where} is not {" or ".join(kinds)}'
+    if 'enum' in schema and value not in schema['enum']:
+        return f'{where} is none of {", ".join(map(str, schema["enum"]))}'
+    if isinstance(value, dict): return _object_error(value, schema, where)
+    return _list_error(value, schema, where) if isinstance(value, list) else None
+
+def _is_a(kind, value) -> bool:
+    if isinstance(value, bool): return kind == 'boolean'
+    return isinstance(value, _TYPES[kind])
+
+def _object_error(value, schema, where) -> str|None:
+    properties = schema.get('properties', {})
+    if lost := [key for key in schema.get('required', []) if key not in value]: return f'{where} lacks {lost[0]!r}'
+    more = [key for key in value if key not in properties]
+    if more and schema.get('additionalProperties') is False: return f'{where} has {more[0]!r} too'
+    for key, part in properties.items():
+        if key in value and (error := schema_error(value[key], part, f'{where}.{key}')): return error
+    return None
+
+def _list_error(value, schema, where) -> str|None:
+    least = schema.get('minItems', 0)
+    most = schema.get('maxItems', len(value))
+    if len(value) < least: return f'{where} has {len(value)} items, not {least} or more'
+    if len(value) > most: return f'{where} has {len(value)} items, not {most} or fewer'
+    for i, item in enumerate(value):
+        if error := schema_error(item, schema.get('items', {}), f'{where}[{i}]'): return error
+    return None
 
 # %% ../../nbs/parts/writers/parsing.ipynb #21f30113
-def _best(text, schema): # (start, end, value) of the JSON that is taken; None: there is none
-    found = []
+@dataclass(frozen=True)
+class _Found:
+    "JSON in a text"
+    start: int
+    end: int
+    value: Any
+
+def _best(text, schema) -> _Found|None: # the JSON that is taken; None: there is none
+    best = None
     for start, end, value in json_values(text):
         fits = schema is not None and schema_error(value, schema) is None
         near = schema is not None and schema_error(value, uncounted(schema)) is None
-        found.append((fits, near, 0 if fits else end - start, (start, end, value)))
-    return max(reversed(found), key=lambda f: f[:3])[3] if found else None
+        rank = fits, near, 0 if fits else end - start
+        if best is None or rank >= best[0]: best = rank, _Found(start, end, value) # of equals, the last
+    return best[1] if best else None
 
-def longest_json(text:str, schema=None): # value; None: there is no JSON in it
-    "Return the last object or list in a text that fits the schema; else the longest, one that fits but for its numbers of items first"
+def longest_json(
+    text:str,
+    schema:dict|None=None,
+) -> Any: # the value; None: there is no JSON in it
+    "Return the last object or list that fits the schema; else the longest, one that fits but for its counts first"
     best = _best(text, schema)
-    return best[2] if best else None
+    return best.value if best else None
 
-def maybe_draft(text:str, # of a reply that was cut
-                start:int, end:int # of JSON in it
-               ) -> bool:
-    "Return whether JSON may be a draft: it neither begins nor ends the text, or more JSON or a mark was begun behind it"
-    before, after = text[:start], text[end:]
+def maybe_draft(
+    text:str, # of a reply that was cut
+    start:int, # of JSON in it
+    end:int,
+) -> bool:
+    "Return whether JSON may be a draft: it neither begins nor ends the text, or more was begun behind it"
+    before = text[:start]
+    after = text[end:]
     if re.fullmatch(r'[\s`.]*', after):
         return False
     if not re.fullmatch(r'\s*(?:```\w*\s*)?', before):
@@ -211,18 +289,25 @@ def maybe_draft(text:str, # of a reply that was cut
     return bool(re.search(r'[{\[]\s*["{\[]|[<\[◁]\S{0,20}\Z', after))
 
 # %% ../../nbs/parts/writers/parsing.ipynb #5b47645a
-def tidy_lists(value:dict, sizes:dict): # (value, counts)
-    "The lists of a reply, at most as long as they should be"
-    out, counts = dict(value), Counter()
+def tidy_lists(
+    value:dict, # a reply
+    sizes:dict, # list name -> texts wanted
+) -> tuple: # (the reply with its lists tidied, counts of what was wrong with them)
+    "Return the lists of a reply, at most as long as they should be"
+    out = dict(value)
+    counts:Counter = Counter()
     for name, n in sizes.items():
-        texts = [' '.join(valid_text(t).split()) for t in value[name]]
-        there = [t for t in texts if t]
-        first = {}
-        for t in there: first.setdefault(t.casefold(), t)
-        new = [*first.values()]
-        counts.update(empty=len(texts) - len(there), duplicate=len(there) - len(new), surplus=max(0, len(new) - n), short=max(0, n - len(new)))
+        texts = [' '.join(valid_text(text).split()) for text in value[name]]
+        there = [text for text in texts if text]
+        first:dict = {}
+        for text in there: first.setdefault(text.casefold(), text)
+        new = list(first.values())
+        counts['empty'] += len(texts) - len(there)
+        counts['duplicate'] += len(there) - len(new)
+        counts['surplus'] += max(0, len(new) - n)
+        counts['short'] += max(0, n - len(new))
         out[name] = new[:n]
-    return out, {k: v for k, v in counts.items() if v}
+    return out, {kind: n for kind, n in counts.items() if n}
 
 # %% ../../nbs/parts/writers/parsing.ipynb #84c1aa5a
 _SORRY = "(?:(?:I am|I'm|I’m) (?:so |very )?sorry|Sorry|I apologi[sz]e)[^.!?]{0,20}?"
@@ -230,67 +315,104 @@ _UNABLE = "I(?: am|'m|’m)? (?:can't|can’t|cannot|can not|unable to|not able 
 _TASK = r'(?:help|assist|comply|fulfill?|provide|write|create|generate|continue|engage|do that)\b'
 _REFUSAL = re.compile(rf'(?:{_SORRY})?{_UNABLE} {_TASK}|As an AI language model\b', re.I)
 
-def refuses(text) -> bool:
+def refuses(
+    text:str,
+) -> bool:
     "Return whether a text begins as English refusals of models do; those in other languages are not recognised"
     return bool(_REFUSAL.match(text.lstrip('*_"\' ')))
 
 # %% ../../nbs/parts/writers/parsing.ipynb #f2a10316
-def choice_schema(choices) -> dict: # a JSON object with one of the choices
+def choice_schema(
+    choices, # texts
+) -> dict: # JSON schema
+    "Return the schema of an object with one of the choices"
     choice = {'type': 'string', 'enum': list(choices)}
     return {'type': 'object', 'properties': {'choice': choice}, 'required': ['choice'], 'additionalProperties': False}
 
-def finish(text:str, # as a model wrote it
-           cut:bool=False, # whether max_tokens ended it
-           schema=None, choices=None) -> dict: # outcome, text or error, cut, counts: fields of a `Reply`
-    "What a reply may carry of a raw text"
-    text = without_thinking(valid_text(text).strip(), cut)
-    if text is None: return dict(outcome='unparsed', error='thinking that never ends, without an answer', cut=cut)
-    if not text: return dict(outcome='empty', error='empty', cut=cut)
-    if choices is None and refuses(text): return dict(outcome='refused', error=f'refused: {text[:80]}', cut=cut)
-    if schema is None and choices is None: return dict(text=whole_sentences(text) if cut else text, cut=cut)
-    wrong = lambda why: dict(outcome='unparsed', error=why, cut=cut)
-    wanted = schema if choices is None else choice_schema(choices) | {'additionalProperties': True}
-    start, end, value = _best(text, wanted) or (0, 0, None)
-    if cut and value is not None and maybe_draft(text, start, end): return wrong('cut, and its JSON may be a draft')
-    if choices is not None:
-        said = value.get('choice') if isinstance(value, dict) else text.strip(' .:()"\'*')
-        return dict(text=said, cut=cut) if said in choices else wrong(f'none of the choices {", ".join(choices)}')
-    if value is None: return wrong('cut before the JSON was complete' if cut else 'not JSON')
+def parse_reply(
+    text:str, # as a model wrote it
+    cut:bool=False, # whether max_tokens ended it
+    schema:dict|None=None, # of the JSON that was asked for
+    choices=None, # the texts to choose from
+) -> Reply: # with text or error, outcome, cut and counts
+    "Return what a reply may carry of a raw text"
+    said = without_thinking(valid_text(text).strip(), cut)
+    if said is None: return _unparsed('thinking that never ends, without an answer', cut)
+    if not said: return Reply(outcome='empty', error='empty', cut=cut)
+    if choices is not None: return _parse_choice(said, cut, choices)
+    if refuses(said): return Reply(outcome='refused', error=f'refused: {said[:80]}', cut=cut)
+    if schema is not None: return _parse_json(said, cut, schema)
+    return Reply(text=whole_sentences(said) if cut else said, cut=cut)
+
+def _unparsed(why, cut) -> Reply:
+    return Reply(outcome='unparsed', error=why, cut=cut)
+
+def _parse_choice(text, cut, choices) -> Reply:
+    found = _best(text, choice_schema(choices) | {'additionalProperties': True})
+    if cut and found and maybe_draft(text, found.start, found.end):
+        return _unparsed('cut, and its JSON may be a draft', cut)
+    chosen = text.strip(' .:()"\'*')
+    if found and isinstance(found.value, dict): chosen = found.value.get('choice')
+    if chosen in choices: return Reply(text=chosen, cut=cut)
+    return _unparsed(f'none of the choices {", ".join(choices)}', cut)
+
+def _parse_json(text, cut, schema) -> Reply:
+    found = _best(text, schema)
+    if not found: return _unparsed('cut before the JSON was complete' if cut else 'not JSON', cut)
+    if cut and maybe_draft(text, found.start, found.end): return _unparsed('cut, and its JSON may be a draft', cut)
     sizes = list_sizes(schema)
-    if why := schema_error(value, uncounted(schema) if sizes else schema): return wrong(f'not the JSON that was asked for: {why}')
-    value, counts = tidy_lists(value, sizes)
-    if sizes and not any(value[name] for name in sizes): return dict(outcome='empty', error='empty', cut=cut, counts=counts)
-    return dict(text=valid_text(json.dumps(value, ensure_ascii=False)), cut=cut, counts=counts or None)
+    if why := schema_error(found.value, uncounted(schema) if sizes else schema):
+        return _unparsed(f'not the JSON that was asked for: {why}', cut)
+    value, counts = tidy_lists(found.value, sizes)
+    if sizes and not any(value[name] for name in sizes):
+        return Reply(outcome='empty', error='empty', cut=cut, counts=counts)
+    return Reply(text=valid_text(json.dumps(value, ensure_ascii=False)), cut=cut, counts=counts or None)
 
 # %% ../../nbs/parts/writers/parsing.ipynb #9d157e0c
-def texts_of(reply:Reply, # to a request with `text_schema(sizes)`; sizes None: to one for a single plain text
-             sizes:dict|None # list name -> texts wanted
-            ) -> dict: # list name -> [(text or None, error or None)]; None -> [(text, error)] of a plain text
-    "The texts of a reply; what is missing is an error"
+def texts_of(
+    reply:Reply, # to a request with `text_schema(sizes)`; sizes None: to one for a single plain text
+    sizes:dict|None, # list name -> texts wanted
+) -> dict: # list name -> [(text or None, error or None)]; None -> [(text, error)] of a plain text
+    "Return the texts of a reply; what is missing is an error"
     if sizes is None: return {None: [(reply.text, None) if reply.text else (None, reply.error or 'empty')]}
-    found = finish(reply.text, reply.cut, text_schema(sizes)) if reply.text is not None else dict(error=reply.error)
-    if 'error' in found: return {name: [(None, found['error'] or 'no reply')]*n for name, n in sizes.items()}
-    lists = json.loads(found['text'])
-    return {name: [(lists[name][j], None) if j < len(lists[name]) else (None, f'{len(lists[name])} of {n} texts in the reply') for j in range(n)]
-            for name, n in sizes.items()}
+    found = reply
+    if reply.text is not None: found = parse_reply(reply.text, reply.cut, text_schema(sizes))
+    missing = None, found.error or 'no reply'
+    if found.text is None: return {name: [missing]*n for name, n in sizes.items()}
+    lists = json.loads(found.text)
+    return {name: _filled(lists[name], n) for name, n in sizes.items()}
+
+def _filled(texts, n) -> list: # of n (text, error)
+    there = [(text, None) for text in texts[:n]]
+    missing = None, f'{len(texts)} of {n} texts in the reply'
+    return there + [missing]*(n - len(texts))
 
 # %% ../../nbs/parts/writers/parsing.ipynb #433414f5
-def answers(writer, # Writer
-            asked, # iterable of (thing, Request)
-            sizes:dict|None=None, # list name -> texts wanted of each request; None: one plain text
-            total:int|None=None, # how many, for the progress bar
-            **how): # choices, stage, progress
-    "(thing, Reply) for each, as they come, but for those that failed: if there are any, `ConnectionError` is raised at the end. A writer without `stream` is asked for 64 at a time"
-    things, how, failed = deque(), dict(schema=text_schema(sizes) if sizes else None, **how), []
+def answers(
+    writer, # `Writer`; one without `stream` is asked for 64 at a time
+    asked, # iterable of (thing, Request)
+    sizes:dict|None=None, # list name -> texts wanted of each request; None: one plain text
+    total:int|None=None, # how many, for the progress bar
+    **how, # choices, stage, progress
+) -> Iterator[tuple]: # (thing, Reply)
+    "Yield each reply with its thing, but for those that failed: if there are any, raise `ConnectionError` at the end"
+    how = dict(schema=text_schema(sizes) if sizes else None, **how)
+    things:deque = deque()
     def requests():
         for thing, request in asked:
             things.append(thing)
             yield request
-    def written(left):
-        while some := list(islice(left, 64)): yield from writer.write(some, **how)
-    replies = writer.stream(requests(), total=total, **how) if hasattr(writer, 'stream') else written(requests())
-    for reply in replies:
+    failed = []
+    for reply in _streamed(writer, requests(), total, how):
         thing = things.popleft()
         if reply.outcome == 'failed': failed.append(reply.error)
         else: yield thing, reply
-    if failed: raise ConnectionError(f'{len(failed)} of the requests had {failed[-1]}; the others are kept: run the same command again, and these are asked once more')
+    if failed:
+        advice = 'the others are kept: run the same command again, and these are asked once more'
+        raise ConnectionError(f'{len(failed)} of the requests had {failed[-1]}; {advice}')
+
+def _streamed(writer, requests, total, how): # replies, in order
+    if hasattr(writer, 'stream'):
+        yield from writer.stream(requests, total=total, **how)
+        return
+    while some := list(islice(requests, 64)): yield from writer.write(some, **how)
