@@ -73,7 +73,7 @@ def page(
     "Return HTML that needs no style from elsewhere"
     return STYLE + boxed(inner)
 
-# %% ../nbs/parts/pages.ipynb #b3eed111
+# %% ../nbs/parts/pages.ipynb #044e681a
 def rows_html(
     rows:Mapping[str, str] # plain name -> HTML
 ) -> str: # a table
@@ -100,7 +100,8 @@ def explanations_html(
     rows = ''
     for who, text in explanations.items():
         title = f' title="{WHO[who]}"' if who in WHO else ''
-        shown = escape(text) if text and str(text).strip() else '<i>nothing</i>'
+        missing = text is None or text != text or not str(text).strip() # NaN is not itself
+        shown = '<i>nothing</i>' if missing else escape(text)
         rows += f'<tr><th scope="row"{title}>{escape(who)}</th><td>{shown}</td></tr>'
     return f'<table>{rows}</table>'
 

@@ -1,9 +1,10 @@
 "The command line: what it prints for scripts, and one line for each mistake"
 import json
 import pytest
-from saeexplainer.cli import chosen_features, main, marked, preset_and_names, resolve, said
+from saeexplainer.cli import main, marked, resolve, safe_text
 from saeexplainer.features import Feature, FeatureId
 from saeexplainer.presets import data_dir, load_preset
+from saeexplainer.selection import chosen_features, listed, preset_and_names
 from saeexplainer.store import RunStore
 
 
@@ -224,7 +225,7 @@ def test_settings_may_be_anything(capsys, tmp_path, monkeypatch):
 
 
 def test_nothing_drives_the_terminal():
-    assert str(said(('a\x1b[31mb', 'bold'), '\u202ec')) == 'a\ufffd[31mb\ufffdc' and str(marked([('a\x1b]0;x\x07', False)])) == 'a\ufffd]0;x\ufffd'
+    assert str(safe_text(('a\x1b[31mb', 'bold'), '\u202ec')) == 'a\ufffd[31mb\ufffdc' and str(marked([('a\x1b]0;x\x07', False)])) == 'a\ufffd]0;x\ufffd'
 
 
 def test_the_shipped_results_give_the_shipped_report(tmp_path, capsys):
@@ -284,7 +285,7 @@ def test_without_what_is_shipped(capsys, tmp_path, monkeypatch): # as after an i
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'none')); monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
     for args in (['explain', '5'], ['run', 'smollm2-135m', '--root', str(tmp_path/'runs')]):
         said = ends(capsys, *args)[1]
-        assert f'there is no {tmp_path}/none either: what is shipped lies in data/ of a checkout' in said, said
+        assert f'there is no {tmp_path}/none either: all that is shipped lies in data/ of a checkout' in said, said
 
 
 # ---- one line for every error
@@ -384,7 +385,6 @@ def test_messages_name_the_file_of_a_preset(tmp_path, monkeypatch, capsys):
 # ---- lists, tables and marks
 
 def test_lists_and_ranges_of_features():
-    from saeexplainer.cli import listed
     assert listed(['5,8', '10-12', '3 4', 'a/b/1', 'mine.yaml']) == ['5', '8', '10', '11', '12', '3', '4', 'a/b/1', 'mine.yaml'] and listed(None) == []
     assert preset_and_names(['gemma-2-9b-l20', '5-6']) == ('gemma-2-9b-l20', ['5', '6']) and preset_and_names(['5,8']) == ('smollm2-135m', ['5', '8'])
 
