@@ -260,18 +260,29 @@ def explain_dictionary(preset, explainer, # folder or hub id of an explainer; 'a
     if out.exists() and (not n or 'scores' in _table_of(out)): return _end_parts(out, files, settings)
     with ExitStack() as held: # a notebook keeps the traceback of an interrupted call, and with it what is not closed
         parts = [explained := held.enter_context(closing(Rows(files[0], settings[0])))]
+        _check_rows(explained, reader.n_features)
         clear_parts(out)
         if len({row.get('index') for row in explained}) < reader.n_features:
             _explained(explained, load_explainer(explainer, preset, reader), reader, preset, lambda i: f'{preset.source}/{i}', progress)
             free_memory()
         if n:
             verified = held.enter_context(closing(Rows(files[1], settings[1])))
+            _check_rows(verified, reader.n_features)
             target, paid = Target.load(preset, reader), out.with_name(out.name + '.writer.sqlite')
             with nullcontext() if is_local(preset.evaluation_writer) else _paid_store(paid, preset) as store: # a server's replies, until they are all in the file
                 _verified(verified, explained, target, writer_for(preset.evaluation_writer, target, preset, store), preset, n, known, progress)
             for file in (paid, paid.with_name(paid.name + '.lock')): file.unlink(missing_ok=True)
             parts.append(verified)
         return _finish(out, parts)
+
+def _check_rows(rows, n): # raises `ValueError` where a row is of no feature, or of one that was there before
+    seen = set()
+    for number, row in enumerate(rows, 2):
+        index, text = row.get('index'), row.get('explanation')
+        known = isinstance(index, int) and not isinstance(index, bool) and 0 <= index < n and index not in seen
+        if not known or not isinstance(text, str|None):
+            raise ValueError(f'{rows.file} is damaged in line {number} (feature {str(index)[:40]}): remove it and begin again, or choose another --out')
+        seen.add(index)
 
 def _finish(out, parts) -> dict: # the parts as one file, in the order of features; the parts are removed
     import pandas as pd
@@ -292,7 +303,8 @@ def _end_parts(out, files, settings) -> dict: # what was killed between the fini
     for file, of in zip(files, settings):
         if not file.exists(): continue
         with closing(Rows(file, of)) as rows:
-            if file is files[0] and sum(1 for _ in rows) != len(table): raise ValueError(f'{out} exists, and is not what {file} is part of: remove it, or choose another --out')
+            ours = {'index', 'explanation', 'error'} <= set(table)
+            if not ours or (file is files[0] and sum(1 for _ in rows) != len(table)): raise ValueError(f'{out} exists, and is not what {file} is part of: remove it, or choose another --out')
             file.unlink()
     return _counts(table, out)
 

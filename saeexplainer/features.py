@@ -68,19 +68,23 @@ class Context:
     @classmethod
     def from_row(cls, row:dict): # with the four fields; raises `ValueError` where they do not fit together
         try: source, tokens, values, peak = (row[name] for name in ('source', 'tokens', 'values', 'peak'))
-        except (TypeError, KeyError, IndexError): raise ValueError(f'a context is {str(row)[:80]}: it needs source, tokens, values and peak') from None
+        except (TypeError, KeyError, IndexError):
+            raise ValueError(f'a context is {str(row)[:80]}: it needs source, tokens, values and peak') from None
         if isinstance(tokens, str): raise ValueError(f'a context has the tokens {tokens[:40]!r}, not a list of them')
         try:
             context = cls(source or '', tuple(tokens), tuple(map(float, values)), int(peak))
             if context.peak != peak: raise ValueError
         except (TypeError, ValueError):
-            raise ValueError(f'a context has {str(tokens)[:80]} as tokens, {str(values)[:80]} as values and {str(peak)[:20]} as peak: lists of texts and of numbers, and a position') from None
+            raise ValueError(f'a context has {str(tokens)[:80]} as tokens, {str(values)[:80]} as values and '
+                             f'{str(peak)[:20]} as peak: lists of texts and of numbers, and a position') from None
         return context.checked()
 
     def checked(self): # itself; raises `ValueError` where its fields do not fit together
-        if not (isinstance(self.tokens, tuple) and all(isinstance(token, str) for token in self.tokens)): raise ValueError(f'a context has the tokens {str(self.tokens)[:80]}, not texts')
+        if not (isinstance(self.tokens, tuple) and all(isinstance(token, str) for token in self.tokens)):
+            raise ValueError(f'a context has the tokens {str(self.tokens)[:80]}, not texts')
         if not 0 <= self.peak < len(self.tokens) == len(self.values):
-            raise ValueError(f'a context has {len(self.tokens)} tokens, {len(self.values)} values and its peak at {self.peak}: the peak is one of its tokens')
+            raise ValueError(f'a context has {len(self.tokens)} tokens, {len(self.values)} values and its peak at '
+                             f'{self.peak}: the peak is one of its tokens')
         if any(value != value for value in self.values): raise ValueError('a context has a value that is not a number')
         return self
 
@@ -128,7 +132,8 @@ def split_features(ids, # `FeatureId`s or names
                    seed:int=0) -> dict: # split -> list of ids
     "Disjoint random splits; raises `ValueError` where there are too few features"
     for name, n in sizes.items():
-        if isinstance(n, bool) or n != int(n) or n < 0: raise ValueError(f'{n} features are wanted for {name}: it is a whole number from 0')
+        if isinstance(n, bool) or n != int(n) or n < 0:
+            raise ValueError(f'{n} features are wanted for {name}: it is a whole number from 0')
     ids = sorted(set(ids), key=lambda i: (seed_for(seed, 'split', str(i)), str(i)))
     if sum(sizes.values()) > len(ids):
         raise ValueError(f"{' + '.join(f'{n} {k}' for k, n in sizes.items())} features are wanted, there are {len(ids)}")
@@ -149,24 +154,30 @@ def _missing(x) -> bool: # as pandas and Parquet have it
     return x is None or (isinstance(x, float) and x != x)
 
 def _index(x) -> int: # raises `ValueError`; pandas makes whole floats of indices
-    if isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool) and 0 <= x < 2**31 and x == int(x): return int(x)
+    if isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool) and 0 <= x < 2**31 and x == int(x):
+        return int(x)
     raise ValueError(f"a feature's index is {x!r}: it is a whole number from 0")
 
 def _wrong_numbers(max_act, density) -> str|None: # what is wrong with them; None: nothing
-    if not _missing(max_act) and not 0 <= max_act <= LARGEST: return f'its max_act is {max_act}: it is a number from 0 to {LARGEST:.1e}, or missing where it is not known'
-    if not _missing(density) and not 0 <= density <= 1: return f'its density is {density}: it is a share from 0 to 1, or missing where it is not known'
+    if not _missing(max_act) and not 0 <= max_act <= LARGEST:
+        return f'its max_act is {max_act}: it is a number from 0 to {LARGEST:.1e}, or missing where it is not known'
+    if not _missing(density) and not 0 <= density <= 1:
+        return f'its density is {density}: it is a share from 0 to 1, or missing where it is not known'
 
 def _list(row, name) -> list: # of a column that holds lists; raises `ValueError`
     value = row.get(name)
     if _missing(value): return []
-    if isinstance(value, (str, bytes, dict)) or not hasattr(value, '__iter__'): raise ValueError(f'its {name} are {str(value)[:80]!r}, not a list')
+    if isinstance(value, (str, bytes, dict)) or not hasattr(value, '__iter__'):
+        raise ValueError(f'its {name} are {str(value)[:80]!r}, not a list')
     if any(x is None for x in value) and name == 'words': raise ValueError('one of its words is missing')
     return list(value)
 
 def _columns_of(row:dict) -> dict: # as the schema has them; raises `ValueError`
     label = row['explanation']
-    if not (_missing(label) or isinstance(label, str)): raise ValueError(f'has the explanation {str(label)[:80]}, not a text')
-    if row['status'] not in STATUSES: raise ValueError(f"its status is {row['status']!r}: there are {', '.join(STATUSES)}")
+    if not (_missing(label) or isinstance(label, str)):
+        raise ValueError(f'has the explanation {str(label)[:80]}, not a text')
+    if row['status'] not in STATUSES:
+        raise ValueError(f"its status is {row['status']!r}: there are {', '.join(STATUSES)}")
     for name in ('max_act', 'density'):
         if isinstance(row[name], (str, bool)): raise ValueError(f'its {name} is {row[name]!r}, not a number')
     if wrong := _wrong_numbers(row['max_act'], row['density']): raise ValueError(wrong)
@@ -175,12 +186,14 @@ def _columns_of(row:dict) -> dict: # as the schema has them; raises `ValueError`
             'explanations': [asdict(e) if isinstance(e, Explanation) else e for e in _list(row, 'explanations')]}
 
 def _stored(row:dict) -> dict: # as the schema has it
-    if not isinstance(row, dict): raise ValueError(f"a feature's row is {str(row)[:80]!r}: it needs {', '.join(FEATURES_SCHEMA.names)}")
+    if not isinstance(row, dict):
+        raise ValueError(f"a feature's row is {str(row)[:80]!r}: it needs {', '.join(FEATURES_SCHEMA.names)}")
     missing = [name for name in FEATURES_SCHEMA.names if name not in row and name != 'explanations']
     if missing: raise ValueError(f"a feature's row lacks {', '.join(missing)}: it needs {', '.join(FEATURES_SCHEMA.names)}")
     index = _index(row['index'])
     try: return {**_columns_of(row), 'index': index}
-    except ValueError as e: raise ValueError(f"feature {index}{' ' if str(e).startswith('has ') else ': '}{e}") from None
+    except ValueError as e:
+        raise ValueError(f"feature {index}{' ' if str(e).startswith('has ') else ': '}{e}") from None
 
 def _each_once(rows): # yields them as they are stored; raises `ValueError`
     seen = set()
@@ -208,14 +221,17 @@ def _block(rows, file) -> pa.Table|None: # None: no row is left
 def _table_from(rows, schema) -> pa.Table:
     try: return pa.Table.from_pylist(rows, schema)
     except UnicodeEncodeError: return pa.Table.from_pylist(valid(rows), schema) # half characters, which no file can hold
-    except (TypeError, pa.ArrowInvalid) as e: raise ValueError(f'the rows do not fit a table of features: {_misfit(rows, schema) or str(e).splitlines()[0]}') from None
+    except (TypeError, pa.ArrowInvalid) as e:
+        raise ValueError('the rows do not fit a table of features: '
+                         f'{_misfit(rows, schema) or str(e).splitlines()[0]}') from None
 
 def _misfit(rows, schema) -> str|None: # the first value that does not fit its column
     for row in rows:
         for field in schema:
             try: pa.array([row.get(field.name)], field.type)
             except UnicodeEncodeError: continue
-            except (TypeError, pa.ArrowInvalid): return f'feature {row.get("index")} has {str(row.get(field.name))[:80]} in its column {field.name}, which holds {str(field.type)[:80]}'
+            except (TypeError, pa.ArrowInvalid):
+                return f'feature {row.get("index")} has {str(row.get(field.name))[:80]} in its column {field.name}, which holds {str(field.type)[:80]}'
 
 # %% ../nbs/parts/features.ipynb #e77c80c3
 def features_file(preset) -> Path: # it need not exist
@@ -298,11 +314,13 @@ def _check_rows(rows, file): # raises `ValueError` where one of them is not a fe
     seen = set()
     for r in rows:
         index, most = r['index'], r['max_act']
-        if index is None or not 0 <= index < 2**31: raise ValueError(f'{file} has a row whose index is {index}: features are counted from 0')
+        if index is None or not 0 <= index < 2**31:
+            raise ValueError(f'{file} has a row whose index is {index}: features are counted from 0')
         if index in seen: raise ValueError(f'{file} has feature {index} twice: keep one row of each')
         if most is not None and (most < 0 or math.isinf(most)): raise ValueError(f'{file}: the strongest activation of feature {index} is {most}: it is a number from 0, or missing where it is not known')
         if wrong := _wrong_numbers(most, r['density']): raise ValueError(f'{file}: feature {index}: {wrong}')
-        if None in (r['words'] or ()): raise ValueError(f'{file}: one of the words of feature {index} is missing: its column words holds texts')
+        if None in (r['words'] or ()):
+            raise ValueError(f'{file}: one of the words of feature {index} is missing: its column words holds texts')
         if r['status'] not in STATUSES: raise ValueError(f"{file}: the status of feature {index} is {r['status']!r}: there are {', '.join(STATUSES)}")
         seen.add(index)
 
@@ -316,19 +334,24 @@ def _check_contexts(table, file): # raises `ValueError` where one of them is not
         if wrong >= 0: raise ValueError(f'{file}: {why.format(indices[_holder(column, wrong)])}')
 
 def _wrong_context(contexts) -> tuple: # (position of the first of an array that is not as it should be, why); (-1, '') where all are
-    if len(contexts) and contexts.null_count: return pc.index(contexts.is_valid(), False).as_py(), 'a context of feature {} is missing'
+    if len(contexts) and contexts.null_count:
+        return pc.index(contexts.is_valid(), False).as_py(), 'a context of feature {} is missing'
     if not len(contexts): return -1, ''
     for name in ('tokens', 'values', 'peak'):
         if pa.types.is_null(contexts.field(name).type): return 0, f'a context of feature {{}} has no {name}'
     tokens, values, peak = (contexts.field(name) for name in ('tokens', 'values', 'peak'))
     fits = pc.and_(pc.equal(pc.list_value_length(tokens), pc.list_value_length(values)), pc.and_(pc.greater_equal(peak, 0), pc.less(peak, pc.list_value_length(values))))
     wrong = pc.index(pc.fill_null(fits, False), False).as_py()
-    if wrong >= 0: return wrong, 'a context of feature {} has its peak outside its tokens, or not as many tokens as values'
+    if wrong >= 0:
+        return wrong, 'a context of feature {} has its peak outside its tokens, or not as many tokens as values'
     texts, numbers = tokens.flatten(), values.flatten()
     for lists, flat in ((tokens, texts), (values, numbers)):
-        if flat.null_count: return _holder(lists, pc.index(flat.is_valid(), False).as_py()), 'feature {} has contexts in which a token or a value is missing'
+        if flat.null_count:
+            place = pc.index(flat.is_valid(), False).as_py()
+            return _holder(lists, place), 'feature {} has contexts in which a token or a value is missing'
     finite = np.isfinite(numbers.to_numpy(zero_copy_only=False))
-    if not finite.all(): return _holder(values, int(finite.argmin())), 'a context of feature {} has a value that is no number, or infinite'
+    if not finite.all():
+        return _holder(values, int(finite.argmin())), 'a context of feature {} has a value that is no number, or infinite'
     return -1, ''
 
 def _holder(lists, place) -> int: # which of the lists holds the value at a place of all of them
@@ -385,7 +408,9 @@ def load_features(preset) -> list[Feature]:
     contexts = [Contexts(column, i) for column in table['contexts'].chunks for i in range(len(column))]
     more = more_labels(file)
     said = [tuple(dict.fromkeys((*_said(r.get('explanations')), *more[r['index']]))) for r in rows]
-    if unknown := len(more.keys() - {r['index'] for r in rows}): print(f'labels.parquet beside {file} has labels of {unknown:,} features that it does not hold: they are left out', file=sys.stderr)
+    if unknown := len(more.keys() - {r['index'] for r in rows}):
+        print(f'labels.parquet beside {file} has labels of {unknown:,} features that it does not hold: they are left '
+              'out', file=sys.stderr)
     chosen, (model, source) = preset.label_model, preset.source.split('/')
     if not any(said): chosen = None # a table that names no models has one label per feature
     if chosen: _require_explainer(chosen, explainers_of(said), file)
@@ -424,7 +449,8 @@ BEFORE, LENGTH = 20, 32 # tokens of a context: before its peak, and in all
 
 def context_row(row:dict, before:int=BEFORE, length:int=LENGTH) -> Context|None: # None: the feature is silent
     "Of a line of activations/: the tokens around the peak"
-    if not (isinstance(row['tokens'], list) and isinstance(row['values'], list)): raise TypeError('tokens and values are no lists')
+    if not (isinstance(row['tokens'], list) and isinstance(row['values'], list)):
+        raise TypeError('tokens and values are no lists')
     tokens, values = row['tokens'], [*map(_finite, row['values'])]
     if not tokens or len(tokens) != len(values) or not all(isinstance(t, str) for t in tokens): raise ValueError('tokens and values do not fit together')
     peak = max(range(len(values)), key=values.__getitem__)
@@ -439,7 +465,7 @@ def strongest_contexts(contexts, n:int) -> list:
     for c in sorted(contexts, key=lambda c: -c.values[c.peak]): unique.setdefault(c.tokens, c)
     return list(unique.values())[:n]
 
-# %% ../nbs/parts/features.ipynb #b8368e35
+# %% ../nbs/parts/features.ipynb #526a21f0
 def __getattr__(name):
     "Return what stood here before it moved to `sources.neuronpedia`"
     from saeexplainer.sources import neuronpedia

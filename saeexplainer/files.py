@@ -262,10 +262,12 @@ def _csv_rows(lines, wanted, delimiters): # of an open file; yields dicts
             if not any(field.strip() for field in row):
                 continue # spreadsheets leave such rows at the end
             if any(field.strip() for field in row[len(header):]):
-                raise ValueError(f'line {number} has {len(row)} fields, the header {len(header)}: a text that holds {delimiter!r} must stand in quotes')
+                raise ValueError(f'line {number} has {len(row)} fields, the header {len(header)}: a text that holds '
+                                 f'{delimiter!r} must stand in quotes')
             row += ['']*(len(header) - len(row)) # spreadsheets leave out empty fields at the end
             if len(nameless) > 1 and any(row[i].strip() for i in nameless):
-                raise ValueError(f'line {number} has a text in one of the {len(nameless)} columns without a name: name them in the header')
+                raise ValueError(f'line {number} has a text in one of the {len(nameless)} columns without a name: '
+                                 'name them in the header')
             yield dict(zip(header, row))
     except csv.Error as error:
         raise ValueError(f'line {begins}: {error}; are the quotes of a text closed, and doubled inside it?') from None

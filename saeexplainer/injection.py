@@ -149,7 +149,7 @@ class FeatureCollator:
         batch['feature_vector'] = self.reader.directions([int(row['feature']) for row in rows]).cpu().repeat(self.copies, 1)
         return batch
 
-# %% ../nbs/00_injection.ipynb #ff0c1041
+# %% ../nbs/00_injection.ipynb #4fe259fa
 def __getattr__(name):
     "Return what stood here before it moved to `explainer`"
     from saeexplainer import explainer

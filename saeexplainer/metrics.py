@@ -23,7 +23,7 @@ from saeexplainer.evaluation.texts import (
 from .lm.sampling import seed_for
 from .evaluation.stats import bootstrap_ci
 
-# %% ../nbs/04_metrics.ipynb #29a2eeaa
+# %% ../nbs/04_metrics.ipynb #7b741f4b
 _all_ = ['bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #72207655
@@ -181,10 +181,12 @@ def feature_values(run, stage:str, explanations:dict, with_output) -> list[tuple
 # %% ../nbs/04_metrics.ipynb #ff8d6216
 def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
     "Explanations of a stage; raises `ValueError` for what is no index, and for two names of one feature"
-    if not hasattr(texts, 'items'): raise ValueError(f'{stage}: explanations are {{feature: text}}, not {str(texts)[:80]}')
+    if not hasattr(texts, 'items'):
+        raise ValueError(f'{stage}: explanations are {{feature: text}}, not {str(texts)[:80]}')
     found = {}
     for feature, text in texts.items():
-        try: whole = not isinstance(feature, (bool, np.bool_)) and '_' not in str(feature) and int(feature) == float(feature)
+        try:
+            whole = not isinstance(feature, (bool, np.bool_)) and '_' not in str(feature) and int(feature) == float(feature)
         except (TypeError, ValueError, OverflowError): whole = False
         if not whole: raise ValueError(f'{stage}: {feature!r} is no feature: explanations are named by the index of their feature')
         if int(feature) in found: raise ValueError(f'{stage}: feature {int(feature)} is explained twice: keep one explanation of each feature')
@@ -202,7 +204,8 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     unknown = set(metrics) - set(METRICS)
     if unknown: raise ValueError(f'unknown metric {sorted(unknown)[0]!r}: choose from {", ".join(METRICS)}')
     if not isinstance(explanations, dict) or not all(isinstance(stage, str) and stage.strip() for stage in explanations):
-        raise ValueError(f'explanations are {{stage: {{feature: text}}}}, and each stage has a name; these are {str(explanations)[:80]}')
+        raise ValueError(f'explanations are {{stage: {{feature: text}}}}, and each stage has a name; these are '
+                         f'{str(explanations)[:80]}')
     if 'control' in explanations: raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
     if hasattr(run, 'evaluation'): run = run.evaluation()
     explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}

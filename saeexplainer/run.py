@@ -69,13 +69,13 @@ def _settled(store) -> set: # names of fields
     "What of the preset can no longer change: something in the store depends on it"
     settled = set(_SUBJECT.split())
     for table, which, fields in _MADE_WITH:
-        if store._rows(f'SELECT 1 FROM {table} WHERE {which} LIMIT 1'):
+        if store.rows(f'SELECT 1 FROM {table} WHERE {which} LIMIT 1'):
             settled |= set(fields.split())
     return settled
 
 def _changes(old:dict, new:dict, store) -> tuple[dict, dict]: # field -> (before, now): those that are refused, those that are not
     "What differs from the preset that a run was begun with"
-    stages = store._rows('SELECT stage, finished IS NOT NULL FROM progress')
+    stages = store.rows('SELECT stage, finished IS NOT NULL FROM progress')
     begun = max([int(re.sub(r'\D', '', stage) or 0) for stage, _ in stages], default=0) # rounds
     trained = sum(bool(finished) and stage.startswith('dpo') for stage, finished in stages)
     settled, refused, allowed = _settled(store), {}, {}
@@ -224,11 +224,15 @@ class Run:
             self.close(); raise
 
     def _check_store(self): # raises `ValueError`
-        "An empty store beside adapters has lost its rows, and what was spent"
+        "A store beside adapters that it does not know has lost rows, and what was spent"
         adapters = sorted(card.parent.name for card in self.folder.glob('explainer/*/explainer.json'))
         if adapters and not self.store.begun():
             raise ValueError(f'{self.folder} holds adapters ({", ".join(adapters)}), but its store is empty: store.sqlite and store.sqlite-wal belong together, put '
                              f'both back; or choose another --name, where `--like {self.folder.name}` takes the adapters over')
+        begun = set(self.store.progress()['stage'])
+        if begun and (lost := [name for name in adapters if name in explainer_stages(self.preset) and name not in begun]):
+            raise ValueError(f'{self.folder} holds adapters ({", ".join(lost)}) of stages that store.sqlite has not begun: it is older than they are. '
+                             'store.sqlite and store.sqlite-wal belong together, put both back; or choose another --name')
 
     def keep_preset(self):
         "Write the preset, and forget the one that was begun with"
@@ -402,7 +406,7 @@ def rewarded_candidates(run:Run, round:int, features) -> None:
 
 def forget_empty_round(store, round:int):
     "Remove the rows of a round in which every feature was dropped: earlier versions kept them, and with them the threshold could not be corrected"
-    with store._write() as db:
+    with store.transaction() as db:
         db.execute('DELETE FROM pairs WHERE round=? AND NOT EXISTS (SELECT 1 FROM pairs WHERE round=? AND dropped IS NULL)', [round, round])
 
 def prefs_stage(run:Run, round:int) -> str:

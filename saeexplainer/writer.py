@@ -12,7 +12,7 @@ from .writers.local import LocalWriter
 from .writers.openai import OpenAIWriter
 from .replies import Reply, Request, Writer
 
-# %% ../nbs/parts/writer.ipynb #5b8f8c3c
+# %% ../nbs/parts/writer.ipynb #ef256c24
 _all_ = ['Budget', 'LocalWriter', 'OpenAIWriter', 'Reply', 'Request', 'Writer']
 
 # %% ../nbs/parts/writer.ipynb #d7269b92

@@ -415,3 +415,19 @@ def test_damaged_parts_name_their_file(tmp_path):
         rows = Rows(file, dict(n=1))
         with pytest.raises(ValueError, match='x.part is damaged in line 2'): list(rows)
         rows.close()
+
+
+@pytest.mark.parametrize('line', ['{"a": 1}', '{"index": "x"}', '{"index": [1]}', '{"index": null}', '{"index": true}', '{"index": 40}', '{"index": -1}', '{"index": 3, "explanation": 5}', '{"index": 0, "explanation": "twice"}'])
+def test_rows_of_no_feature_are_damage(world, tmp_path, line):
+    folder, _, preset = world
+    part = tmp_path/'all.jsonl.explained.part'
+    part.write_text('{"settings": {"preset": "tiny"}}\n{"index": 0, "explanation": "a", "error": null}\n' + line + '\n')
+    with pytest.raises(ValueError, match='all.jsonl.explained.part is damaged in line 3 .feature .*: remove it'): explain_dictionary(preset, folder/'sft', tmp_path/'all.jsonl', progress=False)
+
+
+def test_an_empty_file_beside_a_part_is_not_finished(world, tmp_path):
+    folder, _, preset = world
+    (tmp_path/'all.jsonl').write_text('')
+    (tmp_path/'all.jsonl.explained.part').write_text('{"settings": {"preset": "tiny"}}\n')
+    with pytest.raises(ValueError, match='all.jsonl exists, and is not what .*explained.part is part of'): explain_dictionary(preset, folder/'sft', tmp_path/'all.jsonl', progress=False)
+    assert (tmp_path/'all.jsonl.explained.part').exists()

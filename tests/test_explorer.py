@@ -6,7 +6,7 @@ import pytest, torch
 from saeexplainer.explorer import FeatureExplorer, labels_said, search, searchable
 from saeexplainer.show import escape, visible
 from saeexplainer.features import Context, Explanation
-from saeexplainer.pages import tokens_html
+from saeexplainer.pages import explanations_html, tokens_html
 from saeexplainer.presets import load_preset
 from saeexplainer.replies import Reply
 
@@ -181,6 +181,7 @@ def test_nothing_moves_and_nothing_is_cut_off(explorer):
 def test_texts_of_none_are_no_trouble(explorer):
     f = replace(explorer.feature, explanations=(Explanation(None, 'mini'),), explanation=None)
     assert searchable(f, [None]) and labels_said(f) == {'label (mini)': None}
+    assert explanations_html({'a': None, 'b': float('nan'), 'c': ' '}).count('<i>nothing</i>') == 3
 
 def test_results_of_another_sae_are_not_shown(explorer):
     preset = load_preset('smollm2-135m', sae='/elsewhere/sae')

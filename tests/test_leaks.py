@@ -82,7 +82,7 @@ def test_a_leaking_split_is_refused(trained, monkeypatch):
 def test_what_is_written_for_the_evaluation_was_asked_in_other_words(trained):
     "The prompts that the writer was really sent, by stage"
     run, _ = trained
-    asked = pd.DataFrame(run.store._rows("SELECT stage, json_extract(request, '$.prompt') FROM replies"), columns=['stage', 'prompt'])
+    asked = pd.DataFrame(run.store.rows("SELECT stage, json_extract(request, '$.prompt') FROM replies"), columns=['stage', 'prompt'])
     rounds, evaluation = (asked[asked.stage.str.startswith(part)].prompt for part in ('round', 'evaluate'))
     assert len(rounds) and len(evaluation) and not set(rounds) & set(evaluation)
 

@@ -38,7 +38,7 @@ def writer_at(server, **kw): return OpenAIWriter('small', base_url=server.url, *
 def requests(n, start=0): return [Request(f'Write about #{i}.', seed=i) for i in range(start, start + n)]
 
 
-def attempts(store): return [outcome for outcome, in store._rows('SELECT outcome FROM attempts ORDER BY id')]
+def attempts(store): return [outcome for outcome, in store.rows('SELECT outcome FROM attempts ORDER BY id')]
 
 
 # ---- keys and addresses
@@ -234,7 +234,7 @@ ODD_USAGE = [None, [], 'many', 5, {}, [1, 2], dict(prompt_tokens=100), dict(comp
 def test_usage_that_is_missing_or_cannot_be_true_counts_at_its_most(serve, usage):
     server, writer = serve(lambda asked, n: (200, odd(usage=usage), {}), prices=PRICES)
     assert writer.write(requests(2))[0].outcome == 'ok' and writer.store.count('attempts') == 2
-    most, = writer.store._rows('SELECT sum(most_tokens), sum(most_cost) FROM attempts')
+    most, = writer.store.rows('SELECT sum(most_tokens), sum(most_cost) FROM attempts')
     assert writer.store.spent(PRICES['small'])[1:] == (most[0], pytest.approx(most[1])) and (writer.ledger.tokens, writer.ledger.usd) == (most[0], pytest.approx(most[1])) and writer.store.cost() == 0
     assert attempts(writer.store) == ['delivered']*2 and writer.store.accounts()[writer.name]['']['perhaps_billed'] == pytest.approx(most[1])
 
@@ -396,7 +396,7 @@ def test_a_body_without_end_is_an_outcome(flood):
     assert peak(lambda: writer.write(requests(1))) < 100
     reply, = writer.write(requests(1))
     assert (reply.outcome, reply.error, reply.attempts) == ('unparsed', f'a reply of more than {MOST_BYTES//10**6} MB', 1) and reply.cached
-    assert writer.store.spent(PRICES['small'])[1] == writer.store._rows('SELECT sum(most_tokens) FROM attempts')[0][0]
+    assert writer.store.spent(PRICES['small'])[1] == writer.store.rows('SELECT sum(most_tokens) FROM attempts')[0][0]
 
 
 def test_a_small_body_that_unpacks_to_a_large_one(flood):

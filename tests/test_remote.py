@@ -125,7 +125,7 @@ def test_kill_9_and_the_same_command(tmp_path):
         while len(server.log) < 300: time.sleep(.02); assert first.poll() is None
         first.send_signal(signal.SIGKILL); first.wait()
         time.sleep(.2)
-        with RunStore(tmp_path/'s.sqlite') as store: kept = {json.loads(r)['prompt'] for r, in store._rows('SELECT request FROM replies')}
+        with RunStore(tmp_path/'s.sqlite') as store: kept = {json.loads(r)['prompt'] for r, in store.rows('SELECT request FROM replies')}
         asked, before = len(server.log), Counter(e['prompt'] for e in server.log)
         assert 100 < len(kept) < 600
         out, err = client(server, tmp_path/'s.sqlite', 600).communicate(timeout=120)

@@ -357,7 +357,7 @@ def test_features_that_change_under_a_run_are_refused(world, tmp_path, monkeypat
     write(table.sort_index()) # the same features in another file
     with here() as run:
         assert run.splits['test'] == test
-        with run.store._write() as db: db.execute("DELETE FROM meta WHERE key LIKE 'begun with %'") # begun by an earlier version
+        with run.store.transaction() as db: db.execute("DELETE FROM meta WHERE key LIKE 'begun with %'") # begun by an earlier version
     with here() as run: assert run.splits['test'] == test and run.store.meta('begun with features')['labelled'] == 36
     with here() as run: assert run.store.meta('begun with sae') is None and run.reader
     tiny_sae(tmp_path/'data'/'tiny'/'sae', d_sae=40, layer=1, model_name='tiny', threshold=(.01, .02), seed=5)
@@ -420,16 +420,16 @@ def test_a_damaged_preset_file(world, tmp_path):
     file.write_bytes(whole.replace(b'layer: 1', b'layer: 0')) # edited by hand
     with pytest.raises(ValueError, match=r'another preset \(layer: 1 -> 0\)'): here(layer=0)
     with here() as run:
-        with run.store._write() as db: db.execute("DELETE FROM meta WHERE key='preset'")
+        with run.store.transaction() as db: db.execute("DELETE FROM meta WHERE key='preset'")
     file.write_bytes(cut)
-    with RunStore(folder/'store.sqlite') as store, store._write() as db: db.execute("DELETE FROM meta WHERE key='preset'")
+    with RunStore(folder/'store.sqlite') as store, store.transaction() as db: db.execute("DELETE FROM meta WHERE key='preset'")
     with pytest.raises(ValueError, match='preset.yaml is damaged or cut off: put it back from a copy, or choose another --name'): here()
     file.write_bytes(whole)
     with here() as run: assert run.store.meta('preset')['layer'] == 1
     template = 'Über {placeholder}?'
     with Run(tmp_path/'de', load_preset(world[1], template=template), progress=False) as run:
         run.store.start('sft')
-        with run.store._write() as db: db.execute("DELETE FROM meta WHERE key='preset'")
+        with run.store.transaction() as db: db.execute("DELETE FROM meta WHERE key='preset'")
     (tmp_path/'de'/'preset.yaml').write_bytes((tmp_path/'de'/'preset.yaml').read_text(encoding='utf-8').encode('latin-1')) # as earlier versions did there
     with Run(tmp_path/'de', load_preset(world[1], template=template), progress=False): pass
     assert template in (tmp_path/'de'/'preset.yaml').read_text(encoding='utf-8')
@@ -442,6 +442,13 @@ def test_an_empty_store_beside_adapters_is_noticed(world, finished, tmp_path):
     RunStore(tmp_path/'empty'/'store.sqlite').close() # a store without rows, as earlier versions put there
     shutil.copy(tmp_path/'empty'/'store.sqlite', folder)
     with pytest.raises(ValueError, match=r'holds adapters \(dpo1, dpo2, sft\), but its store is empty: store.sqlite and store.sqlite-wal belong together'): Run(folder, load_preset(world[1]))
+
+
+def test_a_store_that_is_older_than_its_adapters_is_noticed(world, finished, tmp_path):
+    "As one that was copied without its -wal"
+    folder = copy_of(finished[0], tmp_path/'run')
+    with sqlite3.connect(folder/'store.sqlite') as db: db.execute("DELETE FROM progress WHERE stage IN ('dpo2', 'evaluate')")
+    with pytest.raises(ValueError, match=r'holds adapters \(dpo2\) of stages that store.sqlite has not begun: it is older than they are'): Run(folder, load_preset(world[1]))
 
 
 def test_the_lock_empties_no_file(world, tmp_path):
@@ -616,6 +623,6 @@ def test_an_evaluation_without_its_rows_is_no_report(world, finished, tmp_path):
         check_measured(run)
         for sql, says in (("UPDATE progress SET started=9e999", 'notes inf as the time when its first stage began'), ("DELETE FROM explanations WHERE stage='dpo2'", 'by dpo2, but not its explanation'),
                           ("UPDATE metrics SET feature=feature+1000", 'which tiny/1-res does not have'), ("DELETE FROM metrics WHERE stage='sft'", 'has no metrics of sft, but its evaluation is marked as finished')):
-            with run.store._write() as db: db.execute(sql)
+            with run.store.transaction() as db: db.execute(sql)
             with pytest.raises(ValueError, match=says) as e: (provenance if 'time' in says else check_measured)(run)
             assert str(run.store.path) in str(e.value)

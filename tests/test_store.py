@@ -48,7 +48,7 @@ def test_kill_9_loses_no_row_and_doubles_none(tmp_path):
         process.stdout.close()
         with RunStore(path) as store:
             t = store.texts()
-            assert store._rows('PRAGMA integrity_check') == [('ok',)]
+            assert store.rows('PRAGMA integrity_check') == [('ok',)]
             assert not t.duplicated(KEYS['texts']).any()
             per_feature = t.groupby('feature').agg(rows=('j', 'size'), scored=('score', 'count'))
             assert (per_feature.rows == 5).all() and set(per_feature.scored) <= {0, 5} # a call is there as a whole or not at all
@@ -93,7 +93,7 @@ def test_two_processes_write_the_same_rows(tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_rows_before_it_stay(store):
     store.put_texts(texts(3))
-    store._db.execute(f'PRAGMA max_page_count={store._rows("PRAGMA page_count")[0][0] + 2}')
+    store._db.execute(f'PRAGMA max_page_count={store.rows("PRAGMA page_count")[0][0] + 2}')
     with pytest.raises(OSError) as e: store.put_explanations([('sft', f, 0, 'x'*2000) for f in range(100)])
     assert str(e.value) == f'cannot write the store {store.path}: database or disk is full'
     assert store.count('explanations') == 0 and store.count('texts') == 6 # nothing of the failed call
@@ -138,7 +138,7 @@ def test_other_files_and_versions_are_refused(tmp_path):
 
 
 def test_wal_and_synchronous(store):
-    assert store._rows('PRAGMA journal_mode') == [('wal',)] and store._rows('PRAGMA synchronous') == [(1,)]
+    assert store.rows('PRAGMA journal_mode') == [('wal',)] and store.rows('PRAGMA synchronous') == [(1,)]
 
 
 # ---- rows
@@ -272,7 +272,7 @@ def test_a_store_of_version_1_is_brought_forward(tmp_path):
     old.execute("INSERT INTO metrics VALUES ('sft', 1, 'input', 1.)"); old.execute('PRAGMA user_version=1'); old.commit(); old.close()
     for _ in range(2):
         with RunStore(tmp_path/'old.sqlite') as store:
-            assert store.count('metrics') == 1 and store.spent() == (1, 12, .5) and store.replies(['old'])['old'].text == 'y' and store.replies(['old'])['old'].outcome == 'ok' and store._rows('PRAGMA user_version') == [(2,)]
+            assert store.count('metrics') == 1 and store.spent() == (1, 12, .5) and store.replies(['old'])['old'].text == 'y' and store.replies(['old'])['old'].outcome == 'ok' and store.rows('PRAGMA user_version') == [(2,)]
             store.put_replies([('a', Request('x'), Reply('y'))], 'w', 's')
 
 
@@ -465,7 +465,7 @@ def test_values_that_are_no_numbers_are_named(tmp_path):
 
 @pytest.mark.parametrize('value, kind, says', [('{x', None, "its fact 'a' is not JSON: '{x'"), ('[1]', dict, "its fact 'a' is [1], not an object"), ('"x"', list, """its fact 'a' is "x", not a list"""), ('1', str, "its fact 'a' is 1, not a text"), ('['*10**5, None, 'is not JSON')])
 def test_facts_that_are_damaged_are_named(store, value, kind, says):
-    with store._write() as db: db.execute('INSERT INTO meta VALUES (?, ?)', ['a', value])
+    with store.transaction() as db: db.execute('INSERT INTO meta VALUES (?, ?)', ['a', value])
     with pytest.raises(ValueError) as e: store.meta('a', kind=kind)
     assert says in str(e.value) and str(store.path) in str(e.value) and len(str(e.value)) < 300
     assert store.meta('b', 5, kind=dict) == 5
@@ -476,12 +476,12 @@ def test_details_of_a_stage(store):
     store.start('sft')
     assert store.detail('sft') == {'attempts': 1}
     for value in ('x', '[1]', None):
-        with store._write() as db: db.execute('UPDATE progress SET detail=?', [value])
+        with store.transaction() as db: db.execute('UPDATE progress SET detail=?', [value])
         with pytest.raises(ValueError, match='store.sqlite is damaged .what it notes of stage sft is'): store.detail('sft')
 
 
 def test_replies_that_are_damaged_or_of_another_version_are_named(store):
     store.put_replies([('k', Request('x'), Reply('y'))])
     for reply, says in (('{"outcome": "ok", "colour": 1}', 'holds a reply of another version'), ('[]', 'the reply k is \\[\\], not an object')):
-        with store._write() as db: db.execute('UPDATE replies SET reply=?', [reply])
+        with store.transaction() as db: db.execute('UPDATE replies SET reply=?', [reply])
         with pytest.raises(ValueError, match='store.sqlite') as e: store.replies(['k']) or store._reply('k', reply)

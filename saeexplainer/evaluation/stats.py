@@ -31,7 +31,8 @@ def bootstrap_ci(values, # one value per feature; NaN: unavailable, left out and
     known = values[~np.isnan(values)]
     missing = len(values) - len(known)
     if not 0 < level < 1: raise ValueError(f'level must lie between 0 and 1, not {level}')
-    if n < 1 or np.isinf(known).any(): raise ValueError('an infinite value has no interval' if n >= 1 else f'there must be at least 1 resample, not {n}')
+    if n < 1: raise ValueError(f'there must be at least 1 resample, not {n}')
+    if np.isinf(known).any(): raise ValueError('an infinite value has no interval')
     if not len(known): return Interval(np.nan, np.nan, np.nan, 0, missing)
     rng, rows = np.random.default_rng(seed), max(1, 4_000_000//len(known))
     means = np.concatenate([known[rng.integers(len(known), size=(min(rows, n-i), len(known)))].mean(1) for i in range(0, n, rows)])

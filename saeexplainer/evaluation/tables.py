@@ -23,7 +23,9 @@ _FAILURES = {'generative': 'unparsed_generative', 'output': 'missed_kl', # the c
 # %% ../../nbs/parts/evaluation/tables.ipynb #89eed551
 def _check_once(metrics): # raises `ValueError` where a value is there twice
     twice = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
-    for r in twice.head(1).itertuples(): raise ValueError(f'feature {r.feature} has two values of {r.metric} at {r.stage}: keep one of each')
+    if len(twice):
+        r = twice.iloc[0]
+        raise ValueError(f'feature {r.feature} has two values of {r.metric} at {r.stage}: keep one of each')
 
 def summary(metrics, # columns stage, feature, metric, value
             stages=None # which, and in which order; None: as they appear

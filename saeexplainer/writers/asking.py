@@ -72,7 +72,7 @@ def _joined(found, more, schema): # fields of a reply whose lists were topped up
 
 # %% ../../nbs/parts/writers/asking.ipynb #779ae574
 class _Heard:
-    "The replies that came from a server, so that one that comes again is noticed"
+    "The replies that came in one call, so that one that comes again is noticed"
     def __init__(self):
         # (id, created) -> {(text, tokens): what was asked}, two texts at most; ids alone can be small random numbers
         self.said = OrderedDict()
@@ -218,8 +218,8 @@ class _Asking:
         name = reply.get('model')
         said = _Said(w.hide(text, only_long=True), choice.get('finish_reason') == 'length', model=w.hide(name[:1000])[:200] if isinstance(name, str) else '', tokens=tokens)
         how = dict(drawn=sent.get('temperature') != 0, chosen=self.choices is not None)
-        if w.heard.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
-            return Trouble('replayed', 'the reply to another request', tokens=said.tokens)
+        if self.replays.again(reply.get('id'), reply.get('created'), said, hash(json.dumps(turns)), **how):
+            return Trouble('replayed', 'the reply to another request, with the same id and text', tokens=said.tokens)
         if refusal := message.get('refusal'): return replace(said, outcome='refused', error=f'refused: {" ".join(w.hide(str(refusal)[:5000]).split())[:300]}')
         if choice.get('finish_reason') == 'content_filter': return replace(said, outcome='refused', error='refused: content filter')
         return said

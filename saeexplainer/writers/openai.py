@@ -34,7 +34,7 @@ class _Call(_Asking):
     def __init__(self, writer, schema, choices, stage, total, progress):
         from tqdm.auto import tqdm
         self.writer, self.schema, self.choices, self.stage, self.total = writer, schema, choices, stage, total
-        self.under_way, self.odd, self.ready, self.client = {}, {}, threading.Event(), writer.client()
+        self.under_way, self.replays, self.odd, self.ready, self.client = {}, _Heard(), {}, threading.Event(), writer.client()
         self.asked, self.done, self.heard, self.barred, self.error = 0, 0, 0, 0, None # requests asked, and done; replies heard; requests turned down; why there is no loop
         self.lost_by, self.ended = {}, {} # key -> kind of the last trouble of a request that failed; key -> its last attempt, not put down yet
         self.bar = tqdm(total=total, disable=not progress, desc=stage or writer.model, unit='reply')
@@ -213,7 +213,6 @@ class OpenAIWriter(_Model):
         known = self.store.meta(f'writer {self.name}') or {}
         self.dropped, self.form = list(known.get('dropped', [])), known.get('form', FORMS[0])
         self.ledger = Ledger(budget, price, self.store.spent(price))
-        self.heard = _Heard()
 
     def client(self): # openai.AsyncOpenAI; raises `PermissionError` without a key, unless a server is named
         import openai
