@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 import typer.core
 from rich import box
@@ -34,6 +34,13 @@ from rich.text import Text
 
 # %% ../nbs/parts/cli.ipynb #c5718983
 from .show import visible
+
+if TYPE_CHECKING: # commands import what they use, or `--help` would be slow
+    import pandas as pd
+    from saeexplainer.features import Feature
+    from saeexplainer.presets import Preset
+    from saeexplainer.run import Run
+    from saeexplainer.verdicts import Verdict
 
 # %% ../nbs/parts/cli.ipynb #fcccac5f
 def _bare_flags(params):
@@ -67,11 +74,11 @@ out = Console(highlight=False, force_jupyter=False, force_terminal=False if 'ipy
 
 def tell(
     text:str|Text
-):
+) -> None:
     "Print a line: a terminal wraps it, a file or another program gets it whole"
     out.print(text if isinstance(text, Text) else Text(str(text)), soft_wrap=not out.is_terminal)
 
-# %% ../nbs/parts/cli.ipynb #a2e60e12
+# %% ../nbs/parts/cli.ipynb #aa39afa0
 def _complete(incomplete:str) -> list[str]: # for the shell
     from saeexplainer.presets import presets
     return [name for name in presets() if name.startswith(incomplete)]
@@ -98,7 +105,7 @@ Setting = Annotated[Optional[list[str]], typer.Option('--set', '-s', help=_SETTI
 def options(
     version: Version = False,
     debug: Annotated[bool, typer.Option('--debug', help=_DEBUG)] = False,
-):
+) -> None:
     "Take the options that stand before a command"
 
 # %% ../nbs/parts/cli.ipynb #0f12ba11
@@ -114,7 +121,7 @@ def check_writer(
     writer:str|None, # of --writer
     base_url:str|None, # of --base-url
     model:str|None # of --model
-):
+) -> None:
     "Raise `ValueError` where the options of a writer do not fit together"
     if writer not in (None, 'openai', 'local'):
         raise ValueError(f"--writer must be 'openai' or 'local', not {writer!r}; the model's name goes behind --model")
@@ -159,7 +166,7 @@ def resolve( # noqa: PLR0913
     base_url:str|None=None, # of the writer's server
     model:str|None=None, # that writes and judges
     **more # fields as they are
-): # -> Preset
+) -> 'Preset': # checked
     "Return a preset with settings; raise `ValueError` where it has no such field, or its writer is not at that server"
     from saeexplainer.presets import is_local, load_preset
     fields = writer_fields(writer, base_url, model) | settings_of(settings)
@@ -170,11 +177,11 @@ def resolve( # noqa: PLR0913
                          f'the writers of {preset.name} are local')
     return preset
 
-# %% ../nbs/parts/cli.ipynb #3b33e856
+# %% ../nbs/parts/cli.ipynb #97a73ebf
 def check_keys(
-    preset, # `Preset`
+    preset:'Preset',
     *which:str # 'writer', 'evaluation_writer'
-):
+) -> None:
     """Raise `ValueError` now where a writer at a server cannot be asked.
 
     It has no price for a budget in dollars, no usable address, or no key at OpenAI."""
@@ -215,8 +222,8 @@ GROUPS = { # the first field of each -> its heading
 }
 
 def show_preset(
-    preset # `Preset`
-):
+    preset:'Preset'
+) -> None:
     "Print every field of a preset with its meaning"
     import dataclasses
     for field in dataclasses.fields(preset):
@@ -238,13 +245,13 @@ def last_part(
     "Return what stands behind the last slash of a name"
     return name.split('/')[-1]
 
-# %% ../nbs/parts/cli.ipynb #23fad5cc
+# %% ../nbs/parts/cli.ipynb #fde5ec11
 _CAPTION = ('First the one that is shipped, then in the order of memory. features: for SFT / preferences / test. '
             'memory: at the peak of a run, expected. disk: what is fetched. '
             '`saeexplainer presets NAME` shows every field of one.')
 
 def preset_row(
-    preset, # `Preset`
+    preset:'Preset',
     takes:dict # `needs` of it, or nothing
 ) -> dict[str, str]: # column -> cell
     "Return what the table of presets says of one"
@@ -274,7 +281,7 @@ def presets_table(
     for row in rows: table.add_row(*(row[name] for name in columns))
     return table
 
-# %% ../nbs/parts/cli.ipynb #66e2edae
+# %% ../nbs/parts/cli.ipynb #d80c26eb
 @app.command('presets', cls=_Command, epilog=_examples(
     'saeexplainer presets',
     'saeexplainer presets gemma-2-9b-l20 --json'))
@@ -282,7 +289,7 @@ def presets_command(
     name: Annotated[Optional[str], typer.Argument(help='show the fields of this one', autocompletion=_complete)] = None,
     size: Size = None,
     as_json: JSON = False,
-):
+) -> None:
     "List presets, or show every field of one with its meaning"
     import dataclasses
     from saeexplainer.presets import load_preset, needs, presets
@@ -329,7 +336,7 @@ def marked(
 
 # %% ../nbs/parts/cli.ipynb #0f2e49ac
 def summary_table(
-    part, # some rows of `stage_table`
+    part:'pd.DataFrame', # some rows of `stage_table`
     counts:dict[str, str] # metric -> number of features
 ) -> Table: # one column for each stage
     "Return means with their intervals, an interval below each mean"
@@ -342,9 +349,9 @@ def summary_table(
     return table
 
 def show_summary(
-    table, # `summary`
+    table:'pd.DataFrame', # of `summary`
     chance:float # of the output score
-):
+) -> None:
     "Print the means of stages x metrics with their intervals, over how many features they are, and what they mean"
     from saeexplainer.evaluation.tables import stage_table
     from saeexplainer.report import meanings
@@ -356,10 +363,10 @@ def show_summary(
     tell('Means with 95% intervals over n features; shares in per cent, high, low and gap in units of the activation.')
     for metric, _, meaning in explained: tell(Text.assemble((f'  {metric}', 'bold'), f': {meaning}'))
 
-# %% ../nbs/parts/cli.ipynb #a8209441
+# %% ../nbs/parts/cli.ipynb #844fb58e
 def show_case(
     case:dict # of `read_cases`
-):
+) -> None:
     "Print what was said of a feature, and its best texts with the words that lit up"
     from saeexplainer.results import stages_of
     tell(safe_text((case['feature'], 'bold')))
@@ -370,7 +377,7 @@ def show_case(
 
 def show_report(
     folder:Path # of results
-):
+) -> None:
     "Print the table of stages x metrics, and examples with the words that lit up"
     import pandas as pd
     from saeexplainer.results import Results, read_cases
@@ -393,7 +400,7 @@ def span(
     return ' to '.join(texts) + (' min' if small else ' h')
 
 def memory_of(
-    preset # `Preset`
+    preset:'Preset'
 ) -> str: # '' where it is not known
     "Return what the memory of a run is made of, as text behind the sum"
     from saeexplainer.doctor import gigabytes
@@ -404,16 +411,16 @@ def memory_of(
     measured = 'measured; ' if preset.name in MEASURED else ''
     return f' at the peak ({measured}{gigabytes(sum(parts.values()))} reckoned: {each})'
 
-# %% ../nbs/parts/cli.ipynb #2f744dc6
+# %% ../nbs/parts/cli.ipynb #59f78eaf
 def has_server(
-    preset # `Preset`
+    preset:'Preset'
 ) -> bool:
     "Return whether one of a preset's writers is at a server"
     from saeexplainer.presets import is_local
     return not (is_local(preset.writer) and is_local(preset.evaluation_writer))
 
 def writer_line(
-    preset # `Preset`
+    preset:'Preset'
 ) -> str: # with the server, if there is one
     "Return who writes and judges"
     from saeexplainer.doctor import address
@@ -423,14 +430,14 @@ def writer_line(
     return preset.writer + judge + (f' at {address(server)}' if has_server(preset) else '')
 
 def key_line(
-    preset # `Preset`
+    preset:'Preset'
 ) -> str:
     "Return whether the key that is needed is set"
     if not has_server(preset): return 'none is needed'
     return 'OPENAI_API_KEY is set' if os.environ.get('OPENAI_API_KEY') else 'OPENAI_API_KEY is not set'
 
 def features_line(
-    preset, # `Preset`
+    preset:'Preset',
     counts:dict[str, int] # split -> features
 ) -> str: # with the file, or how it is made
     "Return how many features a run takes, and from where"
@@ -442,7 +449,7 @@ def features_line(
     hint = no_data() if preset.corpus == 'embedded' else ''
     return known + (hint or f': `saeexplainer features {preset.called}` comes first')
 
-# %% ../nbs/parts/cli.ipynb #a15f3613
+# %% ../nbs/parts/cli.ipynb #b9da8590
 def cost_lines(
     plan:dict # of `plan`
 ) -> dict[str, str]: # name -> line
@@ -460,15 +467,15 @@ def cost_lines(
     return lines
 
 def budget_line(
-    preset # `Preset`
+    preset:'Preset'
 ) -> str: # 'none' without a budget
     "Return the limits that a preset sets"
     budget = {'dollars': preset.budget_usd, 'requests': preset.budget_requests, 'tokens': preset.budget_tokens}
     return ', '.join(f'{most:g} {what}' for what, most in budget.items() if most) or 'none'
 
-# %% ../nbs/parts/cli.ipynb #bec5331a
+# %% ../nbs/parts/cli.ipynb #1998146a
 def plan_lines(
-    preset, # `Preset`
+    preset:'Preset',
     folder:Path, # of the run
     plan:dict # of `plan`, with 'begun'
 ) -> dict[str, str]: # name -> line
@@ -491,10 +498,10 @@ def plan_lines(
     }
 
 def show_plan(
-    preset, # `Preset`
+    preset:'Preset',
     folder:Path, # of the run
     as_json:bool
-):
+) -> None:
     "Print what a run takes, and what it would begin with; nothing is fetched or loaded for it"
     from saeexplainer.features import features_file
     from saeexplainer.plan import plan
@@ -514,7 +521,7 @@ def show_plan(
 
 # %% ../nbs/parts/cli.ipynb #f6534c0f
 def begun_before(
-    run # `Run`
+    run:'Run'
 ) -> str: # '' where nothing is there
     "Return what is in the store of a run that is resumed"
     progress = run.store.progress()
@@ -527,7 +534,7 @@ def begun_before(
     return f'{run.folder} was begun before: {done} done; there are {counted}'
 
 def next_command(
-    preset, # `Preset`
+    preset:'Preset',
     folder:Path # of its run
 ) -> str: # to print
     "Return the command that uses what a run has trained"
@@ -544,7 +551,7 @@ DryRun = Annotated[bool, typer.Option('--dry-run', help=_DRY)]
 
 def _to_stderr(line): print(line, file=sys.stderr)
 
-# %% ../nbs/parts/cli.ipynb #8fd199ae
+# %% ../nbs/parts/cli.ipynb #a6b16d14
 @app.command('run', cls=_Command, epilog=_examples(
     'saeexplainer run smollm2-135m --size demo',
     'saeexplainer run gemma-2-9b-l20 --dry-run',
@@ -561,7 +568,7 @@ def run_command( # noqa: PLR0913
     model: Model = None,
     settings: Setting = None,
     as_json: JSON = False,
-):
+) -> None:
     "Run the closed loop, or go on with it: SFT, preferences and DPO in rounds, metrics, report"
     from saeexplainer.measuring import check_size
     from saeexplainer.run import Run, execute
@@ -584,15 +591,15 @@ def run_command( # noqa: PLR0913
 
 # %% ../nbs/parts/cli.ipynb #cbda4b90
 def chance_of(
-    preset # `Preset`
+    preset:'Preset'
 ) -> float: # 1/3 with two controls
     "Return the output score that guessing has"
     return 1/(preset.n_controls + 1)
 
 def show_evaluation(
-    run, # `Run` that holds an evaluation
+    run:'Run', # that holds an evaluation
     out_folder:Path|None=None # where its tables are copied
-):
+) -> None:
     "Print what `evaluate` has measured in a folder; raise `ValueError` where it has measured nothing yet"
     import shutil
     from saeexplainer.measuring import EVALUATION_FILES, write_evaluation
@@ -607,15 +614,15 @@ def show_evaluation(
     tell(f"measured: {', '.join(f'{shown}/{file}' for file in EVALUATION_FILES)}")
 
 def check_finished(
-    run, # `Run`
+    run:'Run',
     anew:str # the command that goes on with it
-):
+) -> None:
     "Raise `ValueError` where a run is not finished, with the stage that is next"
     from saeexplainer.run import stage_functions
     missing = [stage for stage in stage_functions(run.preset) if not run.store.finished(stage)]
     if missing: raise ValueError(f'{run.folder} is not finished, {missing[0]} is next: {anew}')
 
-# %% ../nbs/parts/cli.ipynb #2d93fbc9
+# %% ../nbs/parts/cli.ipynb #02810769
 @app.command('report', cls=_Command, epilog=_examples(
     'saeexplainer report demo',
     'saeexplainer report data/smollm2-135m/results --out report'))
@@ -623,7 +630,7 @@ def report_command(
     name: Annotated[str, typer.Argument(help='a run under runs/, or a folder of results')],
     root: Root = Path('runs'),
     out_folder: Annotated[Optional[Path], typer.Option('--out', help='copy the report there too')] = None,
-):
+) -> None:
     "Write the report anew, of a run from its store or of a folder from its tables, and show it"
     import shutil
     from saeexplainer.presets import load_preset
@@ -652,7 +659,7 @@ def number(
     return x if x is not None and math.isfinite(x) else None
 
 def feature_fields(
-    feature # `Feature`
+    feature:'Feature'
 ) -> dict[str, Any]: # as `--json` prints it
     "Return what is known of a feature"
     return dict(
@@ -665,8 +672,8 @@ def feature_fields(
     )
 
 def show_feature(
-    feature # `Feature`
-):
+    feature:'Feature'
+) -> None:
     "Print a feature with its three strongest contexts"
     numbers = f'(strongest {feature.max_act:.1f}, fires on {feature.density:.2%} of tokens)'
     tell(safe_text((str(feature.id), 'bold'), f'  {feature.explanation or feature.status}  {numbers}'))
@@ -675,11 +682,11 @@ def show_feature(
         pieces = [(token, value >= strong) for token, value in zip(context.tokens, context.values)]
         tell(safe_text('  ') + marked(pieces))
 
-# %% ../nbs/parts/cli.ipynb #823f14b1
+# %% ../nbs/parts/cli.ipynb #00ffbbb3
 def show_counts(
-    features:list, # of `Feature`
+    features:list['Feature'],
     as_json:bool
-):
+) -> None:
     "Print how many features there are of each kind"
     from collections import Counter
     from saeexplainer.features import unused
@@ -689,11 +696,11 @@ def show_counts(
     else: tell(f'{len(features)} features: {kinds}{unused(counts)}')
 
 def ensure_features(
-    preset, # `Preset`
+    preset:'Preset',
     names:list[str], # of features
     reads:bool, # whether a corpus was named
     anew:bool # whether the file is to be made again
-):
+) -> None:
     "Make a preset's file of features where it is asked for, or needed; raise `ValueError` where it is there already"
     from saeexplainer.features import features_file
     from saeexplainer.selection import make_features
@@ -703,7 +710,7 @@ def ensure_features(
         raise ValueError(f'{file} is there already: --corpus and --tokens read anew with --anew')
     if anew or (not there and (reads or not names)): print(make_features(preset), file=sys.stderr)
 
-# %% ../nbs/parts/cli.ipynb #d3961f0f
+# %% ../nbs/parts/cli.ipynb #1a31ea2f
 _NAMES = 'a preset, then names or indices of features; none: a summary'
 _CORPUS = "read the SAE on these texts: 'embedded', text files, or a dataset; default: the preset's, or Neuronpedia"
 
@@ -721,7 +728,7 @@ def features_command( # noqa: PLR0913
     anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False,
     settings: Setting = None,
     as_json: JSON = False,
-):
+) -> None:
     "What is known of a preset's features; fetched from Neuronpedia or read from a corpus where there is nothing yet"
     from saeexplainer.selection import chosen_features, known_features, preset_and_names
     name, names = preset_and_names(names, preset)
@@ -735,9 +742,9 @@ def features_command( # noqa: PLR0913
     if as_json: return print(json.dumps([feature_fields(f) for f in shown], indent=1))
     for feature in shown: show_feature(feature)
 
-# %% ../nbs/parts/cli.ipynb #ad33d500
+# %% ../nbs/parts/cli.ipynb #16ecbb7f
 def judged(
-    verdict, # `Verdict`
+    verdict:'Verdict',
     success:float # the share of the strongest known activation that counts
 ) -> Text: # on one line
     "Return a verdict, with the best text and the words that lit up"
@@ -751,9 +758,9 @@ def judged(
     return Text(f'  {counted}; best {verdict.score:.1f}: ') + marked(verdict.pieces)
 
 def explained_fields(
-    feature, # `Feature`
+    feature:'Feature',
     text:str, # what is said of it
-    verdict # `Verdict`, or None
+    verdict:'Verdict|None'
 ) -> dict[str, Any]: # as `--json` prints it
     "Return an explanation with the label beside it, and what the target says of it"
     import dataclasses
@@ -761,11 +768,11 @@ def explained_fields(
     return fields | dataclasses.asdict(verdict) if verdict else fields
 
 def show_explained(
-    feature, # `Feature`
+    feature:'Feature',
     text:str, # what is said of it
-    verdict, # `Verdict`, or None
+    verdict:'Verdict|None',
     success:float # of its preset
-):
+) -> None:
     "Print an explanation with the label behind it, and what the target says of it"
     label = f'  (label: {feature.explanation})' if feature.explanation else ''
     tell(safe_text((str(feature.id), 'bold'), f'  {text}', (label, 'dim')))
@@ -775,11 +782,11 @@ def show_explained(
 FEW = 8 # explanations that need no progress bar
 
 def explain_directions(
-    preset, # `Preset`
+    preset:'Preset',
     explainer:str|Path, # folder or hub id, 'ao' or 'untrained'
     file:Path, # .safetensors
     as_json:bool
-):
+) -> None:
     "Explain the directions of a file, and print what was said"
     import torch
     from saeexplainer.dictionaries import read_directions
@@ -795,12 +802,12 @@ def explain_directions(
     for row in rows: tell(safe_text((row['direction'], 'bold'), f"  {row['explanation']}"))
 
 def explain_all(
-    preset, # `Preset`
+    preset:'Preset',
     explainer:str|Path, # folder or hub id, 'ao' or 'untrained'
     to:Path, # .jsonl or .parquet
     n:int, # texts that judge each explanation; 0: none
     as_json:bool
-):
+) -> None:
     "Explain a whole dictionary into a file, and print what came of it"
     from saeexplainer.dictionaries import explain_dictionary
     from saeexplainer.selection import dead_features
@@ -812,7 +819,7 @@ def explain_all(
     if as_json: return print(json.dumps(done))
     tell(', '.join(f'{count:,} {what}' for what, count in done.items() if what != 'file') + f': {to}')
 
-# %% ../nbs/parts/cli.ipynb #62e86728
+# %% ../nbs/parts/cli.ipynb #cec9c155
 def check_explained( # noqa: PLR0913
     names:list[str], # of features
     random:int,
@@ -820,7 +827,7 @@ def check_explained( # noqa: PLR0913
     to:Path|None,
     direction:Path|None,
     verified:int
-):
+) -> None:
     "Raise `ValueError` where the options of `explain` do not fit together"
     if direction and (names or random or everything or verified):
         raise ValueError('--direction explains what its file holds: no features, --random, --all or --verify beside it')
@@ -832,12 +839,12 @@ def check_explained( # noqa: PLR0913
         raise ValueError('--all needs --out FILE.jsonl or FILE.parquet')
 
 def explain_some(
-    preset, # `Preset`
+    preset:'Preset',
     explainer:str|Path, # folder or hub id, 'ao' or 'untrained'
-    features:list, # of `Feature`
+    features:list['Feature'],
     n:int, # texts that judge each explanation; 0: none
     as_json:bool
-):
+) -> None:
     "Explain some features, let the target judge if asked to, and print it"
     from saeexplainer.explainer import load_explainer
     from saeexplainer.lm.models import free_memory
@@ -853,7 +860,7 @@ def explain_some(
     if as_json: return print(json.dumps([explained_fields(*row) for row in rows], indent=1))
     for feature, text, verdict in rows: show_explained(feature, text, verdict, preset.success)
 
-# %% ../nbs/parts/cli.ipynb #074720de
+# %% ../nbs/parts/cli.ipynb #5c2537a3
 _TO_EXPLAIN = 'a preset, then features: model/source/index, or indices, as in 5 13 or 5,13 or 5-13'
 _EXPLAINER = "folder or hub id, or 'ao' for the preset's Activation Oracle; default: the shipped one"
 _VERIFY = "write N texts from each explanation (10, where no N is given) and let the target's activation judge"
@@ -879,7 +886,7 @@ def explain_command( # noqa: PLR0913
     model: Model = None,
     settings: Setting = None,
     as_json: JSON = False,
-):
+) -> None:
     "Explain features in words: some, all of a dictionary, or directions that belong to no SAE"
     from saeexplainer.explainer import explainer_of
     from saeexplainer.selection import chosen_features, known_features, preset_and_names
@@ -893,7 +900,7 @@ def explain_command( # noqa: PLR0913
     if not features: raise ValueError('no feature given: name some, or use --random 5')
     explain_some(chosen, explainer_of(chosen, explainer), features, verified, as_json)
 
-# %% ../nbs/parts/cli.ipynb #20be8186
+# %% ../nbs/parts/cli.ipynb #31802967
 @app.command('verify', cls=_Command, epilog=_examples(
     "saeexplainer verify 5 \"the word 'is'\"",
     'saeexplainer verify gemma-2-9b/20-gemmascope-res-16k/7 "words about rain" --texts 4 --json'))
@@ -907,7 +914,7 @@ def verify_command( # noqa: PLR0913
     model: Model = None,
     settings: Setting = None,
     as_json: JSON = False,
-):
+) -> None:
     "Judge an explanation of your own, as explain --verify judges the explainer's"
     from saeexplainer.saes import FeatureReader
     from saeexplainer.selection import chosen_features, known_features, preset_and_names
@@ -928,7 +935,7 @@ def verify_command( # noqa: PLR0913
 # %% ../nbs/parts/cli.ipynb #88ce8ff0
 def rows_to_measure(
     file:Path
-): # -> DataFrame with feature and explanation
+) -> 'pd.DataFrame': # feature and explanation
     "Return the rows of a file that have an explanation, and say how many have none"
     from saeexplainer.dictionaries import read_explanations
     rows = read_explanations(file)
@@ -959,7 +966,7 @@ def preset_of_file(
 
 def left_out(
     names:Iterable[str], # of features
-    features:Iterable # `Feature`s of the preset
+    features:Iterable['Feature'] # those of the preset
 ) -> str: # '' where none is
     "Return how many of the features that are named cannot be measured"
     from saeexplainer.measuring import measurable, named_either_way
@@ -972,11 +979,11 @@ def left_out(
     example = f', such as {visible(strange)}' if strange else ''
     return f'{lost} of {len(names)} features are dead or unknown and are left out{example}'
 
-# %% ../nbs/parts/cli.ipynb #cc3cc00c
+# %% ../nbs/parts/cli.ipynb #c058ed7b
 def show_measuring(
-    preset, # `Preset`
+    preset:'Preset',
     stages:dict # stage -> feature -> text
-):
+) -> None:
     "Say what is about to be measured, and how long it takes"
     from saeexplainer.plan import evaluation_hours
     labels = len(stages.get('label', ()))
@@ -987,11 +994,11 @@ def show_measuring(
     print(f'{len(explained)} explanations{beside}{lasts}', file=sys.stderr)
 
 def measure(
-    run, # `Run` whose folder keeps it
+    run:'Run', # whose folder keeps it
     stage:str, # name of the explanations
-    rows, # of `rows_to_measure`
+    rows:'pd.DataFrame', # of `rows_to_measure`
     file:Path # that they are from, for the error
-): # -> DataFrame, `summary` of all that was measured
+) -> 'pd.DataFrame': # `summary` of all that was measured
     "Measure explanations and the labels beside them; raise `ValueError` where none of their features can be measured"
     from saeexplainer.features import check_features_of, features_file
     from saeexplainer.measuring import beside_labels, check_same, measurable, write_evaluation
@@ -1012,7 +1019,7 @@ def measure(
     evaluate(run, stages)
     return write_evaluation(run.store, run.folder)
 
-# %% ../nbs/parts/cli.ipynb #311c85b7
+# %% ../nbs/parts/cli.ipynb #a9768913
 _TO_MEASURE = '.csv, .parquet or .jsonl with feature and explanation, or an export of Neuronpedia (.jsonl.gz)'
 _SIZE = "demo or full, which is the default: the paper's counts of texts"
 _NAME = 'store and tables go to runs/NAME; default: the name of the file'
@@ -1031,7 +1038,7 @@ def evaluate_command( # noqa: PLR0913
     model: Model = None,
     settings: Setting = None,
     as_json: JSON = False,
-):
+) -> None:
     "Measure explanations from whatever method with the four metrics"
     from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
     from saeexplainer.run import Run
@@ -1058,7 +1065,7 @@ _SIGNS = {True: ('ok', 'green'), None: (' -', 'dim'), False: ('NO', 'bold red')}
 def doctor_command(
     base_url: BaseURL = None,
     as_json: JSON = False,
-):
+) -> None:
     "What is installed, found and reachable, and what to do about the rest"
     import dataclasses
     from saeexplainer.doctor import checks
@@ -1274,7 +1281,7 @@ def _run(args:list[str], debug:bool, ended:list) -> int|None: # typer's exit cod
 
 def main(
     args:Iterable|None=None # None: those of the process
-):
+) -> None:
     "Run the `saeexplainer` command: an error ends in one line on stderr and exit code 2"
     args = arguments(sys.argv[1:] if args is None else args)
     debug = '--debug' in args

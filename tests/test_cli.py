@@ -2,9 +2,7 @@
 import json
 import pytest
 from saeexplainer.cli import main, marked, resolve, safe_text
-from saeexplainer.features import Feature, FeatureId
 from saeexplainer.presets import data_dir, load_preset
-from saeexplainer.selection import chosen_features, listed, preset_and_names
 from saeexplainer.store import RunStore
 
 
@@ -99,13 +97,6 @@ def test_a_report_of_half_a_folder(capsys, tmp_path):
     assert 'has no table' in ends(capsys, 'report', str(tmp_path/'half'))[1]
 
 
-def test_dead_features_are_not_explained():
-    features = [Feature(FeatureId('smollm2-135m', '9-res-4k', i), 'x', 1., .1, status='dead' if i==2 else 'ok') for i in range(5)]
-    with pytest.raises(ValueError, match='feature 2 is dead'): chosen_features(resolve('smollm2-135m'), ['2'], 0, 0, features)
-    drawn = chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features)
-    assert drawn == chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features) and [f.index for f in drawn][0] == 3 and 2 not in [f.index for f in drawn]
-
-
 def test_which_writer_is_meant():
     p = resolve('smollm2-135m', 'demo', (), 'openai', 'http://127.0.0.1:8080/v1', 'mine')
     assert (p.writer, p.evaluation_writer, p.writer_url, p.one_text('writer')) == ('mine', 'mine', 'http://127.0.0.1:8080/v1', False)
@@ -113,13 +104,6 @@ def test_which_writer_is_meant():
     assert resolve('gemma-2-9b-l20', None, (), None, None, 'gpt-6').writer == 'gpt-6' and resolve('smollm2-135m', None, ['text_form=one'], 'openai', None, 'mine').one_text('writer')
     p = resolve('smollm2-135m', None, ['prices={mine: [.5, 2], other: [1, 1]}', 'budget_tokens=9000'])
     assert p.prices == {'mine': (.5, 2.), 'other': (1., 1.)} and p.budget_tokens == 9000
-
-
-def test_which_preset_is_meant(tmp_path):
-    assert preset_and_names(['5', '6']) == ('smollm2-135m', ['5', '6']) and preset_and_names(None) == ('smollm2-135m', [])
-    assert preset_and_names(['gemma-2-9b-l20', '5']) == ('gemma-2-9b-l20', ['5']) and preset_and_names(['mine.yaml']) == ('mine.yaml', [])
-    assert preset_and_names(['gpt2-small/8-res-jb/7']) == ('gpt2-small-l8', ['gpt2-small/8-res-jb/7'])
-    assert preset_and_names(['7'], 'gpt2-small-l8') == ('gpt2-small-l8', ['7'])
 
 
 def test_presets_table_has_memory_and_disk(capsys, monkeypatch):
@@ -383,11 +367,6 @@ def test_messages_name_the_file_of_a_preset(tmp_path, monkeypatch, capsys):
 
 
 # ---- lists, tables and marks
-
-def test_lists_and_ranges_of_features():
-    assert listed(['5,8', '10-12', '3 4', 'a/b/1', 'mine.yaml']) == ['5', '8', '10', '11', '12', '3', '4', 'a/b/1', 'mine.yaml'] and listed(None) == []
-    assert preset_and_names(['gemma-2-9b-l20', '5-6']) == ('gemma-2-9b-l20', ['5', '6']) and preset_and_names(['5,8']) == ('smollm2-135m', ['5', '8'])
-
 
 @pytest.mark.parametrize('width', [60, 80, 140])
 def test_the_table_of_presets_fits(capsys, monkeypatch, width):

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
-from test_dictionaries import world # noqa: F401: a fixture
+from test_dictionaries import world # noqa: F401
 
 import saeexplainer as sx
 from saeexplainer.features import Feature, FeatureId
@@ -73,7 +73,7 @@ def test_modules_can_be_imported_from_the_package():
 
 
 def test_a_name_that_is_not_there():
-    with pytest.raises(AttributeError, match="module 'saeexplainer' has no attribute 'nothing'"): sx.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'saeexplainer' has no attribute 'nothing'"): _ = sx.nothing
 
 
 def test_the_version_is_that_of_the_settings():
@@ -95,7 +95,7 @@ def test_a_lab_loads_nothing_at_first(world): # noqa: F811
 
 def test_parts_load_when_they_are_used(world): # noqa: F811
     lab = sx.load(world[2])
-    assert lab.features[3].explanation == "the word 'rain'" or lab.features[3].explanation
+    assert lab.features[3].explanation.startswith('the word')
     assert lab.loaded == ['features']
     lab.read('a cat', 3)
     assert lab.loaded == ['features', 'reader', 'target']
@@ -120,7 +120,7 @@ def test_a_model_and_an_sae_of_a_preset_are_that_preset():
 
 @pytest.mark.parametrize('what', [5, ('model', 'sae', 'more'), None])
 def test_what_is_no_lab(what):
-    with pytest.raises(ValueError, match='is no lab: give the name of a preset, a YAML file, a Preset, or'): sx.load(what)
+    with pytest.raises(ValueError, match='is no lab: give the name of a preset, a YAML file, a Preset'): sx.load(what)
 
 
 def test_the_nearest_preset_is_named():
@@ -146,7 +146,8 @@ def test_a_feature_that_does_not_exist(lab):
 
 
 def test_a_feature_of_another_sae(lab):
-    with pytest.raises(ValueError, match='the preset explains tiny/1-res: name its preset'): lab.read('a', 'gpt2-small/8-res-jb/7')
+    with pytest.raises(ValueError, match='the preset explains tiny/1-res: name its preset'):
+        lab.read('a', 'gpt2-small/8-res-jb/7')
     with pytest.raises(ValueError, match='is not a feature'): lab.read('a', True)
 
 
@@ -174,7 +175,9 @@ def test_hits_are_those_of_the_metric(lab):
     assert table.columns.tolist() == ['feature', 'text', 'activation', 'hit']
     assert table['feature'].tolist() == [5]*3 + [6]*3
     for row in table.itertuples():
-        if isinstance(row.text, str): assert row.activation == pytest.approx(lab.target.max_acts([row.text], row.feature)[0], abs=1e-4)
+        if not isinstance(row.text, str): continue
+        [read] = lab.target.max_acts([row.text], row.feature)
+        assert row.activation == pytest.approx(read, abs=1e-4)
     made = table[table['activation'].notna()]
     assert (made['hit'] == (made['activation'] > .5)).all() # the strongest activation of each is 1
     assert table['hit'].isna().equals(table['activation'].isna())
@@ -184,7 +187,9 @@ def test_an_empty_explanation_has_no_texts(lab):
     assert lab.verify({5: ' '}, n=2)['text'].isna().all()
 
 
-@pytest.mark.parametrize('explanations, says', [(['the word cat'], 'explanations are {feature: text}'), ({5: None}, 'the explanation of feature 5 is None, not a text')])
+@pytest.mark.parametrize('explanations, says', [
+    (['the word cat'], 'explanations are {feature: text}'),
+    ({5: None}, 'the explanation of feature 5 is None, not a text')])
 def test_what_is_no_explanation(lab, explanations, says):
     with pytest.raises(ValueError, match=says): lab.verify(explanations)
 
@@ -210,17 +215,20 @@ def test_what_is_measured_is_what_evaluate_measures(world, tmp_path): # noqa: F8
         assert set(table.loc['mine'].index) >= {'generative', 'input', 'output'}
         again = lab.evaluate({'mine': {5: 'the word cat', 6: 'rain'}}, progress=False)
     pd.testing.assert_frame_equal(table, again)
-    assert sorted(file.name for file in (tmp_path/'kept').glob('*.csv')) == ['explanations.csv', 'summary.csv', 'texts.csv']
+    written = sorted(file.name for file in (tmp_path/'kept').glob('*.csv'))
+    assert written == ['explanations.csv', 'summary.csv', 'texts.csv']
 
 
 def test_evaluate_takes_a_lab(world): # noqa: F811
-    with Lab(world[2]) as lab: table = evaluate(lab, {'mine': {5: 'the word cat'}}, ['generative'], progress=False)
+    with Lab(world[2]) as lab:
+        table = evaluate(lab, {'mine': {5: 'the word cat'}}, ['generative'], progress=False)
     assert table.loc[('mine', 'generative'), 'n'] == 1
 
 
 def test_a_training_run_is_left_alone(world, tmp_path): # noqa: F811
     with RunStore(tmp_path/'store.sqlite') as store: store.start('sft')
-    with pytest.raises(ValueError, match='is a training run'): Lab(world[2], folder=tmp_path).evaluate({'mine': {5: 'x'}})
+    lab = Lab(world[2], folder=tmp_path)
+    with pytest.raises(ValueError, match='is a training run'): lab.evaluate({'mine': {5: 'x'}})
 
 
 def test_a_temporary_store_is_removed():
