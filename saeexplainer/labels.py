@@ -17,17 +17,18 @@ from .writers.parsing import answers
 # %% ../nbs/parts/labels.ipynb #a17e0004
 CONTEXTS = 10 # that a reader is shown
 
-
-AUTOINTERP = '''A feature of a language model responds to something in text. Below are the excerpts on which it responded most, each from another \
-document. The number is the strongest response in the excerpt, 100 being the largest known. «These marks» stand around what it responded to; \
-it has read the text up to there, and not what comes after. ⏎ is a line break.
+AUTOINTERP = '''A feature of a language model responds to something in text. Below are the excerpts on which it \
+responded most, each from another document. The number is the strongest response in the excerpt, 100 being the largest \
+known. «These marks» stand around what it responded to; it has read the text up to there, and not what comes after. \
+⏎ is a line break.
 
 {contexts}
 
-What does the feature respond to? Answer with one phrase of 3 to 15 words that would tell somebody who has not seen the excerpts how to write \
-new text on which it responds. Be as narrow as the excerpts allow: give the word itself in single quotes where it is always the same, and what \
-must stand before it or what the text is about where that matters; otherwise name the kind of word, the subject or the form. \
-Say nothing of the feature, the excerpts or the model. If most excerpts have nothing in common, answer: no clear pattern'''
+What does the feature respond to? Answer with one phrase of 3 to 15 words that would tell somebody who has not seen \
+the excerpts how to write new text on which it responds. Be as narrow as the excerpts allow: give the word itself in \
+single quotes where it is always the same, and what must stand before it or what the text is about where that matters; \
+otherwise name the kind of word, the subject or the form. Say nothing of the feature, the excerpts or the model. \
+If most excerpts have nothing in common, answer: no clear pattern'''
 
 AUTOINTERP_SHORT = '''Words: {words}
 
@@ -38,44 +39,69 @@ def marked_context(context, # `Context`
                    share:float=.5 # tokens above this share of the context's strongest activation are marked
                   ) -> str: # on one line
     "A context as text, with « » around the tokens on which the feature responds"
-    pieces, strongest = [], max(context.values)
-    for lit, run in itertools.groupby(zip(context.tokens, context.values), lambda t: t[1] > share*strongest):
-        text = ''.join(token for token, _ in run)
-        space = text[:len(text) - len(text.lstrip(' '))]
-        pieces.append(f'{space}«{text[len(space):]}»' if lit else text)
+    least = share*max(context.values)
+    pieces = []
+    for responds, stretch in itertools.groupby(zip(context.tokens, context.values), lambda pair: pair[1] > least):
+        text = ''.join(token for token, _ in stretch)
+        if responds:
+            word = text.lstrip(' ') # spaces stay before the mark
+            text = f"{text[:len(text) - len(word)]}«{word}»"
+        pieces.append(text)
     return ' '.join(''.join(pieces).replace('\n', '⏎').split())
+
+# %% ../nbs/parts/labels.ipynb #e49a8b52
+def _word_at_peak(context) -> str: # or the bare token, where that is no word
+    return word_at(context.tokens, context.peak) or context.tokens[context.peak].strip()
 
 def autointerp_prompt(contexts, # of `Context`s, strongest first
                       max_act:float|None=None, # what 100 stands for; None, NaN or 0: the strongest of these
                       small:bool=False # the form for a small writer
-                     ) -> str:
+                     ) -> str: # for a writer
     "The contexts of a feature and the question what it responds to"
-    if small: return AUTOINTERP_SHORT.format(words=', '.join(f"'{word_at(c.tokens, c.peak) or c.tokens[c.peak].strip()}'" for c in contexts))
+    if small:
+        words = [f"'{_word_at_peak(context)}'" for context in contexts]
+        return AUTOINTERP_SHORT.format(words=', '.join(words))
+    strengths = [max(context.values) for context in contexts]
     known = max_act is not None and 0 < max_act < math.inf
-    largest = max_act if known else max(max(c.values) for c in contexts)
+    largest = max_act if known else max(strengths)
     if not largest > 0: largest = 1.
-    return AUTOINTERP.format(contexts='\n'.join(f'{round(100*max(c.values)/largest)}: {marked_context(c)}' for c in contexts))
+    lines = [f'{round(100*strength/largest)}: {marked_context(context)}'
+             for strength, context in zip(strengths, contexts)]
+    return AUTOINTERP.format(contexts='\n'.join(lines))
 
 # %% ../nbs/parts/labels.ipynb #a2d885d9
-def one_phrase(text:str) -> str: # '' where there is none
+def one_phrase(text:str # a reply
+              ) -> str: # '' where there is none
     "The first line of a reply, bare"
-    line = next((l for l in text.splitlines() if l.strip()), '').strip()
-    line = re.sub(r'^(?:[-*•]|\d+[.)])\s+', '', line).rstrip('.').strip()
-    if len(line) > 1 and line[0] == line[-1] and line[0] in '"“`' and line[0] not in line[1:-1]: line = line[1:-1].strip()
-    return NO_PATTERN if line.casefold() == NO_PATTERN else line
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines: return ''
+    phrase = re.sub(r'^(?:[-*•]|\d+[.)])\s+', '', lines[0]).rstrip('.').strip()
+    if _is_quoted(phrase): phrase = phrase[1:-1].strip()
+    return NO_PATTERN if phrase.casefold() == NO_PATTERN else phrase
 
-def autointerp(writer, # Writer
+def _is_quoted(phrase) -> bool: # as a whole, by one pair of quotes
+    if len(phrase) < 2 or phrase[0] not in '"“`': return False
+    return phrase[0] == phrase[-1] and phrase[0] not in phrase[1:-1]
+
+# %% ../nbs/parts/labels.ipynb #a127c362
+def _readable(contexts) -> list: # those with a peak, and a value for each token; a table from elsewhere may have others
+    return [c for c in contexts if 0 <= c.peak < len(c.tokens) == len(c.values)]
+
+def autointerp(writer, # `Writer`
                features, # `Feature`s with contexts
                n_contexts:int=CONTEXTS, # strongest ones shown
                small:bool=False, # the form for a small writer
                max_tokens:int=48, # of an answer
-               progress:bool=False
+               progress:bool=False # with a bar
               ) -> dict: # index -> explanation; '' where the writer had no answer, or there is no context to show
     "Explanations by a writer that reads each feature's strongest contexts"
-    said, shown = {f.index: '' for f in features}, []
-    for f in features:
-        contexts = [c for c in f.contexts if 0 <= c.peak < len(c.tokens) == len(c.values)][:n_contexts] # a table from elsewhere may have others
-        if contexts: shown.append((f, contexts))
-    asked = ((f.index, Request(autointerp_prompt(contexts, f.max_act, small), max_tokens=max_tokens, temperature=0.)) for f, contexts in shown)
-    for index, reply in answers(writer, asked, stage='autointerp', total=len(shown), progress=progress): said[index] = one_phrase(reply.text or '')
-    return said
+    shown = [(feature, _readable(feature.contexts)[:n_contexts]) for feature in features]
+    shown = [(feature, contexts) for feature, contexts in shown if contexts]
+    def requests():
+        for feature, contexts in shown:
+            prompt = autointerp_prompt(contexts, feature.max_act, small)
+            yield feature.index, Request(prompt, max_tokens=max_tokens, temperature=0.)
+    explanations = {feature.index: '' for feature in features}
+    for index, reply in answers(writer, requests(), stage='autointerp', total=len(shown), progress=progress):
+        explanations[index] = one_phrase(reply.text or '')
+    return explanations

@@ -1,20 +1,22 @@
 "DPO on tiny real models: the reference sees the feature, the loss starts at ln 2, a killed round goes on where it was"
-import math, signal, subprocess, sys, time
+import dataclasses, math, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.dpo import _settings, dpo_trainer, preference_dataset, step0_loss, train_dpo
-from saeexplainer.explainer import Explainer, save_adapter
+from saeexplainer.explainer import Explainer, ExplainerCard, save_adapter
 from saeexplainer.injection import explanation_prompt
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.training import claim
 
 LN2 = math.log(2)
-PAIRS = pd.DataFrame([dict(round=1, feature=i, chosen=f'words such as rain {i}', rejected='a sea', chosen_score=2., rejected_score=1.)
-                      for i in range(8)] + [dict(round=1, feature=9, dropped='low_spread')])
+PAIRS = pd.DataFrame([dict(round=1, feature=i, chosen=f'words such as rain {i}', rejected='a sea',
+                           chosen_score=2., rejected_score=1.) for i in range(8)]
+                     + [dict(round=1, feature=9, dropped='low_spread')])
 
 
 def tiny_run(folder, **fields):
@@ -22,10 +24,12 @@ def tiny_run(folder, **fields):
     from peft import LoraConfig, get_peft_model
     folder = Path(folder)
     if not (folder/'model').exists():
-        tiny_model().save_pretrained(folder/'model'); tiny_tokenizer().save_pretrained(folder/'model')
+        tiny_model().save_pretrained(folder/'model')
+        tiny_tokenizer().save_pretrained(folder/'model')
         tiny_sae(folder/'sae')
-    preset = load_preset('smollm2-135m', **dict(target=str(folder/'model'), explainer=str(folder/'model'), sae=str(folder/'sae'), layer=2,
-                         dpo_epochs=2., dpo_batch=4, dpo_lr=(1e-2, 1e-2), dpo_loss='sigmoid', dpo_sft_weight=0., device='cpu') | fields)
+    own = dict(target=str(folder/'model'), explainer=str(folder/'model'), sae=str(folder/'sae'), layer=2, device='cpu',
+               dpo_epochs=2., dpo_batch=4, dpo_lr=(1e-2, 1e-2), dpo_loss='sigmoid', dpo_sft_weight=0.)
+    preset = load_preset('smollm2-135m', **own | fields)
     reader = FeatureReader.load(preset.sae)
     if not (folder/'sft').exists():
         explainer = Explainer.from_preset(preset, reader)
@@ -43,20 +47,23 @@ def run(tmp_path_factory): return tmp_path_factory.mktemp('dpo')
 def trainer_of(run, tmp_path, **fields):
     preset, reader, sft = tiny_run(run, **fields)
     explainer = Explainer.from_pretrained(sft, reader=reader, trainable=True, device='cpu')
-    return explainer, dpo_trainer(preset, preference_dataset(PAIRS, explainer.card), reader, explainer, tmp_path/'checkpoints')
+    rows = preference_dataset(PAIRS, explainer.card)
+    return explainer, dpo_trainer(preset, rows, reader, explainer, tmp_path/'checkpoints')
 
 
 @pytest.mark.parametrize('normalised', (False, True))
 @pytest.mark.parametrize('sft_weight', (0., .2))
 def test_the_loss_starts_at_ln_2_exactly(run, tmp_path, normalised, sft_weight):
-    _, trainer = trainer_of(run, tmp_path, dpo_loss='sigmoid_norm' if normalised else 'sigmoid', dpo_sft_weight=sft_weight)
+    loss = 'sigmoid_norm' if normalised else 'sigmoid'
+    _, trainer = trainer_of(run, tmp_path, dpo_loss=loss, dpo_sft_weight=sft_weight)
     assert step0_loss(trainer, rows=8) == torch.tensor(LN2).item()
     assert trainer.loss_weights == ([1., sft_weight] if sft_weight else [1.]) # and the trainer is as it was
     assert not trainer._metrics['train']
 
 
 def completion_logps(model, batch, **kw):
-    with torch.no_grad(): logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'], **kw).logits
+    inputs = dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])
+    with torch.no_grad(): logits = model(**inputs, **kw).logits
     logp = logits[:, :-1].float().log_softmax(-1).gather(-1, batch['input_ids'][:, 1:, None])[..., 0]
     return (logp * batch['completion_mask'][:, 1:]).sum(1)
 
@@ -64,17 +71,20 @@ def completion_logps(model, batch, **kw):
 def test_the_reference_is_the_previous_stage_with_its_injection(run, tmp_path):
     explainer, trainer = trainer_of(run, tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    with torch.autocast('cpu', enabled=False): reference = torch.cat(trainer.compute_ref_log_probs(trainer.model, dict(batch)))
-    preset, reader, sft = tiny_run(run)
+    directions = batch['feature_vector']
+    with torch.autocast('cpu', enabled=False):
+        reference = torch.cat(trainer.compute_ref_log_probs(trainer.model, dict(batch)))
+    _, reader, sft = tiny_run(run)
     previous = Explainer.from_pretrained(sft, reader=reader, trainable=True, device='cpu').model.eval()
     with torch.autocast('cpu', torch.bfloat16):
-        same = completion_logps(previous, batch, feature_vector=batch['feature_vector'])
+        same = completion_logps(previous, batch, feature_vector=directions)
         no_injection = completion_logps(previous, batch)
-        with previous.disable_adapter(): no_adapter = completion_logps(previous, batch, feature_vector=batch['feature_vector'])
-        other_feature = completion_logps(previous, batch, feature_vector=batch['feature_vector'].roll(1, 0))
-    assert (reference - same).abs().max() < .1
-    for other in (no_injection, no_adapter, other_feature): assert (reference - other).abs().max() > 5*(reference - same).abs().max()
-    assert torch.equal(batch['feature_vector'], reader.directions(range(4)).repeat(2, 1))
+        with previous.disable_adapter(): no_adapter = completion_logps(previous, batch, feature_vector=directions)
+        other_feature = completion_logps(previous, batch, feature_vector=directions.roll(1, 0))
+    off = (reference - same).abs().max()
+    assert off < .1
+    for other in (no_injection, no_adapter, other_feature): assert (reference - other).abs().max() > 5*off
+    assert torch.equal(directions, reader.directions(range(4)).repeat(2, 1))
 
 
 def test_a_reference_that_is_not_the_previous_stage_is_refused(run, tmp_path):
@@ -89,7 +99,9 @@ def test_rows_are_the_prompt_of_eq_5(run, tmp_path):
     explainer, trainer = trainer_of(run, tmp_path)
     row = trainer.train_dataset[3]
     prompt = explanation_prompt(explainer.tokenizer, explainer.card.template, PLACEHOLDER)
-    assert row['prompt_ids'] == prompt and row['feature'] == 3 and len(trainer.train_dataset) == 8
+    assert row['prompt_ids'] == prompt
+    assert row['feature'] == 3
+    assert len(trainer.train_dataset) == 8
     assert explainer.tokenizer.decode(row['chosen_ids'], skip_special_tokens=True).strip() == 'words such as rain 3'
     assert explainer.tokenizer.convert_tokens_to_ids('<|im_end|>') in row['chosen_ids'] # it learns to stop
 
@@ -105,44 +117,58 @@ def test_length_normalisation_keeps_eq_11_for_an_average_pair(run, tmp_path):
     preset, *_ = tiny_run(run)
     _, trainer = trainer_of(run, tmp_path, dpo_loss='sigmoid_norm')
     lengths = [len(row[c]) for row in trainer.train_dataset for c in ('chosen_ids', 'rejected_ids')]
-    assert trainer.beta == pytest.approx(preset.dpo_beta[0] * sum(lengths)/len(lengths)) and trainer.loss_types == ['sigmoid_norm']
+    assert trainer.beta == pytest.approx(preset.dpo_beta[0] * sum(lengths)/len(lengths))
+    assert trainer.loss_types == ['sigmoid_norm']
 
 
 def test_two_rounds_learn_and_the_reference_stays(run, tmp_path):
     preset, reader, sft = tiny_run(run, dpo_epochs=4.)
     first = train_dpo(preset, PAIRS, reader, sft, tmp_path/'dpo1')
-    assert first.step0_loss == torch.tensor(LN2).item() and first.pairs == 8 and len(first.log) == 8 and first.round == 1
-    assert first.losses[0] == pytest.approx(LN2, abs=1e-4) and first.losses[-1] < .6
-    assert first.log.margin.iloc[-1] > .1 and first.log.accuracy.iloc[-1] == 1
+    assert first.step0_loss == torch.tensor(LN2).item()
+    assert (first.round, first.pairs, len(first.log)) == (1, 8, 8)
+    assert first.losses[0] == pytest.approx(LN2, abs=1e-4)
+    assert first.losses[-1] < .6
+    assert first.log.margin.iloc[-1] > .1
+    assert first.log.accuracy.iloc[-1] == 1
     assert not (tmp_path/'dpo1'/'checkpoints').exists()
     explainer = Explainer.from_pretrained(tmp_path/'dpo1', reader=reader, device='cpu')
-    assert explainer.card.stage == 'dpo1' and len(explainer.explain(reader.directions([0, 1]), max_new_tokens=4)) == 2
+    assert explainer.card.stage == 'dpo1'
+    assert len(explainer.explain(reader.directions([0, 1]), max_new_tokens=4)) == 2
     second = train_dpo(preset, PAIRS, reader, tmp_path/'dpo1', tmp_path/'dpo2', round=2)
-    assert second.step0_loss == torch.tensor(LN2).item() and second.round == 2 # its reference is dpo1, not sft
+    assert second.step0_loss == torch.tensor(LN2).item() # its reference is dpo1, not sft
+    assert second.round == 2
     assert Explainer.from_pretrained(tmp_path/'dpo2', device='cpu').card.stage == 'dpo2'
 
 
 def test_steps_left_over_from_the_last_log(run, tmp_path):
-    "Beyond a hundred steps not every one is logged; trl adds the margins of what is left over to the summary, which has no loss"
+    """Beyond a hundred steps not every one is logged
+
+    trl adds the margins of what is left over to the summary, which has no loss.
+    """
     preset, reader, sft = tiny_run(run, dpo_epochs=101/8, dpo_batch=1)
     log = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out').log
-    assert log.step.tolist() == list(range(2, 101, 2)) and log.notna().all(axis=None)
+    assert log.step.tolist() == list(range(2, 101, 2))
+    assert log.notna().all(axis=None)
 
 
 def test_a_finished_round_is_not_trained_again(run, tmp_path):
     preset, reader, sft = tiny_run(run, dpo_epochs=1.)
     result = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
-    stamp = (tmp_path/'out'/'adapter_model.safetensors').stat().st_mtime_ns
+    adapter = tmp_path/'out'/'adapter_model.safetensors'
+    stamp = adapter.stat().st_mtime_ns
     again = train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
-    assert again.losses == result.losses and again.seconds == result.seconds
-    assert (tmp_path/'out'/'adapter_model.safetensors').stat().st_mtime_ns == stamp
+    assert again.losses == result.losses
+    assert again.seconds == result.seconds
+    assert adapter.stat().st_mtime_ns == stamp
 
 
 def test_checkpoints_of_other_pairs_are_refused(run, tmp_path):
     preset, reader, sft = tiny_run(run)
     card = Explainer.from_pretrained(sft, device='cpu').card
-    claim(tmp_path/'out'/'checkpoints', _settings(preset, card, preference_dataset(PAIRS[:4], card), sft, 1))
-    with pytest.raises(ValueError, match='holds another training'): train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
+    others = preference_dataset(PAIRS[:4], card)
+    claim(tmp_path/'out'/'checkpoints', _settings(preset, card, others, sft, 1))
+    with pytest.raises(ValueError, match='holds another training'):
+        train_dpo(preset, PAIRS, reader, sft, tmp_path/'out')
 
 
 def test_another_sae_is_refused(run, tmp_path):
@@ -152,7 +178,8 @@ def test_another_sae_is_refused(run, tmp_path):
 
 
 SCRIPT = '''
-import sys; sys.path.insert(0, {tests!r})
+import sys
+sys.path.insert(0, {tests!r})
 from test_dpo import PAIRS, tiny_run, train_dpo
 preset, reader, sft = tiny_run({run!r}, dpo_epochs=6.)
 train_dpo(preset, PAIRS, reader, sft, sys.argv[1])
@@ -162,19 +189,23 @@ def test_kill_9_in_the_middle_changes_nothing(run, tmp_path):
     preset, reader, sft = tiny_run(run, dpo_epochs=6.)
     script = tmp_path/'run.py'
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), run=str(run)))
-    child = subprocess.Popen([sys.executable, script, tmp_path/'killed'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, script, tmp_path/'killed']
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.time() + 120
-    saved = lambda: list((tmp_path/'killed').glob('checkpoints/*/files.json'))
-    while not saved() and child.poll() is None and time.time() < deadline: time.sleep(.01)
+    def waiting(): # for a first checkpoint
+        saved = list((tmp_path/'killed').glob('checkpoints/*/files.json'))
+        return not saved and child.poll() is None and time.time() < deadline
+    while waiting(): time.sleep(.01)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()[-500:]
     assert not (tmp_path/'killed'/'explainer.json').exists()
     resumed = train_dpo(preset, PAIRS, reader, sft, tmp_path/'killed')
     whole = train_dpo(preset, PAIRS, reader, sft, tmp_path/'whole')
     assert resumed.log.step.tolist() == whole.log.step.tolist() == list(range(1, 13)) # no step lost, none twice
-    assert resumed.losses == pytest.approx(whole.losses, abs=1e-4) and resumed.step0_loss == whole.step0_loss
-    from safetensors.torch import load_file
-    a, b = (load_file(tmp_path/name/'adapter_model.safetensors') for name in ('killed', 'whole'))
+    assert resumed.losses == pytest.approx(whole.losses, abs=1e-4)
+    assert resumed.step0_loss == whole.step0_loss
+    a = load_file(tmp_path/'killed'/'adapter_model.safetensors')
+    b = load_file(tmp_path/'whole'/'adapter_model.safetensors')
     for name in a: torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=1e-2)
 
 
@@ -196,8 +227,6 @@ def test_killed_between_training_and_saving(run, tmp_path):
 
 
 def with_template(preset, sft, to, template): # the previous stage again, with a chat template of its own
-    import dataclasses, shutil
-    from saeexplainer.explainer import ExplainerCard
     shutil.copytree(sft, to)
     dataclasses.replace(ExplainerCard.load(sft), chat_template=template).save(to)
     return to
@@ -207,29 +236,35 @@ def test_what_a_template_puts_before_an_answer_is_prompt(run, tmp_path):
     import trl
     preset, reader, sft = tiny_run(run)
     template = (Path(trl.__file__).parent/'chat_templates'/'qwen3.jinja').read_text(encoding='utf-8')
-    explainer = Explainer.from_pretrained(with_template(preset, sft, tmp_path/'qwen', template), reader=reader, trainable=True, device='cpu')
+    folder = with_template(preset, sft, tmp_path/'qwen', template)
+    explainer = Explainer.from_pretrained(folder, reader=reader, trainable=True, device='cpu')
     pairs = PAIRS.assign(chosen='the token <|im_end|> at the end')
     trainer = dpo_trainer(preset, preference_dataset(pairs, explainer.card), reader, explainer, tmp_path/'c')
-    decode, ends = explainer.tokenizer.decode, explainer.tokenizer.convert_tokens_to_ids('<|im_end|>')
+    decode = explainer.tokenizer.decode
+    end = explainer.tokenizer.convert_tokens_to_ids('<|im_end|>')
     for row in trainer.train_dataset:
-        assert row['prompt_ids'] == explainer.prompt and decode(row['prompt_ids']).endswith('<think>\n\n</think>\n\n')
-        assert decode(row['chosen_ids']) == 'the token <|im_end|> at the end<|im_end|>\n' and row['chosen_ids'].count(ends) == 1
+        assert row['prompt_ids'] == explainer.prompt
+        assert decode(row['prompt_ids']).endswith('<think>\n\n</think>\n\n')
+        assert decode(row['chosen_ids']) == 'the token <|im_end|> at the end<|im_end|>\n'
+        assert row['chosen_ids'].count(end) == 1
         assert decode(row['rejected_ids']) == 'a sea<|im_end|>\n'
     assert step0_loss(trainer) == torch.tensor(LN2).item()
 
 
 def test_a_round_that_turns_nan(run, tmp_path):
     preset, reader, sft = tiny_run(run, dpo_lr=(1e300, 1e300))
-    with pytest.raises(ValueError, match=r'the loss is nan after step \d+, with dpo_lr 1e\+300: take a lower one'): train_dpo(preset, PAIRS, reader, sft, tmp_path/'out', progress=False)
-    assert not (tmp_path/'out'/'explainer.json').exists() and not (tmp_path/'out'/'adapter_model.safetensors').exists()
+    with pytest.raises(ValueError, match=r'the loss is nan after step \d+, with dpo_lr 1e\+300: take a lower one'):
+        train_dpo(preset, PAIRS, reader, sft, tmp_path/'out', progress=False)
+    assert not (tmp_path/'out'/'explainer.json').exists()
+    assert not (tmp_path/'out'/'adapter_model.safetensors').exists()
 
 
-def test_a_previous_stage_that_is_damaged(run, tmp_path):
-    import shutil
+@pytest.mark.parametrize('share, says', [(.5, 'is cut off or damaged'), (0, 'is empty')])
+def test_a_previous_stage_that_is_damaged(run, tmp_path, share, says):
     preset, reader, sft = tiny_run(run)
-    data = (sft/'adapter_model.safetensors').read_bytes()
-    for content, says in ((data[:len(data)//2], 'is cut off or damaged'), (b'', 'is empty')):
-        shutil.rmtree(tmp_path/'x', ignore_errors=True)
-        shutil.copytree(sft, tmp_path/'x')
-        (tmp_path/'x'/'adapter_model.safetensors').write_bytes(content)
-        with pytest.raises(ValueError, match=f'adapter_model.safetensors {says}'): train_dpo(preset, PAIRS, reader, tmp_path/'x', tmp_path/'out', progress=False)
+    shutil.copytree(sft, tmp_path/'damaged')
+    weights = tmp_path/'damaged'/'adapter_model.safetensors'
+    data = weights.read_bytes()
+    weights.write_bytes(data[:int(share*len(data))])
+    with pytest.raises(ValueError, match=f'adapter_model.safetensors {says}'):
+        train_dpo(preset, PAIRS, reader, tmp_path/'damaged', tmp_path/'out', progress=False)

