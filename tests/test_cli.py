@@ -1,8 +1,7 @@
 "The command line: what it prints for scripts, and one line for each mistake"
 import json
 import pytest
-from saeexplainer.cli import chosen_features, main, marked, preset_and_names, resolve, said
-from saeexplainer.features import Feature, FeatureId
+from saeexplainer.cli import main, marked, resolve, safe_text
 from saeexplainer.presets import data_dir, load_preset
 from saeexplainer.store import RunStore
 
@@ -98,13 +97,6 @@ def test_a_report_of_half_a_folder(capsys, tmp_path):
     assert 'has no table' in ends(capsys, 'report', str(tmp_path/'half'))[1]
 
 
-def test_dead_features_are_not_explained():
-    features = [Feature(FeatureId('smollm2-135m', '9-res-4k', i), 'x', 1., .1, status='dead' if i==2 else 'ok') for i in range(5)]
-    with pytest.raises(ValueError, match='feature 2 is dead'): chosen_features(resolve('smollm2-135m'), ['2'], 0, 0, features)
-    drawn = chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features)
-    assert drawn == chosen_features(resolve('smollm2-135m'), ['3'], 3, 7, features) and [f.index for f in drawn][0] == 3 and 2 not in [f.index for f in drawn]
-
-
 def test_which_writer_is_meant():
     p = resolve('smollm2-135m', 'demo', (), 'openai', 'http://127.0.0.1:8080/v1', 'mine')
     assert (p.writer, p.evaluation_writer, p.writer_url, p.one_text('writer')) == ('mine', 'mine', 'http://127.0.0.1:8080/v1', False)
@@ -112,13 +104,6 @@ def test_which_writer_is_meant():
     assert resolve('gemma-2-9b-l20', None, (), None, None, 'gpt-6').writer == 'gpt-6' and resolve('smollm2-135m', None, ['text_form=one'], 'openai', None, 'mine').one_text('writer')
     p = resolve('smollm2-135m', None, ['prices={mine: [.5, 2], other: [1, 1]}', 'budget_tokens=9000'])
     assert p.prices == {'mine': (.5, 2.), 'other': (1., 1.)} and p.budget_tokens == 9000
-
-
-def test_which_preset_is_meant(tmp_path):
-    assert preset_and_names(['5', '6']) == ('smollm2-135m', ['5', '6']) and preset_and_names(None) == ('smollm2-135m', [])
-    assert preset_and_names(['gemma-2-9b-l20', '5']) == ('gemma-2-9b-l20', ['5']) and preset_and_names(['mine.yaml']) == ('mine.yaml', [])
-    assert preset_and_names(['gpt2-small/8-res-jb/7']) == ('gpt2-small-l8', ['gpt2-small/8-res-jb/7'])
-    assert preset_and_names(['7'], 'gpt2-small-l8') == ('gpt2-small-l8', ['7'])
 
 
 def test_presets_table_has_memory_and_disk(capsys, monkeypatch):
@@ -224,7 +209,7 @@ def test_settings_may_be_anything(capsys, tmp_path, monkeypatch):
 
 
 def test_nothing_drives_the_terminal():
-    assert str(said(('a\x1b[31mb', 'bold'), '\u202ec')) == 'a\ufffd[31mb\ufffdc' and str(marked([('a\x1b]0;x\x07', False)])) == 'a\ufffd]0;x\ufffd'
+    assert str(safe_text(('a\x1b[31mb', 'bold'), '\u202ec')) == 'a\ufffd[31mb\ufffdc' and str(marked([('a\x1b]0;x\x07', False)])) == 'a\ufffd]0;x\ufffd'
 
 
 def test_the_shipped_results_give_the_shipped_report(tmp_path, capsys):
@@ -284,7 +269,7 @@ def test_without_what_is_shipped(capsys, tmp_path, monkeypatch): # as after an i
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'none')); monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
     for args in (['explain', '5'], ['run', 'smollm2-135m', '--root', str(tmp_path/'runs')]):
         said = ends(capsys, *args)[1]
-        assert f'there is no {tmp_path}/none either: what is shipped lies in data/ of a checkout' in said, said
+        assert f'there is no {tmp_path}/none either: all that is shipped lies in data/ of a checkout' in said, said
 
 
 # ---- one line for every error
@@ -382,12 +367,6 @@ def test_messages_name_the_file_of_a_preset(tmp_path, monkeypatch, capsys):
 
 
 # ---- lists, tables and marks
-
-def test_lists_and_ranges_of_features():
-    from saeexplainer.cli import listed
-    assert listed(['5,8', '10-12', '3 4', 'a/b/1', 'mine.yaml']) == ['5', '8', '10', '11', '12', '3', '4', 'a/b/1', 'mine.yaml'] and listed(None) == []
-    assert preset_and_names(['gemma-2-9b-l20', '5-6']) == ('gemma-2-9b-l20', ['5', '6']) and preset_and_names(['5,8']) == ('smollm2-135m', ['5', '8'])
-
 
 @pytest.mark.parametrize('width', [60, 80, 140])
 def test_the_table_of_presets_fits(capsys, monkeypatch, width):

@@ -3,9 +3,10 @@ import time
 from dataclasses import replace
 from html.parser import HTMLParser
 import pytest, torch
-from saeexplainer.explorer import FeatureExplorer, explanations_html, labels_said, search, searchable, tokens_html
+from saeexplainer.explorer import FeatureExplorer, labels_said, search, searchable
 from saeexplainer.show import escape, visible
 from saeexplainer.features import Context, Explanation
+from saeexplainer.pages import explanations_html, tokens_html
 from saeexplainer.presets import load_preset
 from saeexplainer.replies import Reply
 
@@ -158,9 +159,9 @@ def test_texts_that_were_not_written_are_no_misses(explorer):
         def __init__(self, *said): self.said = said
         def write(self, requests, *_, **__): return [Reply(text=said) if said else Reply(error='empty', outcome='empty') for said in self.said]
     x = FeatureExplorer(feature=13, target=explorer.target)
-    x.writer = Silent(None, None)
+    x.lab.writer = Silent(None, None)
     assert 'None of the 2 texts from' in x.verify('the word rain', 2) and ' reach ' not in x.verify('the word rain', 2)
-    x.writer = Silent(None, 'The future is near.')
+    x.lab.writer = Silent(None, 'The future is near.')
     assert 'Of 1 texts written from' in x.verify('the word rain', 2) and '1 more could not be written' in x.verify('the word rain', 2)
 
 def test_a_search_shows_the_text_that_it_found(explorer):
@@ -198,7 +199,7 @@ def test_a_target_with_another_sae_is_refused(explorer, tmp_path):
     with pytest.raises(ValueError, match='features.parquet was read from an SAE with hash .*, this one has'): FeatureExplorer(feature=13, target=other)
     rows = [dict(index=i, density=.1, max_act=float(i != 3), status='ok', explanation='x', words=[], contexts=[]) for i in (3, 5, 512)]
     preset = load_preset('smollm2-135m', features=str(save_features(rows, tmp_path/'features.parquet')), label_model=None)
-    with pytest.raises(ValueError, match='features.parquet holds feature 512, the SAE has features 0 to 511: it was read from another one'): FeatureExplorer(preset, target=other)
+    with pytest.raises(ValueError, match='features.parquet has a feature 512, the SAE has features 0 to 511: it is the file of another SAE'): FeatureExplorer(preset, target=other)
     with pytest.raises(ValueError, match='there is no feature 3 that fires'): FeatureExplorer(preset, feature=3) # its strongest activation is 0, whatever its status says
 
 def test_clicks_take_turns(explorer):

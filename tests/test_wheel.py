@@ -48,3 +48,12 @@ def test_what_is_not_inside_is_named(installed):
     script = 'from saeexplainer.presets import data_dir\nfrom saeexplainer.results import Results\nResults(data_dir()/"smollm2-135m"/"results")'
     code, out, err = installed('-c', script)
     assert code and 'of a checkout' in err.splitlines()[-1]
+
+
+def test_the_front_door_is_open(installed):
+    script = ("import saeexplainer as sx\nlab = sx.load('smollm2-135m')\nprint(lab.explain([5]))\n"
+              "print(sx.FeatureExplorer(lab, feature=5).own())")
+    code, out, err = installed('-c', script)
+    assert code == 0, err
+    explained, own = out.strip().splitlines()
+    assert own in explained

@@ -16,7 +16,8 @@ PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.s
 ORDER = dict(
     parts=('files show presets plan features saes lm/models lm/hooks lm/chat lm/sampling target steering explainer training store replies writer writers/local writers/openai '
            'writers/asking writers/server writers/errors writers/budget writers/traffic writers/parsing sources/neuronpedia sources/corpus sources/reading sources/sae_training labels '
-           'evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables run results report plots studies dictionaries explorer cli').split(),
+           'evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables run results report plots studies dictionaries '
+           'selection verdicts measuring lab pages explorer doctor cli main saeexplainer').split(),
     recipes='your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'.split())
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()

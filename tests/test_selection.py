@@ -1,0 +1,68 @@
+"Which features are meant: names, lists, ranges, and a draw at random; which of them can be measured"
+import pytest
+
+from saeexplainer.features import Feature, FeatureId
+from saeexplainer.measuring import beside_labels, measurable
+from saeexplainer.presets import load_preset
+from saeexplainer.selection import chosen_features, feature_of, listed, preset_and_names
+
+PRESET = load_preset('smollm2-135m')
+FEATURES = [Feature(FeatureId('smollm2-135m', '9-res-4k', i), 'x', 1., .1, status='dead' if i == 2 else 'ok')
+            for i in range(5)]
+
+
+def test_dead_features_are_not_explained():
+    with pytest.raises(ValueError, match='feature 2 is dead'): chosen_features(PRESET, ['2'], 0, 0, FEATURES)
+
+
+def test_a_draw_at_random_is_repeated_and_leaves_out_the_dead():
+    drawn = chosen_features(PRESET, ['3'], 3, 7, FEATURES)
+    assert drawn == chosen_features(PRESET, ['3'], 3, 7, FEATURES)
+    assert drawn[0].index == 3
+    assert 2 not in [f.index for f in drawn]
+
+
+def test_the_draw_of_a_seed_stays_as_it_was():
+    assert [f.index for f in chosen_features(PRESET, [], 3, 0, FEATURES)] == [3, 0, 1]
+
+
+def test_a_feature_of_another_preset():
+    with pytest.raises(ValueError, match='is a feature of gpt2-small/8-res-jb, the preset explains'):
+        feature_of(PRESET, 'gpt2-small/8-res-jb/7')
+
+
+@pytest.mark.parametrize('names, preset, left', [
+    (['5', '6'], 'smollm2-135m', ['5', '6']),
+    (None, 'smollm2-135m', []),
+    (['gemma-2-9b-l20', '5'], 'gemma-2-9b-l20', ['5']),
+    (['mine.yaml'], 'mine.yaml', []),
+    (['gpt2-small/8-res-jb/7'], 'gpt2-small-l8', ['gpt2-small/8-res-jb/7']),
+    (['gemma-2-9b-l20', '5-6'], 'gemma-2-9b-l20', ['5', '6']),
+    (['5,8'], 'smollm2-135m', ['5', '8'])])
+def test_which_preset_is_meant(names, preset, left):
+    assert preset_and_names(names) == (preset, left)
+
+
+def test_the_option_names_the_preset():
+    assert preset_and_names(['7'], 'gpt2-small-l8') == ('gpt2-small-l8', ['7'])
+
+
+def test_lists_and_ranges_of_features():
+    assert listed(['5,8', '10-12', '3 4']) == ['5', '8', '10', '11', '12', '3', '4']
+    assert listed(['a/b/1', 'mine.yaml']) == ['a/b/1', 'mine.yaml']
+    assert listed(None) == []
+
+
+@pytest.mark.parametrize('name, says', [
+    ('8-5', 'write the smaller index first'),
+    ('0-100000', 'a range of too many features')])
+def test_ranges_that_are_none(name, says):
+    with pytest.raises(ValueError, match=says): listed([name])
+
+
+def test_what_can_be_measured():
+    assert measurable(['0', 'smollm2-135m/9-res-4k/1', '2', '9'], FEATURES) == [True, True, False, False]
+
+
+def test_labels_stand_beside():
+    assert beside_labels('mine', FEATURES[:1], ['y']) == {'mine': {0: 'y'}, 'label': {0: 'x'}}
