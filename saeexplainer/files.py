@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['LFS_POINTER', 'PARQUET', 'TABLES', 'whole', 'read_json', 'write_json', 'check_readable', 'check_tensors',
-           'read_tensors', 'open_parquet', 'read_table', 'write_table', 'hold', 'clear_parts', 'making', 'valid',
-           'parse_json', 'encoding_of', 'table_kind', 'table_rows', 'valid_text']
+           'read_tensors', 'open_parquet', 'read_table', 'write_table', 'hold', 'clear_parts', 'making', 'valid_text',
+           'valid', 'parse_json', 'table_kind', 'encoding_of', 'table_rows']
 
 # %% ../nbs/parts/files.ipynb #211fc965
 import codecs, csv, gzip, io, json, os, re, sys, uuid, zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from filelock import FileLock, Timeout
 
 # %% ../nbs/parts/files.ipynb #e0c83ed0
 @contextmanager
-def whole(file): # its folder must exist
+def whole(
+    file:str|Path, # its folder must exist
+) -> Iterator[Path]:
     "Yield a path to write to; when the block ends it becomes `file`, and where it ends in an error it is removed"
     file = Path(file)
     part = file.with_name(f'{file.name}.{uuid.uuid4().hex[:8]}.part')
@@ -27,9 +32,10 @@ def whole(file): # its folder must exist
     os.replace(part, file)
 
 # %% ../nbs/parts/files.ipynb #925fe5e8
-def read_json(file,
-              kind=dict # the type that the file must hold: dict or list; None: any
-             ):
+def read_json(
+    file:str|Path,
+    kind=dict, # the type that the file must hold: dict or list; None: any
+) -> Any: # the value
     "Read a JSON file; raises `ValueError` naming the file where it holds something else"
     try:
         value = json.loads(Path(file).read_text(encoding='utf-8-sig'))
@@ -40,22 +46,30 @@ def read_json(file,
         raise ValueError(f'{file} holds {json.dumps(value)[:40]}, not {wanted}')
     return value
 
-def write_json(value, file, indent:int|None=1):
-    "Write `file`, whole or not at all"
+def write_json(
+    value, # what JSON can hold
+    file:str|Path,
+    indent:int|None=1, # None: on one line
+):
+    "Write a JSON file, whole or not at all"
     with whole(file) as part:
         part.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + '\n', encoding='utf-8')
 
 # %% ../nbs/parts/files.ipynb #46068ae2
 LFS_POINTER = b'version https://git-lfs'
 
-def check_readable(file): # safetensors says of a closed file that there is none
+def check_readable(
+    file:str|Path,
+):
     "Raise `OSError`, naming the file, where it is missing, a folder, or closed to this user"
     if Path(file).is_dir(): raise IsADirectoryError(f'{file} is a folder, not a file')
     if not Path(file).exists(): raise FileNotFoundError(f'no file {file}')
-    if not os.access(file, os.R_OK):
+    if not os.access(file, os.R_OK): # safetensors says of such a file that there is none
         raise PermissionError(f'{file} may not be read by this user: open it with chmod, or ask its owner')
 
-def check_tensors(file):
+def check_tensors(
+    file:str|Path,
+):
     "Raise `ValueError`, naming the file, where it is not a complete safetensors file"
     from safetensors import SafetensorError, safe_open
     check_readable(file)
@@ -73,7 +87,9 @@ def check_tensors(file):
             why = f'is cut off or damaged ({error}): fetch it again'
         raise ValueError(f'{file} {why}') from None
 
-def read_tensors(file) -> dict: # name -> tensor, on the CPU
+def read_tensors(
+    file:str|Path,
+) -> dict: # name -> tensor, on the CPU
     "Read a safetensors file; raises `ValueError`, naming it, where it is damaged"
     from safetensors.torch import load_file
     check_tensors(file)
@@ -82,12 +98,13 @@ def read_tensors(file) -> dict: # name -> tensor, on the CPU
 # %% ../nbs/parts/files.ipynb #c7317805
 PARQUET = b'PAR1' # at both ends of such a file
 
-def open_parquet(file): # pyarrow.parquet.ParquetFile
-    "Open a Parquet file; raises `ValueError` or `OSError` where it is damaged, as reading from it does; the caller names it"
+def open_parquet(
+    file:str|Path,
+) -> Any: # pyarrow.parquet.ParquetFile
+    "Open a Parquet file; raises `ValueError` or `OSError` where it is damaged, as reading from it does"
     import pyarrow.parquet as pq
     with open(file, 'rb') as start:
-        if start.read(4) != PARQUET:
-            raise ValueError('it does not begin as a Parquet file') # pyarrow looks at the end only
+        if start.read(4) != PARQUET: raise ValueError('it does not begin as a Parquet file')
     opened = pq.ParquetFile(file, page_checksum_verification=True)
     names = opened.schema_arrow.names
     if len(set(names)) < len(names):
@@ -95,9 +112,10 @@ def open_parquet(file): # pyarrow.parquet.ParquetFile
         raise ValueError(f'it has two columns {max(names, key=names.count)!r}: give each a name of its own')
     return opened
 
-def read_table(file,
-               columns=None # names; None: all
-              ): # pyarrow.Table
+def read_table(
+    file:str|Path,
+    columns:list|None=None, # names; None: all
+) -> Any: # pyarrow.Table
     "Read a Parquet file; raises `ValueError`, naming it, where it is damaged"
     import pyarrow as pa
     try:
@@ -109,8 +127,10 @@ def read_table(file,
         why = ' '.join(str(error).split())
         raise ValueError(f'{file} is not a Parquet file, or it is damaged ({why})') from None
 
-def write_table(table, # DataFrame or pyarrow.Table
-                file):
+def write_table(
+    table, # DataFrame or pyarrow.Table
+    file:str|Path,
+):
     "Write a Parquet file with checksums, whole or not at all"
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -120,9 +140,10 @@ def write_table(table, # DataFrame or pyarrow.Table
         pq.write_table(table, part, compression='zstd', compression_level=19, write_page_checksum=True)
 
 # %% ../nbs/parts/files.ipynb #3ac255e0
-def hold(file, # lock file, made where it is missing
-         what  # what it guards, as the error names it
-        ) -> FileLock: # held until it is released or forgotten
+def hold(
+    file:str|Path, # lock file, made where it is missing
+    what, # it guards, as the error names it
+) -> FileLock: # held until it is released or forgotten
     "Hold a lock; raises `RuntimeError` where another process, or another object of this one, holds it"
     lock = FileLock(file, thread_local=False)
     try:
@@ -132,7 +153,9 @@ def hold(file, # lock file, made where it is missing
     return lock
 
 # %% ../nbs/parts/files.ipynb #c4f74874
-def clear_parts(file):
+def clear_parts(
+    file:str|Path,
+):
     "Remove the parts that killed writers of a file left; only for whoever holds it"
     file = Path(file)
     for part in file.parent.glob('*.part'):
@@ -140,7 +163,9 @@ def clear_parts(file):
             part.unlink(missing_ok=True)
 
 @contextmanager
-def making(file): # its folder must exist
+def making(
+    file:str|Path, # its folder must exist
+) -> Iterator[None]:
     "Hold a file while it is made; raises `RuntimeError` where another process makes it"
     file = Path(file)
     lock_file = file.with_name(f'{file.name}.lock')
@@ -153,9 +178,17 @@ def making(file): # its folder must exist
             lock_file.unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/parts/files.ipynb #6178739b
-def valid(value):
-    "A value of JSON whose texts can be stored: without half characters and zero bytes"
+# %% ../nbs/parts/files.ipynb #451c8827
+def valid_text(
+    text:str,
+) -> str:
+    "Return a text that can be stored: without half characters and zero bytes"
+    return text.encode('utf-8', 'replace').decode().replace('\0', '')
+
+def valid(
+    value, # of JSON
+) -> Any: # a value of the same shape
+    "Return a value whose texts can be stored"
     if isinstance(value, str):
         return valid_text(value)
     if isinstance(value, list):
@@ -166,10 +199,11 @@ def valid(value):
 
 _HALF = re.compile(r'\\u[dD][89a-fA-F]|\\u0000') # the escapes of surrogates, of whole pairs too, and of the zero byte
 
-def parse_json(text:str,
-               pairs=None # what makes an object of its names and values; None: `dict`
-              ): # (value, whether something in it had to be replaced); raises `ValueError`
-    "Parse JSON that strangers have written"
+def parse_json(
+    text:str,
+    pairs=None, # what makes an object of its names and values; None: `dict`
+) -> tuple: # (value, whether something in it had to be replaced)
+    "Parse JSON that strangers have written; raises `ValueError` where it is none"
     try:
         value = json.loads(text, object_pairs_hook=pairs)
         if not _HALF.search(text):
@@ -179,12 +213,37 @@ def parse_json(text:str,
         raise ValueError('it is nested too deeply') from None
     return stored, stored != value
 
-def _opened(file): # binary, unzipped
+# %% ../nbs/parts/files.ipynb #6178739b
+TABLES = ('.csv', '.tsv', '.json', '.jsonl', '.parquet')
+
+def table_kind(
+    name:str|Path, # of a file; it need not exist
+) -> str|None: # one of `TABLES`; None: no table
+    "Return the kind of table that a file's name promises"
+    path = Path(name)
+    kind = Path(path.stem).suffix if path.suffix.lower() == '.gz' else path.suffix
+    zipped_parquet = kind.lower() == '.parquet' and kind != path.suffix
+    return kind.lower() if kind.lower() in TABLES and not zipped_parquet else None
+
+def _opened(file:Path): # binary, unzipped
     return gzip.open(file) if file.suffix.lower() == '.gz' else open(file, 'rb')
 
-_OTHERS = {b'PAR1': 'a Parquet file', b'PK\x03\x04': 'a zip file or a spreadsheet', b'\xd0\xcf\x11\xe0': 'an old file of Office', b'\x1f\x8b': 'a gzipped file',
-           b'%PDF-': 'a PDF', b'SQLite format 3': 'a database'} # how files begin that are no text
+_OTHERS = { # how files begin that are no text
+    b'PAR1': 'a Parquet file',
+    b'PK\x03\x04': 'a zip file or a spreadsheet',
+    b'\xd0\xcf\x11\xe0': 'an old file of Office',
+    b'\x1f\x8b': 'a gzipped file',
+    b'%PDF-': 'a PDF',
+    b'SQLite format 3': 'a database',
+}
+_MARKS = { # the longer marks first
+    codecs.BOM_UTF32_LE: 'utf-32',
+    codecs.BOM_UTF32_BE: 'utf-32',
+    codecs.BOM_UTF16_LE: 'utf-16',
+    codecs.BOM_UTF16_BE: 'utf-16',
+}
 
+# %% ../nbs/parts/files.ipynb #275e44f4
 def _check_text(start:bytes): # raises `ValueError` where what a file begins with is no text
     for begins, what in _OTHERS.items():
         if start.startswith(begins):
@@ -192,13 +251,14 @@ def _check_text(start:bytes): # raises `ValueError` where what a file begins wit
     if 8*start.count(0) > len(start):
         raise ValueError('it is no text, or UTF-16 without its mark: save it as UTF-8')
 
-def encoding_of(file) -> str: # raises `ValueError` where it is no text
-    "The encoding of a text file: by its byte-order mark; else UTF-8, or Windows-1252 where it is not that"
-    marks = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32', codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+def encoding_of(
+    file:str|Path,
+) -> str: # of Python's names
+    "Return the encoding of a text file: by its mark, else UTF-8 or Windows-1252; raises `ValueError` if it is no text"
     decoder = codecs.getincrementaldecoder('utf-8')()
     with _opened(Path(file)) as data:
         start = data.read(2**20)
-        for mark, name in marks.items(): # the longer marks first
+        for mark, name in _MARKS.items():
             if start.startswith(mark):
                 return name
         _check_text(start)
@@ -211,14 +271,26 @@ def encoding_of(file) -> str: # raises `ValueError` where it is no text
             return 'cp1252'
     return 'utf-8-sig'
 
-def _without_zeros(lines): # yields them; raises `ValueError`
-    for number, line in enumerate(lines, 1):
-        if '\0' in line:
-            raise ValueError(f'line {number} holds a zero byte, which no text has: take it out')
-        yield line
+# %% ../nbs/parts/files.ipynb #6434fea6
+@dataclass(frozen=True)
+class _Header:
+    "Header of a .csv"
+    names: list     # of columns
+    delimiter: str
+    lines: int      # that it took, those before it included
+    nameless: list  # positions of columns without a name
 
-def _csv_header(lines, wanted, delimiters): # (names, delimiter, how many lines it took); raises `ValueError`
-    number, first = 0, ''
+def _check_names(names, wanted, number): # raises `ValueError` where two columns have one name
+    seen = set()
+    for name in filter(None, names):
+        key = name.casefold() if name.casefold() in wanted else name
+        if key in seen:
+            raise ValueError(f'line {number} names two columns {name!r}: give each a name of its own')
+        seen.add(key)
+
+def _csv_header(lines, wanted, delimiters:str) -> _Header: # raises `ValueError`
+    number = 0
+    first = ''
     for first in lines:
         number += 1
         if named := re.fullmatch(r'sep=(.)\s*', first): # a line of Excel's own
@@ -228,50 +300,54 @@ def _csv_header(lines, wanted, delimiters): # (names, delimiter, how many lines 
             break
     if first.lstrip().startswith(('{"', '[{', '["')):
         raise ValueError('it is JSON: give it the ending .jsonl')
-    headers = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in delimiters}
+    headers:dict = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in delimiters}
     def fits(delimiter): # the wanted columns are there; else the more the better
         names = {name.strip().casefold() for name in headers[delimiter]}
         return set(wanted) <= names, len(headers[delimiter])
     delimiter = max(delimiters, key=fits) # the first of equal ones
     if any('\n' in name or '\r' in name for name in headers[delimiter]):
         raise ValueError(f'line {number}: a quote opens in the name of a column and does not close')
-    header = [name.strip() for name in headers[delimiter]]
-    if not any(header):
+    names = [name.strip() for name in headers[delimiter]]
+    if not any(names):
         raise ValueError('it is empty')
-    _check_names(header, wanted, number)
-    return header, delimiter, number
+    _check_names(names, wanted, number)
+    nameless = [place for place, name in enumerate(names) if not name]
+    return _Header(names, delimiter, number, nameless)
 
-def _check_names(header, wanted, number): # raises `ValueError` where two columns have one name
-    seen = set()
-    for name in filter(None, header):
-        key = name.casefold() if name.casefold() in wanted else name
-        if key in seen:
-            raise ValueError(f'line {number} names two columns {name!r}: give each a name of its own')
-        seen.add(key)
+# %% ../nbs/parts/files.ipynb #ab5558d4
+def _without_zeros(lines) -> Iterator[str]: # raises `ValueError`
+    for number, line in enumerate(lines, 1):
+        if '\0' in line:
+            raise ValueError(f'line {number} holds a zero byte, which no text has: take it out')
+        yield line
 
-def _csv_rows(lines, wanted, delimiters): # of an open file; yields dicts
+def _padded(row:list, header:_Header, number:int) -> list: # a field per column; raises `ValueError`
+    names = header.names
+    if any(field.strip() for field in row[len(names):]):
+        raise ValueError(f'line {number} has {len(row)} fields, the header {len(names)}: a text that holds '
+                         f'{header.delimiter!r} must stand in quotes')
+    row = row + ['']*(len(names) - len(row))
+    if len(header.nameless) > 1 and any(row[place].strip() for place in header.nameless):
+        raise ValueError(f'line {number} has a text in one of the {len(header.nameless)} columns without a name: '
+                         'name them in the header')
+    return row
+
+def _csv_rows(lines, wanted, delimiters:str) -> Iterator[dict]: # lines: of an open file; raises `ValueError`
     lines = _without_zeros(lines)
-    header, delimiter, before = _csv_header(lines, wanted, delimiters)
-    nameless = [i for i, name in enumerate(header) if not name]
+    header = _csv_header(lines, wanted, delimiters)
     csv.field_size_limit(2**31 - 1) # a document is longer than Python's own limit
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    begins = before + 1 # the line where a row does
+    reader = csv.reader(lines, delimiter=header.delimiter, strict=True)
+    begins = header.lines + 1 # the line where a row does
     try:
         for row in reader:
-            number, begins = begins, before + reader.line_num + 1
-            if not any(field.strip() for field in row):
-                continue # spreadsheets leave such rows at the end
-            if any(field.strip() for field in row[len(header):]):
-                raise ValueError(f'line {number} has {len(row)} fields, the header {len(header)}: a text that holds '
-                                 f'{delimiter!r} must stand in quotes')
-            row += ['']*(len(header) - len(row)) # spreadsheets leave out empty fields at the end
-            if len(nameless) > 1 and any(row[i].strip() for i in nameless):
-                raise ValueError(f'line {number} has a text in one of the {len(nameless)} columns without a name: '
-                                 'name them in the header')
-            yield dict(zip(header, row))
+            number = begins
+            begins = header.lines + reader.line_num + 1
+            if any(field.strip() for field in row): # spreadsheets leave empty rows at the end
+                yield dict(zip(header.names, _padded(row, header, number)))
     except csv.Error as error:
         raise ValueError(f'line {begins}: {error}; are the quotes of a text closed, and doubled inside it?') from None
 
+# %% ../nbs/parts/files.ipynb #542618fd
 def _once(pairs) -> dict: # raises `ValueError`
     row = dict(pairs)
     if len(row) < len(pairs):
@@ -279,51 +355,64 @@ def _once(pairs) -> dict: # raises `ValueError`
         raise ValueError(f'it names {max(names, key=names.count)!r} twice')
     return row
 
-def _json_rows(lines, note): # of an open file; yields dicts
+@dataclass
+class _Mended:
+    "Number of lines with half characters"
+    lines: int = 0
+
+def _json_rows(lines, mended:_Mended) -> Iterator[dict]: # lines: an open file; raises `ValueError`
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if line.lstrip().startswith('['): # a list, perhaps over many lines
             line += lines.read()
         try:
-            value, mended = parse_json(line, _once)
+            value, changed = parse_json(line, _once)
         except ValueError as error:
-            raise ValueError(f'line {number} is not JSON ({error}): it holds a list of rows, or one row a line') from None
-        rows = value if isinstance(value, list) else [value]
-        note['mended'] += mended
-        for row in rows:
+            raise ValueError(f'line {number} is not JSON ({error}): it holds a list of rows, or one row a '
+                             'line') from None
+        mended.lines += changed
+        for row in value if isinstance(value, list) else [value]:
             if isinstance(row, str):
                 row = {'text': row}
             if not isinstance(row, dict):
                 raise ValueError(f'line {number} holds {json.dumps(row)[:40]}, not a row with names')
             yield row
 
-def _parquet_rows(file):
+# %% ../nbs/parts/files.ipynb #f6a2e9dd
+def _parquet_rows(file:Path) -> Iterator[dict]:
     with open_parquet(file) as table:
-        kept = (table.schema_arrow.pandas_metadata or {}).get('index_columns', [])
-        ranges = {i['name']: range(i['start'], i['stop'], i['step']) for i in kept if isinstance(i, dict) and i['name']} # an index that pandas does not write as a column
+        indices = (table.schema_arrow.pandas_metadata or {}).get('index_columns', [])
+        notes = [index for index in indices if isinstance(index, dict) and index['name']]
+        ranges = {note['name']: range(note['start'], note['stop'], note['step']) for note in notes}
         number = 0
         for batch in table.iter_batches(1024):
             for row in batch.to_pylist():
                 yield {name: values[number] for name, values in ranges.items()} | row
                 number += 1
 
-TABLES = ('.csv', '.tsv', '.json', '.jsonl', '.parquet')
+def _text_rows(file:Path, kind:str, encoding:str, wanted, mended:_Mended) -> Iterator[dict]:
+    newline = '' if kind in ('.csv', '.tsv') else '\n' # JSON Lines end in nothing else
+    with _opened(file) as data, io.TextIOWrapper(data, encoding, newline=newline) as lines:
+        if kind == '.csv':
+            yield from _csv_rows(lines, wanted, ',;\t')
+        elif kind == '.tsv':
+            yield from _csv_rows(lines, wanted, '\t,;')
+        else:
+            yield from _json_rows(lines, mended)
 
-def table_kind(name) -> str|None: # one of `TABLES`; None: no table
-    "The kind of table that a file's name promises"
-    path = Path(name)
-    kind = Path(path.stem).suffix if path.suffix.lower() == '.gz' else path.suffix
-    zipped_parquet = kind.lower() == '.parquet' and kind != path.suffix
-    return kind.lower() if kind.lower() in TABLES and not zipped_parquet else None
+# %% ../nbs/parts/files.ipynb #88975b0d
+def _first_line(error) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
-def table_rows(file, # of one of `TABLES`; all but .parquet may be gzipped
-               wanted=() # columns, in small letters, by which the separator of a .csv is chosen
-              ): # yields dicts
+def table_rows(
+    file:str|Path, # of one of `TABLES`; all but .parquet may be gzipped
+    wanted:Iterable=(), # columns, in small letters, by which the separator of a .csv is chosen
+) -> Iterator[dict]:
     "Yield the rows of a table; raises `ValueError` naming the file, and the line where it can"
     file = Path(file)
-    kind = table_kind(file)
-    note = dict(mended=0)
+    kind = table_kind(file) or ''
+    mended = _Mended()
     try:
         if kind == '.parquet':
             yield from _parquet_rows(file)
@@ -331,12 +420,7 @@ def table_rows(file, # of one of `TABLES`; all but .parquet may be gzipped
         encoding = encoding_of(file)
         if encoding == 'cp1252':
             print(f'{file} is not UTF-8: it is read as Windows-1252', file=sys.stderr)
-        newline = '' if kind in ('.csv', '.tsv') else '\n' # JSON Lines end in nothing else
-        with _opened(file) as data, io.TextIOWrapper(data, encoding, newline=newline) as lines:
-            if kind in ('.csv', '.tsv'):
-                yield from _csv_rows(lines, wanted, '\t,;' if kind == '.tsv' else ',;\t')
-            else:
-                yield from _json_rows(lines, note)
+        yield from _text_rows(file, kind, encoding, wanted, mended)
     except OSError as error:
         if error.filename is not None or isinstance(error, FileNotFoundError):
             raise
@@ -345,13 +429,5 @@ def table_rows(file, # of one of `TABLES`; all but .parquet may be gzipped
         raise ValueError(f'{file} is not a readable {kind[1:]} file: its text is not {encoding}') from None
     except (ValueError, EOFError, zlib.error) as error: # what Arrow raises is a ValueError too
         raise ValueError(f'{file} is not a readable {kind[1:]} file: {_first_line(error)}') from None
-    if note['mended']:
-        print(f"{file}: {note['mended']} lines held half characters, which are read as '?'", file=sys.stderr)
-
-def _first_line(error) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-# %% ../nbs/parts/files.ipynb #451c8827
-def valid_text(text) -> str:
-    "A text that can be stored: without half characters (lone surrogates, which JSON can spell) and zero bytes"
-    return text.encode('utf-8', 'replace').decode().replace('\0', '')
+    if mended.lines:
+        print(f"{file}: {mended.lines} lines held half characters, which are read as '?'", file=sys.stderr)

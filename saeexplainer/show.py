@@ -9,28 +9,48 @@ __all__ = ['visible', 'escape', 'say', 'escape_markdown', 'code_span']
 import html, re, sys
 
 # %% ../nbs/parts/show.ipynb #5e886fe0
-_UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]')
+_UNSEEN = re.compile(
+    '['
+    '\x00-\x08\x0b-\x1f\x7f-\x9f' # control characters, but for tab and line feed
+    '\xad\u200b\u2060-\u2065\ufeff' # without width
+    '\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069' # direction of writing
+    '\u2028\u2029\u206a-\u206f\ufff9-\ufffb\U000e0000-\U000e007f' # other marks of layout, and tags
+    '\ud800-\udfff' # half characters
+    ']'
+)
 
-def visible(text) -> str:
-    "Text in which what cannot be seen, or would turn its direction, leaves a sign"
+def visible(
+    text, # str, or what has one
+) -> str:
+    "Return text in which what cannot be seen, or would turn its direction, leaves a sign"
     return _UNSEEN.sub('\N{REPLACEMENT CHARACTER}', str(text))
 
-def escape(text) -> str:
-    "Text for a page: markup is shown as it is written"
+# %% ../nbs/parts/show.ipynb #94b84a25
+def escape(
+    text, # str, or what has one
+) -> str:
+    "Return text for a page, its markup shown as it is written"
     return html.escape(visible(text))
 
 # %% ../nbs/parts/show.ipynb #40afbc98
-def say(line:str):
-    "A line on stderr that leaves progress bars whole"
+def say(
+    line:str,
+):
+    "Print a line on stderr that leaves progress bars whole"
     from tqdm.auto import tqdm
     tqdm.write(visible(line), file=sys.stderr)
 
 # %% ../nbs/parts/show.ipynb #1dbd4313
-def escape_markdown(text) -> str:
-    "Text that Markdown and HTML show as it is, on one line"
-    import html
-    return re.sub(r'([\\|`*_\[\]{}$~#])', r'\\\1', html.escape(visible(' '.join(str(text).split())), quote=False))
+def escape_markdown(
+    text, # str, or what has one
+) -> str:
+    "Return text that Markdown and HTML show as it is, on one line"
+    line = ' '.join(str(text).split())
+    return re.sub(r'([\\|`*_\[\]{}$~#])', r'\\\1', html.escape(visible(line), quote=False))
 
-def code_span(text) -> str:
-    "A name as code, where it is nothing but letters, digits and signs of names; else escaped text"
+# %% ../nbs/parts/show.ipynb #6072ce76
+def code_span(
+    text, # str, or what has one
+) -> str:
+    "Return a name as code where it is nothing but letters, digits and signs of names, else escaped text"
     return f'`{text}`' if re.fullmatch(r'[\w./:+-]+', str(text)) else escape_markdown(text)

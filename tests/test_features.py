@@ -320,7 +320,7 @@ def test_forms_of_a_line():
 def quick(monkeypatch): # no long pauses, no proxy, no key, nothing remembered of the last call
     for name in ('NEURONPEDIA_API_KEY', 'NEURONPEDIA_STORE', 'NEURONPEDIA_API'): monkeypatch.delenv(name, raising=False)
     for name in ('NO_PROXY', 'no_proxy'): monkeypatch.setenv(name, '127.0.0.1')
-    monkeypatch.setattr(N, 'PAUSE', .005); monkeypatch.setattr(N, '_free_at', 0.)
+    monkeypatch.setattr(N, 'PAUSE', .005); monkeypatch.setattr(N._turns, 'free_at', 0.)
 
 
 AT = 'v1/m/s/'
@@ -570,7 +570,7 @@ class Slow(Neuronpedia):
 
 @pytest.mark.parametrize('piece, pause, says', [(b' ', .01, 'its answer does not come to an end'), (b' '*2**20, 0., 'its answer is larger than 67 MB')])
 def test_answers_without_an_end(monkeypatch, tmp_path, piece, pause, says):
-    monkeypatch.setattr(N, 'TIMEOUT', (1, .2)); monkeypatch.setattr(N, '_wait_turn', lambda s: None)
+    monkeypatch.setattr(N, 'TIMEOUT', (1, .2)); monkeypatch.setattr(N._turns, 'wait', lambda s: None)
     if not pause: monkeypatch.setattr(N, 'TIMEOUT', (1, 60))
     with Slow() as server:
         server.piece, server.pause = piece, pause
@@ -603,7 +603,7 @@ ANSWER = dict(modelId='m', layer='s', index='7', maxActApprox=8.5, frac_nonzero=
 
 def test_one_feature(monkeypatch):
     with Neuronpedia(features={'m/s/7': ANSWER, 'm/s/8': {**ANSWER, 'explanations': []}, 'm/s/9': {**ANSWER, 'maxActApprox': 0}}) as server:
-        monkeypatch.setenv('NEURONPEDIA_API', server.url); monkeypatch.setattr(N, '_wait_turn', lambda s: None)
+        monkeypatch.setenv('NEURONPEDIA_API', server.url); monkeypatch.setattr(N._turns, 'wait', lambda s: None)
         f = neuronpedia_feature('m/s/7')
         assert (f.id, f.explanation, f.max_act, f.density, f.status) == (FeatureId('m', 's', 7), 'parks', 8.5, .002, 'ok')
         assert [e.model for e in f.explanations] == ['gpt-5', 'gpt-4o-mini'] and [c.values[c.peak] for c in f.contexts] == [8.5, 2.] and f.contexts[0].tokens[20] == ' b60'
@@ -634,14 +634,14 @@ def test_answers_that_are_no_feature(answer, monkeypatch):
 def test_calls_keep_their_distance(monkeypatch):
     with Neuronpedia(features={'m/s/7': ANSWER}) as server:
         for _ in range(2): neuronpedia_feature('m/s/7', api=server.url)
-        monkeypatch.setenv('NEURONPEDIA_API_KEY', 'sk-secret'); monkeypatch.setattr(N, '_free_at', 0.)
+        monkeypatch.setenv('NEURONPEDIA_API_KEY', 'sk-secret'); monkeypatch.setattr(N._turns, 'free_at', 0.)
         for _ in range(2): neuronpedia_feature('m/s/7', api=server.url)
         a, b, c, d = (t for *_, t in server.log)
         assert b - a >= .99 and .19 <= d - c < .9 and [h.get('x-api-key') for _, h, _ in server.log] == [None, None, 'sk-secret', 'sk-secret']
     with Neuronpedia(features={'m/s/7': ANSWER}, headers={'x-limit-remaining': '0'}) as server:
-        monkeypatch.setattr(N, '_free_at', 0.)
+        monkeypatch.setattr(N._turns, 'free_at', 0.)
         neuronpedia_feature('m/s/7', api=server.url)
-        assert N._free_at > time.monotonic() + 50 # the next call waits
+        assert N._turns.free_at > time.monotonic() + 50 # the next call waits
 
 
 def test_a_busy_api_is_asked_again(monkeypatch):

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['STORE_URL', 'API_URL', 'TIMEOUT', 'PAUSE', 'SLOWEST', 'MOST_BYTES', 'MOST_FILES', 'LONGEST_LINE', 'MOST_LINES',
-           'MOST_TEXT', 'row_index', 'stats_row', 'label_row', 'shard_table', 'read_listing', 'list_store',
-           'feature_rows', 'Export', 'source_files', 'neuronpedia_export', 'neuronpedia_feature', 'api_feature']
+           'MOST_TEXT', 'row_index', 'stats_row', 'label_row', 'context_row', 'strongest_contexts', 'shard_table',
+           'Listing', 'read_listing', 'list_store', 'SourceFile', 'feature_rows', 'Export', 'source_files',
+           'neuronpedia_export', 'api_feature', 'neuronpedia_feature']
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #220b4450
 import gzip, math, os, random, re, sys, threading, time, zlib
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 from xml.etree import ElementTree
@@ -22,75 +24,165 @@ from urllib3.util import Retry
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #45786c65
 from saeexplainer.features import (
-    Contexts, Explanation, Feature, FeatureId, _CONTEXTS, _EXPLANATION, _counted, _finite, _kept, _notes,
-    _opened, _require_explainer, _table_from, _wrong_numbers, context_row, explainers_of, first_text,
-    save_features, strongest_contexts,
+    BEFORE, CONTEXTS_TYPE, EXPLANATION_TYPE, LARGEST, LENGTH, Context, Contexts, Explanation, Feature, FeatureId,
+    arrow_table, cache_folder, counted, explainers_of, first_text, number_fault, open_table, require_explainer,
+    save_features, table_notes,
 )
 from ..files import making, parse_json, read_table, whole, write_json
 from ..presets import _near
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #d92fca4a
-def row_index(row:dict) -> int:
-    "The feature of a line"
+def row_index(
+    row:dict, # a line
+) -> int:
+    "Return the index of the feature that a line is about; raises `ValueError` where it is none"
     index = str(row['index']).strip()
     if not re.fullmatch('[0-9]{1,10}', index) or int(index) >= 2**31: raise ValueError(f'{index} is no index')
     return int(index)
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #c9bc35e9
-def stats_row(row:dict) -> dict: # max_act and density; NaN where no density is given
-    "Of a line of features/"
-    most, share = _finite(row['maxActApprox']), row.get('frac_nonzero')
-    share = math.nan if share is None else _finite(share)
-    if wrong := _wrong_numbers(most, share): raise ValueError(wrong)
-    return dict(max_act=most, density=share)
+def _activation(x) -> float: # as a table can hold it; raises `ValueError` or `TypeError`
+    if isinstance(x, bool): raise TypeError(f'{x} is no activation')
+    number = float(x)
+    if not abs(number) <= LARGEST: raise ValueError(f'{x} is no activation')
+    return number
 
-def label_row(row:dict) -> Explanation|None: # None: no text
-    "Of a line of explanations*/"
+def stats_row(
+    row:dict, # a line of features/
+) -> dict: # max_act and density; NaN where no density is given
+    "Return the statistics of a feature; raises an error where a number is none"
+    max_act = _activation(row['maxActApprox'])
+    share = row.get('frac_nonzero')
+    density = math.nan if share is None else _activation(share)
+    wrong = number_fault(max_act, density)
+    if wrong: raise ValueError(wrong)
+    return dict(max_act=max_act, density=density)
+
+def label_row(
+    row:dict, # a line of explanations*/
+) -> Explanation|None: # None: no text
+    "Return the label of a line; raises an error where a text or name is none"
     text = row['description']
     text = '' if text is None else text.strip()
-    model, kind = row.get('explanationModelName') or 'unnamed', row.get('typeName') or ''
+    model = row.get('explanationModelName') or 'unnamed'
+    kind = row.get('typeName') or ''
     if not (isinstance(model, str) and isinstance(kind, str)): raise TypeError(f'{model!r} and {kind!r} are no names')
     return Explanation(text, model, kind) if text else None
 
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #ea16f638
+def context_row(
+    row:dict, # a line of activations/
+    before:int=BEFORE, # tokens before the peak
+    length:int=LENGTH, # tokens in all
+) -> Context|None: # None: the feature is silent
+    "Return the tokens around the peak of a text; raises an error where tokens and values do not fit together"
+    if not (isinstance(row['tokens'], list) and isinstance(row['values'], list)):
+        raise TypeError('tokens and values are no lists')
+    tokens = row['tokens']
+    values = [_activation(value) for value in row['values']]
+    if not tokens or len(tokens) != len(values) or not all(isinstance(token, str) for token in tokens):
+        raise ValueError('tokens and values do not fit together')
+    peak = max(range(len(values)), key=values.__getitem__)
+    if values[peak] <= 0: return None
+    start = max(0, min(peak - before, len(tokens) - length))
+    part = slice(start, start + length)
+    source = str(row.get('dataSource') or 'neuronpedia')
+    return Context(source, tuple(tokens[part]), tuple(values[part]), peak - start)
+
+def strongest_contexts(
+    contexts:Iterable, # of `Context`
+    n:int, # how many at most
+) -> list[Context]: # the strongest first
+    "Return the strongest contexts, one per text"
+    unique:dict = {}
+    for context in sorted(contexts, key=lambda context: -context.values[context.peak]):
+        unique.setdefault(context.tokens, context)
+    return list(unique.values())[:n]
+
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #756c680a
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) # what a line that is not as it should be raises
+# what a line that is not as it should be raises
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
-_KINDS = { # folder -> how a line is read, what is kept of a feature
-    'explanations': (label_row, _EXPLANATION), 'features': (stats_row, pa.struct([('max_act', pa.float64()), ('density', pa.float64())])),
-    'activations': (context_row, _CONTEXTS)}
+@dataclass(frozen=True)
+class _Kind:
+    "A kind of file: how a line is read, and the Arrow type of what is kept of a feature"
+    parse: Callable
+    kept: pa.DataType
 
-def shard_table(lines, # of JSON, as text or bytes
-                kind:str, # explanations, features or activations
-                n_contexts:int=16) -> pa.Table: # columns index and found; `rows` and `bad` of its metadata count lines, `mended` those with half a character
-    "What is kept of the lines of a file"
-    parse, schema = _KINDS[kind]
-    rows, contexts, n, bad, mended = [], defaultdict(list), 0, 0, 0
-    for line in filter(lambda line: line.strip(), lines):
-        n += 1
+_KINDS = { # folder -> its kind
+    'explanations': _Kind(label_row, EXPLANATION_TYPE),
+    'features': _Kind(stats_row, pa.struct([('max_act', pa.float64()), ('density', pa.float64())])),
+    'activations': _Kind(context_row, CONTEXTS_TYPE),
+}
+
+@dataclass
+class _Kept:
+    "Rows of a shard, as the lines of a file are read"
+    n_contexts: int
+    rows: list = field(default_factory=list)
+    contexts: dict = field(default_factory=lambda: defaultdict(list)) # index -> its strongest `Context`s so far
+
+    def add(self, index:int, found):
+        if isinstance(found, Context):
+            best = self.contexts[index]
+            best.append(found)
+            if len(best) > 2*self.n_contexts: best[:] = strongest_contexts(best, self.n_contexts)
+        else:
+            self.rows.append(dict(index=index, found=found if isinstance(found, dict) else asdict(found)))
+
+    def all(self) -> list[dict]: # rows of the shard
+        rows = list(self.rows)
+        for index, best in self.contexts.items():
+            strongest = strongest_contexts(best, self.n_contexts)
+            rows.append(dict(index=index, found=[context.row() for context in strongest]))
+        return rows
+
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #09814f3a
+def shard_table(
+    lines:Iterable, # of JSON, as text or bytes
+    kind:str, # explanations, features or activations
+    n_contexts:int=16, # strongest contexts kept of a feature
+) -> pa.Table: # columns index and found
+    "Read the lines of a file into a shard"
+    parse = _KINDS[kind].parse
+    kept = _Kept(n_contexts)
+    counts:Counter = Counter()
+    for line in lines:
+        if not line.strip(): continue
+        counts['rows'] += 1
         try:
             row, changed = parse_json(line.decode() if isinstance(line, bytes) else line)
-            index, found = row_index(row), parse(row)
+            index = row_index(row)
+            found = parse(row)
         except _MALFORMED:
-            bad += 1
+            counts['bad'] += 1
             continue
-        mended += changed
-        if found is None: continue
-        if kind != 'activations': rows.append(dict(index=index, found=found if isinstance(found, dict) else asdict(found))); continue
-        (best := contexts[index]).append(found)
-        if len(best) > 2*n_contexts: best[:] = strongest_contexts(best, n_contexts)
-    rows += [dict(index=i, found=[c.row() for c in strongest_contexts(best, n_contexts)]) for i, best in contexts.items()]
-    counts = {'rows': str(n), 'bad': str(bad)} | ({'mended': str(mended)} if mended else {})
-    return _table_from(rows, pa.schema([('index', pa.int32()), ('found', schema)], counts))
+        counts['mended'] += changed
+        if found is not None: kept.add(index, found)
+    notes = {'rows': str(counts['rows']), 'bad': str(counts['bad'])}
+    if counts['mended']: notes['mended'] = str(counts['mended'])
+    return arrow_table(kept.all(), pa.schema([('index', pa.int32()), ('found', _KINDS[kind].kept)], notes))
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #7a7395eb
-def read_listing(xml) -> tuple: # ({key: ETag}, folders, token of the next page or None)
+@dataclass(frozen=True)
+class Listing:
     "One page of a store's listing"
-    try: page = ElementTree.fromstring(xml)
-    except ElementTree.ParseError: raise ValueError('it does not list its files as S3 does') from None
-    keys = {e.findtext('{*}Key'): e.findtext('{*}ETag', '').strip('"') for e in page.iterfind('{*}Contents')}
-    folders = [e.findtext('{*}Prefix') for e in page.iterfind('{*}CommonPrefixes')]
+    keys: dict           # key of a file -> its ETag
+    folders: list
+    next_page: str|None  # what the next page is asked for with; None: there is none
+
+def read_listing(
+    xml:str|bytes,
+) -> Listing:
+    "Read one page of a store's listing; raises `ValueError` where it is none"
+    try:
+        page = ElementTree.fromstring(xml)
+    except ElementTree.ParseError:
+        raise ValueError('it does not list its files as S3 does') from None
+    keys = {file.findtext('{*}Key'): file.findtext('{*}ETag', '').strip('"') for file in page.iterfind('{*}Contents')}
+    folders = [folder.findtext('{*}Prefix') for folder in page.iterfind('{*}CommonPrefixes')]
     if None in keys or None in folders: raise ValueError('it does not name its files as S3 does')
-    return keys, folders, page.findtext('{*}NextContinuationToken')
+    return Listing(keys, folders, page.findtext('{*}NextContinuationToken'))
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #5ed2b8e7
 STORE_URL = 'https://neuronpedia-datasets.s3.us-east-1.amazonaws.com'
@@ -100,128 +192,210 @@ PAUSE = 1.         # seconds before the first repetition; doubled with each
 SLOWEST = 1000     # bytes per second that must arrive on average, once a time-out is over
 MOST_BYTES = 2**26 # of an answer that is held in memory: a feature takes 1 MB
 MOST_FILES = 100_000 # in a listing, and pages; the largest source has some thousand files
-LONGEST_LINE, MOST_LINES, MOST_TEXT = 2**24, 2_000_000, 2**36 # of a file of the store, bytes unzipped
+LONGEST_LINE = 2**24 # of a file of the store, bytes unzipped
+MOST_LINES = 2_000_000
+MOST_TEXT = 2**36    # of a file of the store, bytes unzipped
 
 class _Patient(Retry):
-    def get_retry_after(self, response): # who says tomorrow is not waited for
+    "Repetitions of a request"
+    def get_retry_after(self, response):
         wanted = super().get_retry_after(response)
         return wanted and min(wanted, 120.)
-    def get_backoff_time(self): return super().get_backoff_time() or self.backoff_factor*(1 + random.random()) # the first repetition waits too
+
+    def get_backoff_time(self): # the first repetition waits too
+        return super().get_backoff_time() or self.backoff_factor*(1 + random.random())
 
 def _session() -> requests.Session:
     session = requests.Session()
-    retry = _Patient(total=5, connect=2, status_forcelist=(429, 500, 502, 503, 504), backoff_factor=PAUSE, backoff_jitter=PAUSE, respect_retry_after_header=True)
+    retry = _Patient(
+        total=5,
+        connect=2,
+        status_forcelist=(429, 500, 502, 503, 504),
+        backoff_factor=PAUSE,
+        backoff_jitter=PAUSE,
+        respect_retry_after_header=True,
+    )
     for scheme in ('https://', 'http://'): session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
     return session
 
-def _get(session, url:str, good=(200,), **kw) -> requests.Response: # one line where there is no good answer; it never holds what was sent
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #73e37e82
+def _last_part(error) -> str: # of a message such as 'address: reason'
+    return str(error).split(': ', 1)[-1]
+
+def _get(session, url:str, good=(200,), **options) -> requests.Response: # raises `ConnectionError`
+    reason = None
     try:
-        response = session.get(url, timeout=TIMEOUT, stream=True, **kw)
-        reason = None if response.status_code in good else f'it answers with status {response.status_code}'
-        if reason: response.close()
-    except requests.RequestException as e: reason = str(getattr(e.args[0] if e.args else e, 'reason', e)).split(': ', 1)[-1]
-    if reason: raise ConnectionError(f'{url} cannot be read: {reason}')
+        response = session.get(url, timeout=TIMEOUT, stream=True, **options)
+        if response.status_code not in good:
+            reason = f'it answers with status {response.status_code}'
+            response.close()
+    except requests.RequestException as error:
+        cause = error.args[0] if error.args else error
+        reason = _last_part(getattr(cause, 'reason', error))
+    if reason: raise ConnectionError(f'{url} cannot be read: {reason}') # out here: it must not hold the request
     return response
 
 class _Arriving:
     "The body of an answer, as it arrives; raises `HTTPError` where that is too slow, or too much"
-    def __init__(self, response, most:float=math.inf, # bytes
-                 unzip:bool=False # what was zipped for the way
-                ):
-        self.raw, self.most, self.unzip, self.got, self.begun = response.raw, most, unzip, 0, time.monotonic()
+    def __init__(
+        self,
+        response:requests.Response,
+        most:float=math.inf, # bytes
+        unzip:bool=False, # what was zipped for the way
+    ):
+        self.raw = response.raw
+        self.most = most
+        self.unzip = unzip
+        self.got = 0
+        self.begun = time.monotonic()
 
     def read(self, size:int=-1) -> bytes:
         piece = self.raw.read1(size if size > 0 else 2**16, decode_content=self.unzip)
         self.got += len(piece)
         if self.got > self.most: raise HTTPError(f'its answer is larger than {self.most/1e6:.0f} MB')
-        if time.monotonic() - self.begun > TIMEOUT[1] + self.got/SLOWEST: raise HTTPError('its answer does not come to an end')
+        seconds = time.monotonic() - self.begun
+        if seconds > TIMEOUT[1] + self.got/SLOWEST: raise HTTPError('its answer does not come to an end')
         return piece
 
-def _body(session, url:str, good=(200,), **kw) -> tuple: # (response, bytes)
-    response = _get(session, url, good, **kw)
+def _body(session, url:str, good=(200,), **options) -> tuple: # (response, bytes); raises `ConnectionError`
+    response = _get(session, url, good, **options)
+    pieces = []
+    reason = None
     with response:
-        arriving, pieces, reason = _Arriving(response, MOST_BYTES, unzip=True), [], None
+        arriving = _Arriving(response, MOST_BYTES, unzip=True)
         try:
             while piece := arriving.read(): pieces.append(piece)
-        except HTTPError as e: reason = str(e).split(': ', 1)[-1]
+        except HTTPError as error:
+            reason = _last_part(error)
     if reason: raise ConnectionError(f'{url} cannot be read: {reason}')
     return response, b''.join(pieces)
 
-def list_store(session, store:str, prefix:str, delimiter:str='') -> dict: # {key: ETag}, or with a delimiter {folder: ''}
-    "Everything under a prefix of the store"
-    found, token, seen = {}, None, set()
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #26ff4226
+def list_store(
+    session:requests.Session,
+    store:str, # its address
+    prefix:str, # what the keys begin with
+    delimiter:str='', # what ends a folder
+) -> dict: # {key: ETag}, or with a delimiter {folder: ''}
+    "List everything under a prefix of the store; raises `ValueError` where it is no store"
+    found:dict = {}
+    token = None
+    seen:set = set()
     while token not in seen and len(seen) < MOST_FILES/100 and len(found) < MOST_FILES:
         seen.add(token)
         query = {'list-type': 2, 'prefix': prefix, 'delimiter': delimiter or None, 'continuation-token': token}
-        try: keys, folders, token = read_listing(_body(session, f'{store}/', params=query)[1])
-        except ValueError as e: raise ValueError(f'{store} is not the store: {e}') from None
-        found |= {name: tag for name, tag in (dict.fromkeys(folders, '') if delimiter else keys).items() if name.startswith(prefix)}
+        try:
+            _, body = _body(session, f'{store}/', params=query)
+            page = read_listing(body)
+        except ValueError as error:
+            raise ValueError(f'{store} is not the store: {error}') from None
+        names = dict.fromkeys(page.folders, '') if delimiter else page.keys
+        found |= {name: tag for name, tag in names.items() if name.startswith(prefix)}
+        token = page.next_page
         if not token: return found
     raise ValueError(f'{store} is not the store: its list of files under {prefix} does not end')
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #6efe21ba
-def _lines(session, url): # of a gzipped file, as they arrive
-    n, size = 0, 0
-    with _get(session, url) as response, gzip.open(_Arriving(response)) as lines:
+@dataclass(frozen=True)
+class SourceFile:
+    "A file of a source, and where its shard lies"
+    kind: str    # explanations, features or activations
+    key: str     # its name in the store
+    shard: Path
+    about: dict  # what the shard's metadata must say: key, ETag, contexts kept
+
+def _lines(session, url:str) -> Iterator[bytes]: # of a gzipped file, as they arrive; raises `ValueError`
+    n = 0
+    size = 0
+    with _get(session, url) as response, gzip.open(_Arriving(response)) as lines: # type: ignore[call-overload]
         while line := lines.readline(LONGEST_LINE):
-            n, size = n + 1, size + len(line)
+            n += 1
+            size += len(line)
             if n > MOST_LINES or size > MOST_TEXT: raise ValueError('it does not come to an end')
             yield line
 
-def _fetch(session, url:str, kind:str, file:Path, about:dict, n_contexts:int, tries:int=3) -> str|None: # what is wrong with it
+def _fetch(session, url:str, file:SourceFile, n_contexts:int, tries:int=3) -> str|None: # what is wrong; None: nothing
     for left in reversed(range(tries)):
-        try: table = shard_table(_lines(session, url), kind, n_contexts); break
-        except (EOFError, zlib.error, gzip.BadGzipFile, HTTPError) as e:
-            if not left: return f'{type(e).__name__}, {tries} times'
+        try:
+            table = shard_table(_lines(session, url), file.kind, n_contexts)
+            break
+        except (EOFError, zlib.error, gzip.BadGzipFile, HTTPError) as error:
+            if not left: return f'{type(error).__name__}, {tries} times'
             time.sleep(PAUSE)
-        except ValueError as e: return str(e)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as part: pq.write_table(table.replace_schema_metadata({**table.schema.metadata, **about}), part, compression='zstd')
+        except ValueError as error:
+            return str(error)
+    notes = {**table.schema.metadata, **file.about}
+    file.shard.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file.shard) as part: pq.write_table(table.replace_schema_metadata(notes), part, compression='zstd')
+    return None
 
-def _fetched(file:Path, about:dict) -> bool: # a shard of this very file
-    try: known = _notes(file)
-    except (OSError, ValueError): return False # there is none, or half of one
-    return all(known.get(k) == v for k, v in about.items())
+def _is_fetched(file:SourceFile) -> bool: # there is a shard, of this very file
+    try:
+        known = table_notes(file.shard)
+    except (OSError, ValueError):
+        return False # there is none, or half of one
+    return all(known.get(name) == value for name, value in file.about.items())
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #7c2a8e2b
-def feature_rows(labels:dict, stats:dict, contexts:dict, # index -> [Explanation], dict of `stats_row`, [sequences of Context]
-                 explainer:str|None, # whose label is the feature's
-                 n_contexts:int=16):
-    "The rows of features.parquet, in order"
+def _status(about:dict|None, label:str|None) -> str: # about: of `stats_row`; None: nothing is known
+    if about is None: return 'incomplete'
+    if about['max_act'] == 0: return 'dead'
+    return 'ok' if label else 'unlabelled'
+
+def feature_rows(
+    labels:Mapping, # index -> list of `Explanation`
+    stats:Mapping, # index -> dict of `stats_row`
+    contexts:Mapping, # index -> sequences of `Context`
+    explainer:str|None, # whose label is the feature's
+    n_contexts:int=16, # strongest contexts kept of a feature
+) -> Iterator[dict]:
+    "Yield the rows of features.parquet, in order"
+    unknown = dict(max_act=math.nan, density=math.nan)
     for index in sorted({*labels, *stats, *contexts}):
-        said, about = labels.get(index, ()), stats.get(index)
-        label = first_text(said, explainer)
-        status = 'incomplete' if about is None else 'dead' if about['max_act'] == 0 else 'ok' if label else 'unlabelled'
-        yield dict(index=index, status=status, **(about or dict(max_act=math.nan, density=math.nan)), explanation=label if status == 'ok' else None, words=(),
-                   explanations=said, contexts=strongest_contexts((c for part in contexts.get(index, ()) for c in part), n_contexts))
+        explanations = labels.get(index, ())
+        about = stats.get(index)
+        label = first_text(explanations, explainer)
+        status = _status(about, label)
+        parts = contexts.get(index, ())
+        yield dict(
+            index=index,
+            status=status,
+            **(about or unknown),
+            explanation=label if status == 'ok' else None,
+            words=(),
+            explanations=explanations,
+            contexts=strongest_contexts((context for part in parts for context in part), n_contexts),
+        )
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #b1687be3
-def _found(files): # (index, found) of shards, in order
-    for file in files:
-        table = _opened(file, 'part of an export: remove it, and it is fetched again')
-        columns = ([Contexts(c, i) for c in table['found'].chunks for i in range(len(c))] if table.schema.field('found').type == _CONTEXTS
-                   else table['found'].to_pylist())
-        yield from zip(table['index'].to_pylist(), columns)
+def _found(shards) -> Iterator[tuple]: # (index, found), in order
+    for shard in shards:
+        table = open_table(shard, 'part of an export: remove it, and it is fetched again')
+        if table.schema.field('found').type == CONTEXTS_TYPE:
+            found = [Contexts(chunk, place) for chunk in table['found'].chunks for place in range(len(chunk))]
+        else:
+            found = table['found'].to_pylist()
+        yield from zip(table['index'].to_pylist(), found)
 
-def _gather_labels(files) -> dict: # index -> list of Explanation; what two folders have in common counts once
-    labels = defaultdict(dict)
-    for index, e in _found(files): labels[index][Explanation(**e)] = None
-    return {index: list(said) for index, said in labels.items()}
+def _gather_labels(shards) -> dict: # index -> list of `Explanation`
+    labels:dict = defaultdict(dict)
+    for index, found in _found(shards): labels[index][Explanation(**found)] = None
+    return {index: list(explanations) for index, explanations in labels.items()}
 
-def _gather_stats(files) -> tuple: # (index -> dict of `stats_row`, how many were left out: an earlier version kept what a table cannot hold)
-    stats = dict(_found(files))
-    kept = {index: about for index, about in stats.items() if not _wrong_numbers(**about)}
+def _gather_stats(shards) -> tuple: # (index -> dict of `stats_row`, how many were left out)
+    stats = dict(_found(shards))
+    kept = {index: about for index, about in stats.items() if not number_fault(**about)}
     return kept, len(stats) - len(kept)
 
-def _gather_contexts(files) -> dict: # index -> list of Contexts
+def _gather_contexts(shards) -> dict: # index -> list of `Contexts`
     contexts = defaultdict(list)
-    for index, c in _found(files): contexts[index].append(c)
+    for index, found in _found(shards): contexts[index].append(found)
     return contexts
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #e9767c99
 @dataclass(frozen=True)
 class Export:
-    "What an export of Neuronpedia found; `str()` says it in a few lines"
+    "Record of an export of Neuronpedia; `str()` says it in a few lines"
     file: Path
     source: str           # 'model/source'
     n_features: int
@@ -239,154 +413,298 @@ class Export:
     mended_rows: int = 0  # lines with half a character, which is a question mark now
 
     @property
-    def labelled(self) -> int: return self.status.get('ok', 0)
+    def labelled(self) -> int:
+        "Features with a label"
+        return self.status.get('ok', 0)
+
     @property
-    def incomplete(self) -> int: return self.status.get('incomplete', 0)
+    def incomplete(self) -> int:
+        "Features with a label and no statistics"
+        return self.status.get('incomplete', 0)
+
     @property
-    def dead(self) -> int: return self.status.get('dead', 0)
+    def dead(self) -> int:
+        "Features that never fire"
+        return self.status.get('dead', 0)
+
+    def _gaps(self) -> list[str]: # what was not there, or not read
+        counts = {
+            'indices without any row': self.absent,
+            f'malformed of {self.rows:,} lines': self.bad_rows,
+            "lines with half a character, read as '?'": self.mended_rows,
+            'files of other kinds': len(self.skipped),
+        }
+        return [f'{n:,} {what}' for what, n in counts.items() if n]
 
     def __str__(self):
+        share = self.labelled/max(1, self.n_features)
         label = f'a label of {self.default} ({self.chosen})' if self.default else 'a label'
-        gaps = [f'{n:,} {what}' for n, what in ((self.absent, 'indices without any row'), (self.bad_rows, f'malformed of {self.rows:,} lines'),
-                                                (self.mended_rows, "lines with half a character, read as '?'"),
-                                                (len(self.skipped), 'files of other kinds')) if n]
-        return '\n'.join([
-            f'{self.source}: {self.n_features:,} features, {self.labelled:,} ({self.labelled/max(1, self.n_features):.1%}) with {label}',
-            f'  labels of {_counted(self.explainers) or "nobody"}; {self.several:,} features have several',
-            f'  {", ".join(f"{n:,} {s}" for s, n in self.status.items())}' + ''.join(f'; {g}' for g in gaps),
-            *([f'  missing: {", ".join(self.missing)}'] if self.missing else []), f'  {self.file}'])
+        statuses = ', '.join(f'{n:,} {status}' for status, n in self.status.items())
+        lines = [
+            f'{self.source}: {self.n_features:,} features, {self.labelled:,} ({share:.1%}) with {label}',
+            f'  labels of {counted(self.explainers) or "nobody"}; {self.several:,} features have several',
+            '  ' + '; '.join([statuses, *self._gaps()]),
+        ]
+        if self.missing: lines.append(f'  missing: {", ".join(self.missing)}')
+        return '\n'.join([*lines, f'  {self.file}'])
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #87b09097
-def _unnumbered(keys) -> tuple: # batches that the numbers of the others leave out, and folders that are not there
+def _lost_batches(keys) -> list[str]: # that the numbers of the others leave out
     numbers = defaultdict(set)
     for key in keys:
-        if m := re.fullmatch(r'.*/([^/]+)/batch-(\d+)\.jsonl\.gz', key): numbers[m[1]].add(int(m[2]))
-    lost = [f'{f}/batch-{i}.jsonl.gz' for f, seen in numbers.items() for i in range(min(seen), max(seen)) if i not in seen]
-    return (*lost, *(f'{kind}/' for kind in ('explanations', 'features') if not any(key.split('/')[3].startswith(kind) for key in keys)))
+        if batch := re.fullmatch(r'.*/([^/]+)/batch-(\d+)\.jsonl\.gz', key): numbers[batch[1]].add(int(batch[2]))
+    lost = []
+    for folder, seen in numbers.items():
+        left_out = (number for number in range(min(seen), max(seen)) if number not in seen)
+        lost += [f'{folder}/batch-{number}.jsonl.gz' for number in left_out]
+    return lost
 
-def _unknown_source(session, store, model, source): # raises ValueError with the nearest names
-    for prefix, what, name in ((f'v1/{model}/', f'{model} has no source {source!r}', source), ('v1/', f'there is no model {model!r}', model)):
-        if names := [f.split('/')[-2] for f in list_store(session, store, prefix, '/')]: raise ValueError(f'on Neuronpedia {what}: {_near(name, names)}')
+def _missing(keys) -> tuple: # names of batches and folders that are not there
+    folders = [key.split('/')[3] for key in keys]
+    absent = [f'{kind}/' for kind in ('explanations', 'features') if not any(name.startswith(kind) for name in folders)]
+    return (*_lost_batches(keys), *absent)
+
+def _folder_names(session, store:str, prefix:str) -> list[str]:
+    return [folder.split('/')[-2] for folder in list_store(session, store, prefix, '/')]
+
+def _refuse_source(session, store:str, model:str, source:str): # raises `ValueError` with the nearest names
+    sources = _folder_names(session, store, f'v1/{model}/')
+    if sources: raise ValueError(f'on Neuronpedia {model} has no source {source!r}: {_near(source, sources)}')
+    models = _folder_names(session, store, 'v1/')
+    if models: raise ValueError(f'on Neuronpedia there is no model {model!r}: {_near(model, models)}')
     raise ValueError(f'{store} has no sources at all: set NEURONPEDIA_STORE to the address of the store')
 
-def source_files(session, store, model, source, folder:Path, n_contexts) -> tuple: # [(kind, key, shard file, about)], other keys
-    "The files of a source, labels first"
-    found, other = {kind: [] for kind in _KINDS}, []
-    keys = list_store(session, store, f'v1/{model}/{source}/')
-    if not keys: _unknown_source(session, store, model, source)
-    for key, etag in sorted(keys.items(), key=lambda k: k[0].split('/')): # explanations/ before explanations-gpt-5/
-        part, _, name = key.removeprefix(f'v1/{model}/{source}/').partition('/')
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #418c985a
+def source_files(
+    session:requests.Session,
+    store:str, # its address
+    model:str,
+    source:str, # as on Neuronpedia, without its model
+    folder:Path, # of the shards
+    n_contexts:int, # 0: no file of contexts is wanted
+) -> tuple: # (list of `SourceFile`, keys of files of other kinds)
+    "List the files of a source, labels first; raises `ValueError` where the store does not have it"
+    prefix = f'v1/{model}/{source}/'
+    keys = list_store(session, store, prefix)
+    if not keys: _refuse_source(session, store, model, source)
+    found:dict = {kind: [] for kind in _KINDS}
+    other = []
+    for key, etag in sorted(keys.items(), key=lambda item: item[0].split('/')):
+        part, _, name = key.removeprefix(prefix).partition('/')
         kind = 'explanations' if part.startswith('explanations') else part
-        if kind not in found or '/' in name or not name.endswith('.jsonl.gz'): other.append(key); continue
-        about = dict(key=key, etag=etag) | ({'contexts': str(n_contexts)} if kind == 'activations' else {})
-        if kind != 'activations' or n_contexts: found[kind].append((kind, key, folder/part/(name.removesuffix('.jsonl.gz') + '.parquet'), about))
-    return sum(found.values(), []), other
+        if kind not in found or '/' in name or not name.endswith('.jsonl.gz'):
+            other.append(key)
+            continue
+        if kind == 'activations' and not n_contexts: continue
+        about = dict(key=key, etag=etag)
+        if kind == 'activations': about['contexts'] = str(n_contexts)
+        shard = folder/part/(name.removesuffix('.jsonl.gz') + '.parquet')
+        found[kind].append(SourceFile(kind, key, shard, about))
+    return [file for files in found.values() for file in files], other
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #6d10692b
-def _fetch_all(session, store, files, n_contexts, shards, progress): # raises where something is missing in the end
-    from tqdm.auto import tqdm
-    wrong, lost = [], 0
-    for kind, key, file, about in tqdm(files, unit='file', desc='Neuronpedia', disable=not progress):
-        if _fetched(file, about): continue
-        try: wrong += [f'{key}: {w}' for w in [_fetch(session, f'{store}/{quote(key)}', kind, file, about, n_contexts)] if w]
-        except ConnectionError as e: wrong, lost = [*wrong, str(e)], lost + 1
-        if lost == 3: break # the network, not a file
-    if wrong: raise ConnectionError(f"{'; '.join(wrong)}; all other files that were read are kept in {shards}, and the same call asks only for what is missing")
+@dataclass(frozen=True)
+class _Fetcher:
+    "Reader of files of the store into shards"
+    session: requests.Session
+    store: str
+    folder: Path # of the shards
+    n_contexts: int
+    progress: bool
 
-def neuronpedia_export(model:str, source:str, # as on Neuronpedia: 'gemma-2-9b', '20-gemmascope-res-16k'
-                       explainer:str|None=None, # whose label is the feature's; None: the model that has explained most features
-                       folder=None, # for features.parquet, features.json and shards/; None: where `features_file` looks, in the user cache
-                       n_contexts:int=16, # strongest contexts kept of a feature; 0: activations are not fetched at all
-                       store:str|None=None, # None: `$NEURONPEDIA_STORE`, else `STORE_URL`
-                       progress:bool=False) -> Export:
-    """Labels, statistics and contexts of all features of a source, as features.parquet; goes on where it was stopped
+    def fetch(self, files): # those without a shard; raises `ConnectionError` where some stay missing
+        from tqdm.auto import tqdm
+        wrong = []
+        unreached = 0
+        for file in tqdm(files, unit='file', desc='Neuronpedia', disable=not self.progress):
+            if _is_fetched(file): continue
+            try:
+                reason = _fetch(self.session, f'{self.store}/{quote(file.key)}', file, self.n_contexts)
+                if reason: wrong.append(f'{file.key}: {reason}')
+            except ConnectionError as error:
+                wrong.append(str(error))
+                unreached += 1
+            if unreached == 3: break
+        if wrong:
+            raise ConnectionError(f"{'; '.join(wrong)}; all other files that were read are kept in {self.folder}, and "
+                                  'the same call asks only for what is missing')
 
-    Raises `ValueError` for a source or explainer that is not there, with those that are, and `ConnectionError` where files cannot be read."""
-    for name in (model, source):
-        if '/' in name or name.strip() in ('', '.', '..'):
-            raise ValueError(f'{name!r} is no model or source of Neuronpedia, such as gemma-2-9b or '
-                             '20-gemmascope-res-16k')
-    folder = Path(folder or _kept(f'{model}/{source}'))
-    store, session, shards = (store or os.environ.get('NEURONPEDIA_STORE') or STORE_URL).rstrip('/'), _session(), folder/'shards'
-    files, skipped = source_files(session, store, model, source, shards, n_contexts)
-    folder.mkdir(parents=True, exist_ok=True)
-    with making(folder/'features.parquet'):
-        for part in shards.rglob('*.part'): part.unlink() # of an export that was killed
-        export = _export(session, store, (model, source), explainer, folder, n_contexts, files, skipped, progress)
-        _write_card(export, store, n_contexts)
-    return export
+def _line_counts(files) -> Counter: # rows, bad and mended of all shards
+    total:Counter = Counter()
+    for file in files:
+        notes = table_notes(file.shard)
+        total.update({name: int(notes.get(name, 0)) for name in ('rows', 'bad', 'mended')})
+    return total
 
-def _export(session, store, name, explainer, folder, n_contexts, files, skipped, progress) -> Export:
-    (model, source), shards = name, folder/'shards'
-    of = lambda kind: [file for k, _, file, _ in files if k == kind]
-    for part in ([f for f in files if f[0] == 'explanations'], files) if explainer else (files,): # whether it is there is known before the rest is fetched
-        _fetch_all(session, store, part, n_contexts, shards, progress)
-        explainers = explainers_of((labels := _gather_labels(of('explanations'))).values())
-        if explainer: _require_explainer(explainer, explainers, f'{model}/{source}')
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #bdc625c2
+def _export( # from shards to features.parquet
+    name:str, # 'model/source'
+    folder:Path,
+    files:list, # of `SourceFile`
+    skipped:list, # keys
+    explainer:str|None,
+    n_contexts:int,
+) -> Export:
+    shards = {kind: [file.shard for file in files if file.kind == kind] for kind in _KINDS}
+    labels = _gather_labels(shards['explanations'])
+    explainers = explainers_of(labels.values())
+    if explainer: require_explainer(explainer, explainers, name)
     default = explainer or next(iter(explainers), None)
-    stats, left_out = _gather_stats(of('features'))
-    file = save_features(feature_rows(labels, stats, _gather_contexts(of('activations')), default, n_contexts), folder/'features.parquet', f'{model}/{source}')
-    columns = read_table(file, columns=['index', 'status']).to_pydict()
-    lines = [{k: int(notes.get(k, 0)) for k in ('rows', 'bad', 'mended')} for notes in (_notes(f) for _, _, f, _ in files)]
-    return Export(file, f'{model}/{source}', len(columns['index']), dict(Counter(columns['status']).most_common()), explainers, default,
-                    'asked for' if explainer else 'most labels', sum(len(said) > 1 for said in labels.values()),
-                    max(columns['index'], default=-1) + 1 - len(columns['index']), sum(n['rows'] for n in lines), sum(n['bad'] for n in lines) + left_out,
-                    tuple(key for _, key, _, _ in files), tuple(skipped), _unnumbered([*(key for _, key, _, _ in files), *skipped]),
-                  sum(n['mended'] for n in lines))
+    stats, left_out = _gather_stats(shards['features'])
+    rows = feature_rows(labels, stats, _gather_contexts(shards['activations']), default, n_contexts)
+    file = save_features(rows, folder/'features.parquet', name)
+    written = read_table(file, columns=['index', 'status']).to_pydict()
+    indices = written['index']
+    lines = _line_counts(files)
+    keys = tuple(source_file.key for source_file in files)
+    return Export(
+        file=file,
+        source=name,
+        n_features=len(indices),
+        status=dict(Counter(written['status']).most_common()),
+        explainers=explainers,
+        default=default,
+        chosen='asked for' if explainer else 'most labels',
+        several=sum(len(explanations) > 1 for explanations in labels.values()),
+        absent=max(indices, default=-1) + 1 - len(indices),
+        rows=lines['rows'],
+        bad_rows=lines['bad'] + left_out,
+        keys=keys,
+        skipped=tuple(skipped),
+        missing=_missing([*keys, *skipped]),
+        mended_rows=lines['mended'],
+    )
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #ecd0e073
 def _write_card(export:Export, store:str, n_contexts:int): # features.json, beside the file
-    card = {k: v for k, v in vars(export).items() if k != 'file'} | dict(
-        store=f'{store}/v1/{export.source}/', labelled=export.labelled, coverage=export.labelled/max(1, export.n_features), made_by='neuronpedia_export',
-        contexts=f'{n_contexts} per feature, one per text, 32 tokens, strongest first')
+    card = {name: value for name, value in vars(export).items() if name != 'file'}
+    card |= dict(
+        store=f'{store}/v1/{export.source}/',
+        labelled=export.labelled,
+        coverage=export.labelled/max(1, export.n_features),
+        made_by='neuronpedia_export',
+        contexts=f'{n_contexts} per feature, one per text, 32 tokens, strongest first',
+    )
     write_json(card, export.file.with_name('features.json'))
 
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #4b99bbbd
+def neuronpedia_export(
+    model:str, # as on Neuronpedia: 'gemma-2-9b'
+    source:str, # as on Neuronpedia: '20-gemmascope-res-16k'
+    explainer:str|None=None, # whose label is the feature's; None: the model that has explained most features
+    folder:str|Path|None=None, # for features.parquet, features.json and shards/; None: where `features_file` looks
+    n_contexts:int=16, # strongest contexts kept of a feature; 0: activations are not fetched at all
+    store:str|None=None, # None: `$NEURONPEDIA_STORE`, else `STORE_URL`
+    progress:bool=False,
+) -> Export:
+    """Export all features of a source as features.parquet; goes on where it was stopped
+
+    Raises `ValueError` for a source or explainer that is not there, with those that are, and `ConnectionError` where
+    files cannot be read."""
+    for part in (model, source):
+        if '/' in part or part.strip() in ('', '.', '..'):
+            raise ValueError(f'{part!r} is no model or source of Neuronpedia, such as gemma-2-9b or '
+                             '20-gemmascope-res-16k')
+    name = f'{model}/{source}'
+    folder = Path(folder or cache_folder(name))
+    store = (store or os.environ.get('NEURONPEDIA_STORE') or STORE_URL).rstrip('/')
+    fetcher = _Fetcher(_session(), store, folder/'shards', n_contexts, progress)
+    files, skipped = source_files(fetcher.session, store, model, source, fetcher.folder, n_contexts)
+    folder.mkdir(parents=True, exist_ok=True)
+    with making(folder/'features.parquet'):
+        for left in fetcher.folder.rglob('*.part'): left.unlink() # of an export that was killed
+        if explainer:
+            labels = [file for file in files if file.kind == 'explanations']
+            fetcher.fetch(labels)
+            explanations = _gather_labels(file.shard for file in labels)
+            require_explainer(explainer, explainers_of(explanations.values()), name)
+        fetcher.fetch(files)
+        export = _export(name, folder, files, skipped, explainer, n_contexts)
+        _write_card(export, store, n_contexts)
+    return export
+
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #395d0da0
-_turn, _free_at = threading.Lock(), 0.
+class _Turns:
+    "Calls of this process, one after the other, at a distance"
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.free_at = 0. # when the next call may begin, by the monotonic clock
 
-def _wait_turn(then:float): # seconds from this call of the process to the next
-    with _turn:
-        time.sleep(max(0., _free_at - time.monotonic()))
-        _hold(then)
+    def hold(self, seconds:float): # no call before these are over
+        self.free_at = max(self.free_at, time.monotonic() + seconds)
 
-def _hold(seconds:float): # no call before these are over
-    global _free_at
-    _free_at = max(_free_at, time.monotonic() + seconds)
+    def wait(self, then:float): # for a turn; then: seconds from this call to the next
+        with self.lock:
+            time.sleep(max(0., self.free_at - time.monotonic()))
+            self.hold(then)
 
-def _api_key() -> str|None:
+_turns = _Turns()
+
+def _api_key() -> str|None: # raises `ValueError` where it can be none
     key = os.environ.get('NEURONPEDIA_API_KEY', '').strip()
-    if not re.fullmatch('[!-~]*', key): raise ValueError('NEURONPEDIA_API_KEY holds characters that no key has: copy it again from your account')
+    if not re.fullmatch('[!-~]*', key):
+        raise ValueError('NEURONPEDIA_API_KEY holds characters that no key has: copy it again from your account')
     return key or None
 
-def neuronpedia_feature(id, # `FeatureId`, or 'model/source/index'
-                        api:str|None=None, # None: `$NEURONPEDIA_API`, else `API_URL`
-                        n_contexts:int=16,
-                        label_model:str|None=None # whose explanation is the label; None: the first there is
-                       ) -> Feature:
-    "A feature from Neuronpedia's API; raises `ValueError` where there is no such feature"
-    id = id if isinstance(id, FeatureId) else FeatureId.parse(id)
-    api, key = (api or os.environ.get('NEURONPEDIA_API') or API_URL).rstrip('/'), _api_key()
-    _wait_turn(.2 if key else 1.)
-    response, body = _body(_session(), f'{api}/api/feature/{quote(id.model)}/{quote(id.source)}/{id.index}', good=(200, 404), allow_redirects=False,
-                           headers={'x-api-key': key} if key else {})
-    if response.headers.get('x-limit-remaining') == '0': _hold(60.) # nothing is left for now
-    if response.status_code == 404: raise ValueError(f'Neuronpedia has no feature {id}')
-    try: return api_feature(id, parse_json(body.decode())[0], n_contexts, label_model)
-    except _MALFORMED as e: raise ValueError(f'{response.url} does not describe a feature: {type(e).__name__} {e}') from None
-
-def _well_formed(rows, parse, what) -> list: # what is kept of those that are as they should be; raises where none is
-    kept, wrong = [], []
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #b65d03b5
+def _well_formed(
+    rows:list|None, # of an answer
+    parse:Callable, # row -> what is kept of it, or None
+    what:str, # they are, as a message names them
+) -> list: # raises where all are malformed
+    kept = []
+    wrong = []
     for row in rows or ():
-        try: kept.append(parse(row))
-        except _MALFORMED as e: wrong.append(e)
+        try:
+            kept.append(parse(row))
+        except _MALFORMED as error:
+            wrong.append(error)
     if wrong and not kept: raise wrong[0]
-    if wrong: print(f'{len(wrong)} of {len(rows)} {what} are malformed and left out', file=sys.stderr)
-    return [x for x in kept if x is not None]
+    if wrong: print(f'{len(wrong)} of {len(rows or ())} {what} are malformed and left out', file=sys.stderr)
+    return [found for found in kept if found is not None]
 
-def api_feature(id:FeatureId, answer:dict, n_contexts:int=16, label_model:str|None=None) -> Feature:
-    "What the API says of a feature"
-    about, said = stats_row(answer), tuple(_well_formed(answer.get('explanations'), label_row, f'explanations of {id}'))
-    label = first_text(said, label_model) if label_model else said[0].text if said else None
-    status = 'dead' if about['max_act'] == 0 else 'ok' if label else 'unlabelled'
-    contexts = strongest_contexts(_well_formed(answer.get('activations'), context_row, f'activations of {id}'), n_contexts)
-    return Feature(id, label if status == 'ok' else None, **about, contexts=tuple(contexts), status=status, explanations=said)
+def api_feature(
+    id:FeatureId, # noqa: A002
+    answer:dict, # of the API
+    n_contexts:int=16, # strongest contexts kept
+    label_model:str|None=None, # whose explanation is the label; None: the first there is
+) -> Feature:
+    "Return the feature that an answer of the API describes; raises an error where it describes none"
+    about = stats_row(answer)
+    explanations = _well_formed(answer.get('explanations'), label_row, f'explanations of {id}')
+    label = explanations[0].text if explanations else None
+    if label_model: label = first_text(explanations, label_model)
+    status = _status(about, label)
+    contexts = _well_formed(answer.get('activations'), context_row, f'activations of {id}')
+    return Feature(
+        id,
+        explanation=label if status == 'ok' else None,
+        **about,
+        contexts=tuple(strongest_contexts(contexts, n_contexts)),
+        status=status,
+        explanations=tuple(explanations),
+    )
+
+# %% ../../nbs/parts/sources/neuronpedia.ipynb #5b1f4e7d
+def neuronpedia_feature(
+    id:FeatureId|str, # noqa: A002 # or 'model/source/index'
+    api:str|None=None, # None: `$NEURONPEDIA_API`, else `API_URL`
+    n_contexts:int=16, # strongest contexts kept
+    label_model:str|None=None, # whose explanation is the label; None: the first there is
+) -> Feature:
+    "Ask Neuronpedia's API for a feature; raises `ValueError` where there is none, `ConnectionError` without an answer"
+    feature = id if isinstance(id, FeatureId) else FeatureId.parse(id)
+    api = (api or os.environ.get('NEURONPEDIA_API') or API_URL).rstrip('/')
+    key = _api_key()
+    url = f'{api}/api/feature/{quote(feature.model)}/{quote(feature.source)}/{feature.index}'
+    headers = {'x-api-key': key} if key else {}
+    _turns.wait(.2 if key else 1.)
+    response, body = _body(_session(), url, good=(200, 404), allow_redirects=False, headers=headers)
+    if response.headers.get('x-limit-remaining') == '0': _turns.hold(60.) # nothing is left for now
+    if response.status_code == 404: raise ValueError(f'Neuronpedia has no feature {feature}')
+    try:
+        answer, _ = parse_json(body.decode())
+        return api_feature(feature, answer, n_contexts, label_model)
+    except _MALFORMED as error:
+        why = f'{type(error).__name__} {error}'
+        raise ValueError(f'{response.url} does not describe a feature: {why}') from None
