@@ -125,7 +125,8 @@ class Contexts(Sequence):
         return len(contexts) if contexts.is_valid else 0
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return tuple(self[j] for j in range(*i.indices(len(self))))
+        if isinstance(i, slice):
+            return tuple(self[j] for j in range(*i.indices(len(self))))
         position = range(len(self))[i] # negative ones too; raises `IndexError`
         return Context.from_row(self.column[self.place][position].as_py())
 
@@ -224,6 +225,9 @@ def _list(row, name:str) -> list: # of a column that holds lists; raises `ValueE
     if any(x is None for x in value) and name == 'words': raise ValueError('one of its words is missing')
     return list(value)
 
+def _checked_context(context) -> Context: # of a `Context` or its row; raises `ValueError`
+    return context.checked() if isinstance(context, Context) else Context.from_row(context)
+
 def _stored_columns(row:dict) -> dict: # as the schema has them; raises `ValueError`
     label = row['explanation']
     if not (_is_missing(label) or isinstance(label, str)):
@@ -231,10 +235,11 @@ def _stored_columns(row:dict) -> dict: # as the schema has them; raises `ValueEr
     if row['status'] not in STATUSES:
         raise ValueError(f"its status is {row['status']!r}: there are {', '.join(STATUSES)}")
     for name in ('max_act', 'density'):
-        if isinstance(row[name], (str, bool)): raise ValueError(f'its {name} is {row[name]!r}, not a number')
+        if isinstance(row[name], (str, bool)):
+            raise ValueError(f'its {name} is {row[name]!r}, not a number')
     wrong = number_fault(row['max_act'], row['density'])
     if wrong: raise ValueError(wrong)
-    contexts = [c.checked() if isinstance(c, Context) else Context.from_row(c) for c in _list(row, 'contexts')]
+    contexts = [_checked_context(context) for context in _list(row, 'contexts')]
     words = _list(row, 'words')
     explanations = [asdict(e) if isinstance(e, Explanation) else e for e in _list(row, 'explanations')]
     return dict(
@@ -246,7 +251,8 @@ def _stored_columns(row:dict) -> dict: # as the schema has them; raises `ValueEr
 
 def _stored(row:dict) -> dict: # as the schema has it; raises `ValueError`
     needed = ', '.join(FEATURES_SCHEMA.names)
-    if not isinstance(row, dict): raise ValueError(f"a feature's row is {str(row)[:80]!r}: it needs {needed}")
+    if not isinstance(row, dict):
+        raise ValueError(f"a feature's row is {str(row)[:80]!r}: it needs {needed}")
     missing = [name for name in FEATURES_SCHEMA.names if name not in row and name != 'explanations']
     if missing: raise ValueError(f"a feature's row lacks {', '.join(missing)}: it needs {needed}")
     index = _index(row['index'])
@@ -575,8 +581,10 @@ def more_labels(
     _check_types(table, pa.schema([('index', pa.int32()), *EXPLANATION_TYPE]), file)
     for row in table.to_pylist():
         index = row['index']
-        if index is None: raise ValueError(f"{file} has a label without an index: {str(row['text'])[:80]!r}")
-        if index < 0: raise ValueError(f'{file} has a label of feature {index}: features are counted from 0')
+        if index is None:
+            raise ValueError(f"{file} has a label without an index: {str(row['text'])[:80]!r}")
+        if index < 0:
+            raise ValueError(f'{file} has a label of feature {index}: features are counted from 0')
         more[index] += _explanations([row])
     return more
 
@@ -599,6 +607,10 @@ def _read_features(file:Path, preset) -> pa.Table: # raises `FileNotFoundError` 
     return table
 
 # %% ../nbs/parts/features.ipynb #58bc1028
+def _all_explanations(row:dict, more:dict) -> tuple: # of `Explanation`, each once
+    own = _explanations(row.get('explanations'))
+    return tuple(dict.fromkeys([*own, *more.get(row['index'], ())]))
+
 def _feature(id:FeatureId, row:dict, explanations:tuple, contexts, chosen:str|None) -> Feature: # noqa: A002
     label = row['explanation']
     status = row['status']
@@ -628,7 +640,7 @@ def load_features(
     contexts = [Contexts(chunk, place) for chunk in table['contexts'].chunks for place in range(len(chunk))]
     more = more_labels(file)
     unknown = len(more.keys() - {row['index'] for row in rows})
-    said = [tuple(dict.fromkeys([*_explanations(r.get('explanations')), *more.get(r['index'], ())])) for r in rows]
+    said = [_all_explanations(row, more) for row in rows]
     if unknown:
         print(f'labels.parquet beside {file} has labels of {unknown:,} features that it does not hold: they are left '
               'out', file=sys.stderr)

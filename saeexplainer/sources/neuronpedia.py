@@ -37,7 +37,8 @@ def row_index(
 ) -> int:
     "Return the index of the feature that a line is about; raises `ValueError` where it is none"
     index = str(row['index']).strip()
-    if not re.fullmatch('[0-9]{1,10}', index) or int(index) >= 2**31: raise ValueError(f'{index} is no index')
+    if not re.fullmatch('[0-9]{1,10}', index) or int(index) >= 2**31:
+        raise ValueError(f'{index} is no index')
     return int(index)
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #c9bc35e9
@@ -66,7 +67,8 @@ def label_row(
     text = '' if text is None else text.strip()
     model = row.get('explanationModelName') or 'unnamed'
     kind = row.get('typeName') or ''
-    if not (isinstance(model, str) and isinstance(kind, str)): raise TypeError(f'{model!r} and {kind!r} are no names')
+    if not (isinstance(model, str) and isinstance(kind, str)):
+        raise TypeError(f'{model!r} and {kind!r} are no names')
     return Explanation(text, model, kind) if text else None
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #ea16f638
@@ -128,7 +130,8 @@ class _Kept:
             best.append(found)
             if len(best) > 2*self.n_contexts: best[:] = strongest_contexts(best, self.n_contexts)
         else:
-            self.rows.append(dict(index=index, found=found if isinstance(found, dict) else asdict(found)))
+            fields = found if isinstance(found, dict) else asdict(found)
+            self.rows.append(dict(index=index, found=fields))
 
     def all(self) -> list[dict]: # rows of the shard
         rows = list(self.rows)
@@ -161,7 +164,8 @@ def shard_table(
         if found is not None: kept.add(index, found)
     notes = {'rows': str(counts['rows']), 'bad': str(counts['bad'])}
     if counts['mended']: notes['mended'] = str(counts['mended'])
-    return arrow_table(kept.all(), pa.schema([('index', pa.int32()), ('found', _KINDS[kind].kept)], notes))
+    schema = pa.schema([('index', pa.int32()), ('found', _KINDS[kind].kept)], notes)
+    return arrow_table(kept.all(), schema)
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #7a7395eb
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ def read_listing(
         page = ElementTree.fromstring(xml)
     except ElementTree.ParseError:
         raise ValueError('it does not list its files as S3 does') from None
-    keys = {file.findtext('{*}Key'): file.findtext('{*}ETag', '').strip('"') for file in page.iterfind('{*}Contents')}
+    files = page.findall('{*}Contents')
+    keys = {file.findtext('{*}Key'): file.findtext('{*}ETag', '').strip('"') for file in files}
     folders = [folder.findtext('{*}Prefix') for folder in page.iterfind('{*}CommonPrefixes')]
     if None in keys or None in folders: raise ValueError('it does not name its files as S3 does')
     return Listing(keys, folders, page.findtext('{*}NextContinuationToken'))
@@ -252,9 +257,11 @@ class _Arriving:
     def read(self, size:int=-1) -> bytes:
         piece = self.raw.read1(size if size > 0 else 2**16, decode_content=self.unzip)
         self.got += len(piece)
-        if self.got > self.most: raise HTTPError(f'its answer is larger than {self.most/1e6:.0f} MB')
+        if self.got > self.most:
+            raise HTTPError(f'its answer is larger than {self.most/1e6:.0f} MB')
         seconds = time.monotonic() - self.begun
-        if seconds > TIMEOUT[1] + self.got/SLOWEST: raise HTTPError('its answer does not come to an end')
+        if seconds > TIMEOUT[1] + self.got/SLOWEST:
+            raise HTTPError('its answer does not come to an end')
         return piece
 
 def _body(session, url:str, good=(200,), **options) -> tuple: # (response, bytes); raises `ConnectionError`
@@ -452,7 +459,8 @@ class Export:
 def _lost_batches(keys) -> list[str]: # that the numbers of the others leave out
     numbers = defaultdict(set)
     for key in keys:
-        if batch := re.fullmatch(r'.*/([^/]+)/batch-(\d+)\.jsonl\.gz', key): numbers[batch[1]].add(int(batch[2]))
+        batch = re.fullmatch(r'.*/([^/]+)/batch-(\d+)\.jsonl\.gz', key)
+        if batch: numbers[batch[1]].add(int(batch[2]))
     lost = []
     for folder, seen in numbers.items():
         left_out = (number for number in range(min(seen), max(seen)) if number not in seen)
@@ -461,7 +469,9 @@ def _lost_batches(keys) -> list[str]: # that the numbers of the others leave out
 
 def _missing(keys) -> tuple: # names of batches and folders that are not there
     folders = [key.split('/')[3] for key in keys]
-    absent = [f'{kind}/' for kind in ('explanations', 'features') if not any(name.startswith(kind) for name in folders)]
+    absent = []
+    for kind in ('explanations', 'features'):
+        if not any(name.startswith(kind) for name in folders): absent.append(f'{kind}/')
     return (*_lost_batches(keys), *absent)
 
 def _folder_names(session, store:str, prefix:str) -> list[str]:
@@ -660,7 +670,8 @@ def _well_formed(
         except _MALFORMED as error:
             wrong.append(error)
     if wrong and not kept: raise wrong[0]
-    if wrong: print(f'{len(wrong)} of {len(rows or ())} {what} are malformed and left out', file=sys.stderr)
+    if wrong:
+        print(f'{len(wrong)} of {len(rows or ())} {what} are malformed and left out', file=sys.stderr)
     return [found for found in kept if found is not None]
 
 def api_feature(

@@ -301,9 +301,15 @@ class _Peaks:
     values: np.ndarray  # (n, size) fp16, the activation on each
 
     def keep(self, mask): # those features alone
-        return _Peaks(self.feature[mask], self.value[mask], self.peak[mask], self.where[mask], self.values[mask])
+        return _Peaks(
+            feature=self.feature[mask],
+            value=self.value[mask],
+            peak=self.peak[mask],
+            where=self.where[mask],
+            values=self.values[mask],
+        )
 
-def _host(x) -> np.ndarray:
+def _host(x:torch.Tensor) -> np.ndarray: # on the CPU
     return x.cpu().numpy()
 
 def _peaks(acts, floor) -> _Peaks: # of the features that exceed their floor
@@ -313,7 +319,13 @@ def _peaks(acts, floor) -> _Peaks: # of the features that exceed their floor
     start = at.sub(BEFORE).clamp(max=len(acts) - LENGTH).clamp(min=0)
     where = start[:, None] + torch.arange(min(LENGTH, len(acts)), device=acts.device)
     values = acts[where, feature[:, None]].clamp(-MOST_HALF, MOST_HALF).half()
-    return _Peaks(_host(feature), _host(best[feature]), _host(at - start), _host(where), _host(values))
+    return _Peaks(
+        feature=_host(feature),
+        value=_host(best[feature]),
+        peak=_host(at - start),
+        where=_host(where),
+        values=_host(values),
+    )
 
 def _entries(reading, peaks:_Peaks) -> np.ndarray: # (n,) the entry of each feature that would give way
     value = reading.value[peaks.feature]
@@ -624,10 +636,12 @@ def word_label(
     named = _distinctive(at_peak, least=.05, lift=lift, most=4)
     words = tuple(share.word for share in named)
     covered = sum(share.share for share in named)
-    if named and named[0].share >= .6: return f"the word '{words[0]}'", words[:1]
+    if named and named[0].share >= .6:
+        return f"the word '{words[0]}'", words[:1]
     before = _shares([word_before(c.tokens, c.peak) for c in contexts], weights, frequency, corpus_size)
     for share in _distinctive(before, least=.6, lift=lift, most=1):
-        if share.share > max(.6, covered): return f"what follows the word '{share.word}'", (share.word,)
+        if share.share > max(.6, covered):
+            return f"what follows the word '{share.word}'", (share.word,)
     if covered < cover: return None, ()
     if len(words) == 1: return f"the word '{words[0]}'", words
     return 'words such as ' + ', '.join(f"'{word}'" for word in words), words
