@@ -443,7 +443,7 @@ def open_sae(source, # a `Preset`; or as `find_sae` takes it
         place_of(sae) # an error names the SAE
     return found
 
-# %% ../nbs/parts/saes.ipynb #7ff9d4e2
+# %% ../nbs/parts/saes.ipynb #d10e023b
 class SAERows:
     "An SAE on rows of the residual stream: any device and dtype come in, fp32 is computed"
     def __init__(self,
@@ -467,7 +467,8 @@ class SAERows:
 
     def vectors(self, resid:torch.Tensor) -> torch.Tensor: # fp32, on the SAE's device
         "Return the residual stream as it is; raise `ValueError` for another width"
-        d, wanted = (resid.shape[-1], self.sae.cfg.d_in)
+        d = resid.shape[-1]
+        wanted = self.sae.cfg.d_in
         if d != wanted: raise ValueError(f'this SAE reads vectors of width {wanted}, got {d}: is it for another model?')
         return resid.detach().to(self.sae.W_dec.device, torch.float32)
 

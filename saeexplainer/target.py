@@ -177,7 +177,7 @@ def check_weights(name:str, # of the target
 # %% ../nbs/parts/target.ipynb #8d36e1eb
 @dataclass(frozen=True)
 class Reading:
-    "What a feature does on a text"
+    "The activations of a feature on a text"
     tokens: list # str, those that count
     values: np.ndarray # activation on each of them, fp32
 
@@ -407,6 +407,8 @@ class Steerer:
                  batcher:Batcher # model and SAE, and how texts go through them
                 ):
         self.batcher = batcher
+        self.model = batcher.model
+        self.reader = batcher.reader
 
     def clamping(self,
                  clamps:Clamps|None, # of the rows of a batch; None: not steered
@@ -414,9 +416,8 @@ class Steerer:
                  reference:str # 'raw' or 'sae'
                 ) -> AbstractContextManager:
         "Return a context within which the model is steered"
-        model, reader = (self.batcher.model, self.batcher.reader)
-        if clamps is None: return unsteered(model, reader, mask, reference)
-        return steering(model, reader, clamps.features, clamps.values, mask, reference)
+        if clamps is None: return unsteered(self.model, self.reader, mask, reference)
+        return steering(self.model, self.reader, clamps.features, clamps.values, mask, reference)
 
     def generate(self,
                  prompts:Iterable[str],
@@ -436,24 +437,26 @@ class Steerer:
         tokens = self.batcher.tokens(prompts)
         check_prompts(tokens, 'continue')
         check_new(max_new_tokens)
-        check_length(self.batcher.model, tokens, max_new_tokens, 'prompt')
+        check_length(self.model, tokens, max_new_tokens, 'prompt')
         settings['max_new_tokens'] = max_new_tokens
         texts = ['']*len(prompts)
         for rows in self.batcher.batches(tokens):
             batch = self.batcher.prompts([tokens[i] for i in rows])
             settings['seeds'] = [seeds[i] for i in rows]
             with self.clamping(clamps and clamps.of(rows), batch['attention_mask'], reference):
-                new = sample(self.batcher.model, self.batcher.tokenizer, **batch, **settings)
+                new = sample(self.model, self.batcher.tokenizer, **batch, **settings)
             for i, text in zip(rows, new): texts[i] = text
         return texts
 
-# %% ../nbs/parts/target.ipynb #cf46e757
+# %% ../nbs/parts/target.ipynb #0dae78cb
 class ClampSearch:
     "Find the clamps of a feature that move the next token by a given KL"
     def __init__(self,
                  batcher:Batcher # model and SAE, and how texts go through them
                 ):
         self.batcher = batcher
+        self.model = batcher.model
+        self.reader = batcher.reader
         self._kept:dict[tuple, CleanRun] = {} # the latest clean run, by its prompts and its reference
 
     def clean_run(self,
@@ -466,9 +469,8 @@ class ClampSearch:
         tokens = self.batcher.tokens(prompts)
         if not tokens: raise ValueError('no prompts were given: a KL is measured on at least one')
         check_prompts(tokens, 'steer')
-        model, reader = (self.batcher.model, self.batcher.reader)
-        check_length(model, tokens, what='prompt')
-        clean = clean_run(model, reader, self.batcher.prompts(tokens), self.batcher.bos, reference)
+        check_length(self.model, tokens, what='prompt')
+        clean = clean_run(self.model, self.reader, self.batcher.prompts(tokens), self.batcher.bos, reference)
         self._kept = {(prompts, reference): clean}
         return clean
 
@@ -485,11 +487,11 @@ class ClampSearch:
         indices = feature_indices(feature)
         if indices.size != 1:
             raise ValueError(f'{indices.size} features were given: the clamps of one are looked for at a time')
-        model, reader, index = (self.batcher.model, self.batcher.reader, int(indices.item()))
-        reader.directions(index) # raises for a dead feature, which cannot steer
+        index = int(indices.item())
+        self.reader.directions(index) # raises for a dead feature, which cannot steer
         clean = self.clean_run(prompts, reference)
-        scale = steering_scale(reader, index, clean)
-        def kls_at(values): return steered_kls(model, reader, clean, index, values, reference)
+        scale = steering_scale(self.reader, index, clean)
+        def kls_at(values): return steered_kls(self.model, self.reader, clean, index, values, reference)
         found:dict[float, SteeringValue] = {}
         for sign, base in ((1, scale.active), (-1, 0.)): # upwards, then downwards
             wanted = [kl for kl in kls if kl*sign > 0]

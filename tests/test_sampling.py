@@ -26,7 +26,8 @@ def test_a_draw_keeps_one_token():
     assert ((scores == 0).sum(-1) == 1).all() and (scores == -torch.inf).sum() == 2*29
 
 
-@pytest.mark.parametrize('wrong,says', [(dict(temperature=0), 'sampling needs more than 0'), (dict(top_p=0), r'must lie in \(0, 1\]'), (dict(top_p=1.1), 'must lie in')])
+@pytest.mark.parametrize('wrong,says', [(dict(temperature=0), 'sampling needs more than 0'), (dict(temperature=1e-9), 'temperature is 1e-09: sampling needs 1e-06 or more'),
+                                        (dict(top_p=0), r'must lie in \(0, 1\]'), (dict(top_p=1.1), 'must lie in')])
 def test_values_that_mean_nothing_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says): RowSampler([0], **wrong)
 

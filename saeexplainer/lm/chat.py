@@ -11,6 +11,7 @@ import re, sys, time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 # %% ../../nbs/parts/lm/chat.ipynb #42250ea9
 RENDER_SECONDS = 5. # of processor time, for one rendering
@@ -100,14 +101,15 @@ _ANSWER = 'Qanswerq' # stands for an answer where a template is tried
 
 @dataclass(frozen=True)
 class Frame:
-    "What a chat template puts around an answer"
+    "The text that a chat template puts around an answer"
     before: str # all that is prompt
     after: str|None # up to the end of the turn; None: the template shows no answer
 
-def common_prefix(*rows:Sequence # lists, or texts
-                 ) -> Sequence: # like one of them
+def common_prefix(*rows # lists, or texts
+                 ) -> Any: # like one of them
     "Return what lists have in common at their beginning"
-    first, last = (min(rows), max(rows))
+    first = min(rows)
+    last = max(rows) # what these two share, all share
     shortest = min(len(first), len(last))
     same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), shortest)
     return first[:same]

@@ -38,20 +38,20 @@ def context_length(model # or its configuration
     found = (getattr(config, name, None) for name in ('max_position_embeddings', 'max_seq_len', 'n_positions'))
     return next((n for n in found if n), None)
 
-# %% ../../nbs/parts/lm/hooks.ipynb #9e3bd25c
+# %% ../../nbs/parts/lm/hooks.ipynb #d7597d19
 def routers(model # a causal LM
            ) -> list[str]: # names of modules
     "Return linear layers that return more than a product, as Llama 4's routers do: PEFT cannot adapt them"
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     return [name for name, module in linear if type(module).__name__.endswith('Router')]
 
-def stream_of(layer:torch.nn.Module, # decoder layer
+def stream_of(layer, # decoder layer
               hidden:torch.Tensor # what it takes or gives
              ) -> torch.Tensor: # (b, t, d)
     "Return the residual stream: of Gemma 3n's parallel streams the active one"
     return hidden[layer.config.altup_active_idx] if hidden.ndim == 4 else hidden
 
-def with_stream(layer:torch.nn.Module, # decoder layer
+def with_stream(layer, # decoder layer
                 hidden:torch.Tensor, # what it takes or gives
                 stream:torch.Tensor # (b, t, d)
                ) -> torch.Tensor: # like hidden

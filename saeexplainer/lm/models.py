@@ -277,7 +277,7 @@ def check_finite(model # causal LM in float16
     if not model(input_ids=ids, use_cache=False).logits.isfinite().all():
         raise ValueError(f'{model.config.name_or_path} is not finite in float16: use dtype bfloat16')
 
-# %% ../../nbs/parts/lm/models.ipynb #827eb503
+# %% ../../nbs/parts/lm/models.ipynb #03d8515f
 _TEXT_KEYS = { # names of tensors in a model that reads pictures too -> in its text model
     r'^(?:language_model\.model|model\.language_model)\.': 'model.',
     r'^language_model\.lm_head\.': 'lm_head.'}
@@ -315,7 +315,8 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
     if config is not whole_config: settings['key_mapping'] = _TEXT_KEYS
     if config.model_type == 'gemma2': settings['attn_implementation'] = 'eager' # which its soft-capping needs
     with _quiet(name==EMBEDDED), _loading(name, source):
-        model, report = AutoModelForCausalLM.from_pretrained(source, **settings)
+        loaded:Any = AutoModelForCausalLM.from_pretrained(source, **settings)
+    model, report = loaded
     check_complete(name, report, model.config.get_text_config().num_hidden_layers)
     if model.base_model is model: # Llama 4 has another name for its backbone than it says
         model.base_model_prefix = 'model'
