@@ -41,11 +41,11 @@ def main():
     kls = preset.steering_kl
 
     def counted(fn): # passes and KLs
-        passes.clear(); target._clean = None
+        passes.clear(); target.search._kept.clear()
         return fn(), len(passes)
     def ours(): return [abs(v.kl) for f in features for v in target.steering_values(f, kls, preset.steering_prompts)]
     def theirs():
-        clean = target._clean_run(preset.steering_prompts, 'raw')
+        clean = target.search.clean_run(preset.steering_prompts, 'raw')
         return [bisection(lambda v: steered_kls(target.model, target.reader, clean, f, [v])[0], abs(kl), 1 if kl > 0 else -1) for f in features for kl in kls]
     t, out = in_turns(dict(theirs=lambda: counted(theirs), ours=lambda: counted(ours)), 1, now)
     wanted = np.abs(np.tile(kls, a.features))

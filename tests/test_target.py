@@ -3,7 +3,7 @@ import copy, math
 import numpy as np, pandas as pd, pytest, torch
 from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer import target as T, steering as S
-from saeexplainer.lm import models
+from saeexplainer.lm import hooks, models
 from saeexplainer.lm.models import weights_sha256
 from saeexplainer.presets import load_preset
 from saeexplainer.lm.sampling import sample
@@ -57,7 +57,7 @@ def test_early_exit_equals_hidden_states(lms, tokenizer, arch):
 def test_last_layer_is_read_before_the_final_norm(lms, tokenizer, arch):
     model, ids = lms[arch], tokenizer('The cat sat on the mat.', return_tensors='pt').input_ids
     with torch.no_grad(): last = model(ids, output_hidden_states=True).hidden_states[-1]
-    resid, body = residual_stream(model, ids, torch.ones_like(ids), 3), models.backbone(model)
+    resid, body = residual_stream(model, ids, torch.ones_like(ids), 3), hooks.backbone(model)
     norm = body.norm if hasattr(body, 'norm') else body.ln_f
     assert not torch.allclose(resid, last, atol=1e-3) and torch.allclose(norm(resid), last, atol=1e-5)
 
@@ -394,7 +394,7 @@ def test_several_clamps_and_targets_share_forward_passes(llama):
     ran, f = [], lively(llama)[0]
     handle = llama.model.register_forward_pre_hook(lambda *a: ran.append(1))
     try:
-        llama._clean = None
+        llama.search._kept.clear()
         llama.steering_values(f, [.1, .2, -.1, -.2], PROMPTS); together = len(ran)
         ran.clear(); llama.steering_values(f, [.1], PROMPTS); one = len(ran)
     finally: handle.remove()
@@ -402,7 +402,7 @@ def test_several_clamps_and_targets_share_forward_passes(llama):
 
 
 def test_logits_in_blocks_are_the_same(llama, monkeypatch):
-    clean, f = llama._clean_run(tuple(PROMPTS), 'raw'), lively(llama)[0]
+    clean, f = llama.search.clean_run(PROMPTS, 'raw'), lively(llama)[0]
     values = [-5., 1., 3., 8.]
     whole = S.steered_kls(llama.model, llama.reader, clean, f, values)
     monkeypatch.setattr(S, 'LOGITS_AT_ONCE', 1)

@@ -136,7 +136,7 @@ def main(out='_docs'):
     def links_from(name): # rewrites links of a page of nbs/ (or of a file of the repository) to pages of the site
         folder = posixpath.dirname(name)
         def one(m):
-            target, hash, anchor = m[2].partition('#')
+            target, mark, anchor = m[2].partition('#')
             if target.startswith(base): where = target.removeprefix(base).replace('.html', '.md') or 'index.md'
             elif re.match(r'[a-z]+:', target): return m[0]
             else:
@@ -144,12 +144,12 @@ def main(out='_docs'):
                 there = path.removeprefix('../') # from the root of the repository
                 where = to.get(there.removeprefix('nbs/').replace('.html', '.ipynb')) or CARDS.get(there) or next((w for w in to.values() if w == path.replace('.html', '.md')), None)
                 if where is None and path.startswith('../') and (cfg.config_path/there).exists():
-                    if not there.endswith(('.png', '.svg')): return m[1] + code + there + hash + anchor
+                    if not there.endswith(('.png', '.svg')): return m[1] + code + there + mark + anchor
                     where = there
                     (pages/where).parent.mkdir(exist_ok=True)
                     shutil.copy(cfg.config_path/there, pages/where)
                 if where is None: return m[0] # mkdocs finds that it leads nowhere
-            return m[1] + posixpath.relpath(where, posixpath.dirname(to.get(name, ''))  or '.') + hash + anchor
+            return m[1] + posixpath.relpath(where, posixpath.dirname(to.get(name, ''))  or '.') + mark + anchor
         return lambda text: ''.join(part if i % 2 else LINK.sub(one, part) for i, part in enumerate(re.split(r'(^```.*?^```$)', text, flags=re.M | re.S))) # not in code
 
     titles = {}

@@ -97,7 +97,7 @@ def claims_of(explanations:dict # {stage: {feature: text}}
                 stages.setdefault((int(feature), text), []).append(stage)
     return [Claim(feature, text, tuple(named)) for (feature, text), named in stages.items()]
 
-# %% ../../nbs/parts/evaluation/texts.ipynb #f9651216
+# %% ../../nbs/parts/evaluation/texts.ipynb #9167806e
 @dataclass(frozen=True)
 class Place:
     "One of the texts of a claim, by its kind and number"
@@ -111,6 +111,7 @@ class TextRequest:
     places: tuple[Place, ...]
     request: Request
 
+# %% ../../nbs/parts/evaluation/texts.ipynb #f9651216
 @dataclass(frozen=True)
 class TextRequests:
     "Asks the writer for the texts of a claim"
