@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from .files import open_parquet, read_json, valid, whole
 from .lm.models import cache_dir, weights_sha256
 from .lm.sampling import seed_for
+from .pages import feature_html, labels_said
 from .presets import data_dir, no_data
 from .saes import WEIGHTS, find_sae
 
@@ -153,6 +154,9 @@ class Feature:
     def index(self) -> int:
         "Place of the feature in its SAE"
         return self.id.index
+
+    def _repr_html_(self) -> str: # its page, with the three strongest contexts
+        return feature_html(self, labels_said(self), n=3)
 
 # %% ../nbs/parts/features.ipynb #d3eaff44
 def split_features(

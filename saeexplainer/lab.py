@@ -215,9 +215,9 @@ def checked_reader(
     check_features_of(features_file(preset), reader)
     return reader
 
-# %% ../nbs/parts/lab.ipynb #a6180700
+# %% ../nbs/parts/lab.ipynb #3890eb66
 class LabParts:
-    "What belongs to a preset: features and models, each loaded when it is first used"
+    "Features and models of a preset, each loaded when it is first used"
     def __init__(
         self,
         preset:Preset,
@@ -355,7 +355,7 @@ def with_labels(
     labels = {f.index: f.explanation for f in known if f.explanation}
     return {**stages, 'label': labels} if labels and 'label' not in stages else dict(stages)
 
-# %% ../nbs/parts/lab.ipynb #235729a1
+# %% ../nbs/parts/lab.ipynb #20ca7efc
 class Lab(Instruments):
     "A preset with all that can be asked of its features"
     def explain(
@@ -366,8 +366,9 @@ class Lab(Instruments):
         "Return what the explainer says of features, greedy as `saeexplainer explain` has it"
         alone = isinstance(features, (int, np.integer, str, FeatureId))
         indices = [self.index_of(feature) for feature in ([features] if alone else features)]
-        how = dict(max_new_tokens=self.preset.explanation_tokens, progress=progress)
-        return dict(zip(indices, self.explainer.explain(self.reader.directions(indices), **how)))
+        tokens = self.preset.explanation_tokens
+        texts = self.explainer.explain(self.reader.directions(indices), max_new_tokens=tokens, progress=progress)
+        return dict(zip(indices, texts))
 
     def verify(
         self,

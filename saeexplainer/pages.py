@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAINT', 'STRONG', 'STYLE', 'WHO', 'token_html', 'tokens_html', 'legend_html', 'boxed', 'page', 'rows_html',
-           'explanations_html', 'contexts_html', 'heading_html', 'feature_html']
+           'explanations_html', 'labels_said', 'contexts_html', 'heading_html', 'feature_html']
 
 # %% ../nbs/parts/pages.ipynb #248a62a3
 from collections.abc import Iterable, Mapping
@@ -104,6 +104,19 @@ def explanations_html(
         shown = '<i>nothing</i>' if missing else escape(text)
         rows += f'<tr><th scope="row"{title}>{escape(who)}</th><td>{shown}</td></tr>'
     return f'<table>{rows}</table>'
+
+# %% ../nbs/parts/pages.ipynb #df71e081
+def labels_said(
+    feature # `Feature`
+) -> dict[str, str]: # 'label (model)' -> text
+    "Return the labels of a feature, that which SFT learns from first"
+    labels:dict[str, str] = {}
+    for e in sorted(feature.explanations, key=lambda e: e.text != feature.explanation):
+        same = sum(name.startswith(f'label ({e.model}') for name in labels)
+        more = f', {same + 1}' if same else ''
+        labels[f'label ({e.model}{more})'] = e.text
+    if not feature.explanation or feature.explanation in labels.values(): return labels
+    return {'label': feature.explanation} | labels
 
 # %% ../nbs/parts/pages.ipynb #3af83ea4
 def contexts_html(

@@ -251,9 +251,9 @@ def test_nothing_that_is_shown_runs():
     feature = Feature(FeatureId(HOSTILE, HOSTILE, 5), HOSTILE, 5., .01)
     read = ReadText(5, Reading([HOSTILE], np.array([4.])), 5.)
     steered = SteeredText(5, HOSTILE, .5, HOSTILE, HOSTILE, SteeringValue(8., .4, False))
-    for shown in (Features(HOSTILE, [feature]), read, steered):
+    for shown in (feature, Features(HOSTILE, [feature]), read, steered):
         html = shown._repr_html_()
-        assert elements(html) <= {'style', 'div', 'table', 'tr', 'th', 'td', 'span', 'p', 'b'}
+        assert elements(html) <= {'style', 'div', 'table', 'tr', 'th', 'td', 'span', 'p', 'b', 'h2', 'h3'}
         assert not {'\x1b', '\u202e'} & set(html + repr(shown).replace(HOSTILE, ''))
 
 
