@@ -341,7 +341,7 @@ def _candidates(explainer, directions, k, seeds, sampling, batch_size, progress)
 @dataclass(eq=False, repr=False)
 class Explainer:
     "A model that says in words what directions mean"
-    model: torch.nn.Module # causal LM of its own, shared with no target
+    model: Any # causal LM of its own, shared with no target
     tokenizer: Any # of the model
     card: ExplainerCard # what it was made with
     adapter: str|Path|None = None # folder that the adapter came from

@@ -62,8 +62,8 @@ def autointerp_prompt(contexts, # of `Context`s, strongest first
         words = [f"'{_word_at_peak(context)}'" for context in contexts]
         return AUTOINTERP_SHORT.format(words=', '.join(words))
     strengths = [max(context.values) for context in contexts]
-    known = max_act is not None and 0 < max_act < math.inf
-    largest = max_act if known else max(strengths)
+    largest = max(strengths)
+    if max_act is not None and 0 < max_act < math.inf: largest = max_act
     if not largest > 0: largest = 1.
     lines = [f'{round(100*strength/largest)}: {marked_context(context)}'
              for strength, context in zip(strengths, contexts)]

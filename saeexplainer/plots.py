@@ -132,14 +132,16 @@ def stage_figure(metrics, # rows stage, feature, metric, value
     return fig
 
 # %% ../nbs/parts/plots.ipynb #05c87c8d
+from typing import Any
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 # %% ../nbs/parts/plots.ipynb #b5b5103b
 class Drawing:
     "Boxes and arrows on a page without axes, `width` by `height` units"
     def __init__(self, width:float, height:float, inches:tuple[float, float]) -> None:
-        self.figure = Figure(figsize=inches, layout='none')
-        self.ax = self.figure.add_axes([0, 0, 1, 1])
+        self.figure = Figure(figsize=inches)
+        self.figure.set_layout_engine('none')
+        self.ax = self.figure.add_axes((0, 0, 1, 1))
         self.ax.set(xlim=(0, width), ylim=(.6, height))
         self.ax.axis('off')
 
@@ -150,7 +152,7 @@ class Drawing:
     def box(self, corner:tuple[float, float], size:tuple[float, float], title:str, text:str='', **colors) -> None:
         "Draw a rounded box with a bold title at its top and a text in its middle"
         (x, y), (width, height) = corner, size
-        look = dict(fc='white', ec='k', lw=1.3) | colors
+        look:dict[str, Any] = dict(fc='white', ec='k', lw=1.3) | colors
         shape = 'round,pad=0.06,rounding_size=.18'
         self.ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle=shape, **look))
         self.text(x + width/2, y + height - .13, title, 8, ha='center', va='top', fontweight='bold')
@@ -174,7 +176,7 @@ def _explainer_column(draw:Drawing) -> None: # the explainer's layers, its promp
     for i, name in enumerate(('layer 0', 'layer 1', 'layer 2', '…', 'last layer')):
         draw.text(.55, 5.11 + .62*i, name, va='center')
     for i, token in enumerate(('Feature', '▢', 'is', 'given.', '…')):
-        look = dict(fontweight='bold', color=red) if token == '▢' else dict(color='k')
+        look:dict[str, Any] = dict(fontweight='bold', color=red) if token == '▢' else dict(color='k')
         draw.text(1.75 + .65*i, 4.62, token, ha='center', va='top', **look)
     draw.ax.plot([2.4, 2.4], [4.68, 5.5], color=red, lw=1)
     draw.ax.plot(2.4, 5.73, 'o', ms=7, color=red)

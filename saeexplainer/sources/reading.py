@@ -523,7 +523,7 @@ def reading_settings(
     return dict(
         sae=reader.sha256,
         n_features=reader.n_features,
-        model=Path(model.name_or_path).name,
+        model=Path(str(model.name_or_path)).name,
         dtype=str(model.dtype),
         place=f'{reader.hook} of layer {reader.layer}',
         bos=_bos(target),
