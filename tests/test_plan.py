@@ -67,7 +67,8 @@ def test_operations_are_those_of_a_pass_up_to_the_layer():
 
 
 def test_hours_on_a_card():
-    rows = pd.DataFrame(dict(stage='a', kind=['read', 'train'], tokens=1., operations=[312e12*.35*3600, 312e12*.08*3600]))
+    an_hour = [312e12*.35*3600, 312e12*.08*3600]
+    rows = pd.DataFrame(dict(stage='a', kind=['read', 'train'], tokens=1., operations=an_hour))
     assert hours(rows, 1.).to_dict() == {'a': pytest.approx(2.)}
     written = pd.DataFrame(dict(stage=['a'], kind=['write'], tokens=[64*3600.*250], operations=[0.]))
     assert A100.bytes_per_second*A100.writing == 250*2*1e9

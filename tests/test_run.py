@@ -6,7 +6,7 @@ import pytest
 from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.presets import load_preset
 from saeexplainer.results import Results
-from saeexplainer.run import Run, execute, stage_functions
+from saeexplainer.run import Run, check_target, execute, stage_functions
 from saeexplainer.store import KEYS, RunStore
 
 WORDS = 'cat dog mat fire sea shells rain nation park large area land model feature word natural state hello range print'.split()
@@ -236,7 +236,7 @@ def test_two_models_take_turns(world, finished, monkeypatch):
     from saeexplainer.target import Target
     loads, from_pretrained, load = [], Explainer.from_pretrained, Target.load
     with Run(world[0]/'runs'/'turns', load_preset(world[1], swap_models=True), progress=False) as run:
-        monkeypatch.setattr(Explainer, 'from_pretrained', lambda *a, **k: loads.append(('explainer', 'target' in vars(run))) or from_pretrained(*a, **k))
+        monkeypatch.setattr(Explainer, 'from_pretrained', lambda *a, **k: loads.append(('explainer', 'target' in vars(run.models))) or from_pretrained(*a, **k))
         monkeypatch.setattr(Target, 'load', lambda *a, **k: loads.append(('target', False)) or load(*a, **k))
         execute(run, say=lambda line: None)
     assert loads.count(('target', False)) >= 3 and ('explainer', False) in loads and ('explainer', True) not in loads
@@ -335,7 +335,7 @@ def test_controls_need_features(world, tmp_path):
         few = dict(list(run.features.items())[:20])
         run.features.clear()
         run.features.update({i: f if i < 5 else dataclasses.replace(f, max_act=0.) for i, f in few.items()})
-        with pytest.raises(ValueError, match='n_controls is 9, but only 5 features are alive'): run._check_target()
+        with pytest.raises(ValueError, match='n_controls is 9, but only 5 features are alive'): check_target(run)
 
 
 def test_features_that_change_under_a_run_are_refused(world, tmp_path, monkeypatch):
