@@ -389,7 +389,7 @@ def _finish(out:Path, parts:list[Rows]) -> dict: # counts; the parts are removed
     if out.suffix == '.parquet': write_table(table, out)
     else:
         lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
-        with whole(out) as part: part.write_text(''.join(lines), encoding='utf-8')
+        with whole(out) as new: new.write_text(''.join(lines), encoding='utf-8')
     for part in parts: part.file.unlink()
     return _counts(table, out)
 
