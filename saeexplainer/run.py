@@ -309,7 +309,7 @@ class Adapters:
         return self.of(stage)
 
     def source(self, stage:str) -> Path|str: # 'ao' and 'untrained' are no stages, and have no adapter here
-        "What an explainer is loaded from"
+        "Folder or name that an explainer is loaded from"
         return stage if stage in ('ao', 'untrained') else self.trained(stage)
 
     def origin(self, stage:str) -> str: # to say behind what a stage has done; '' where it was trained here
