@@ -311,6 +311,7 @@ def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
         found[index] = whole_characters(text)
     return found
 
+# %% ../nbs/04_metrics.ipynb #22844745
 def _kinds_for(metrics) -> list[str]: # kinds of texts
     generative = {'generative', 'output'} & set(metrics) # the judge's controls are generative texts
     contrast = {'input', 'high', 'low', 'gap'} & set(metrics)

@@ -8,6 +8,7 @@ __all__ = ['OKABE_ITO', 'COLORS', 'NAMES', 'CYCLE', 'STYLE', 'WIDTH', 'MARKS', '
 
 # %% ../nbs/parts/plots.ipynb #ee684313
 import io
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib
@@ -48,7 +49,7 @@ STYLE: dict = {'figure.dpi': 100, 'savefig.dpi': 150, 'savefig.bbox': 'tight',
 WIDTH = 9. # inches of a page
 
 @contextmanager
-def style():
+def style() -> Iterator[None]:
     "Draw as the chapters do, within a `with`"
     interactive = matplotlib.is_interactive()
     try:

@@ -30,13 +30,24 @@ def public(module):
     return [(name, thing) for name, thing in things if getattr(thing, '__module__', None) == found.__name__ and (inspect.isfunction(thing) or inspect.isclass(thing))]
 
 
+def overrides(kind, name): # a method that another library defines, and describes
+    return any(name in vars(base) and not base.__module__.startswith('saeexplainer') for base in kind.__mro__[1:-1])
+
+
+def methods(kind):
+    "Public methods of a class, and its `__init__` where it is written"
+    for name, member in vars(kind).items():
+        method = getattr(member, '__func__', member)
+        if not inspect.isfunction(method) or method.__module__ != kind.__module__ or overrides(kind, name): continue
+        written = name == '__init__' and not dataclasses.is_dataclass(kind)
+        if written or not name.startswith('_'): yield name, method
+
+
 def functions(module):
     "Public functions and methods of a module: (name, function)"
     for name, thing in public(module):
         if inspect.isfunction(thing): yield name, thing
-        else:
-            own = {n: getattr(m, '__func__', m) for n, m in vars(thing).items() if not n.startswith('_') or n == '__init__' and not dataclasses.is_dataclass(thing)}
-            yield from ((f'{name}.{n}', m) for n, m in own.items() if inspect.isfunction(m))
+        else: yield from ((f'{name}.{method}', function) for method, function in methods(thing))
 
 
 def undescribed(name, function):
