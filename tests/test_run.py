@@ -517,12 +517,12 @@ def test_a_run_like_another_takes_over_what_is_the_same(world, finished, monkeyp
     from saeexplainer import dpo, sft
     from saeexplainer.lm.models import weights_sha256
     from saeexplainer.target import Target
-    from saeexplainer.writers.local import LocalWriter
+    from saeexplainer.writers.local import Generator
     def never(*_, **__): raise AssertionError('made again')
     like = dict(like=finished[0], progress=False)
     with monkeypatch.context() as m:
         for owner, name in ((sft, 'sft_trainer'), (dpo, 'dpo_trainer'), (Target, 'steering_values'), (Target, 'generate')): m.setattr(owner, name, never)
-        m.setattr(LocalWriter, '_generate', lambda self, prompts, *_: never() if prompts else iter(()))
+        m.setattr(Generator, '_continue', never)
         said = []
         with Run(world[0]/'runs'/'twin', load_preset(world[1]), **like) as run: execute(run, say=said.append)
         assert run.preset and sum('taken over from whole' in line for line in said) == 3
