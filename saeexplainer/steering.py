@@ -169,8 +169,8 @@ def steering_scale(reader:FeatureReader, # of an SAE of the model
     features = torch.full((len(resid),), int(feature), device=resid.device)
     acts = reader.activations(resid, features)
     one = decoder_step(reader.sae, resid, features).norm(dim=-1).expand(resid.shape[:2]) # size of one unit
-    step = .1 * (resid.norm(dim=-1) / one)[clean.counts].median()
-    return SteeringScale(acts[clean.counts].max().item(), step.item())
+    ratio = (resid.norm(dim=-1) / one)[clean.counts].median().item()
+    return SteeringScale(acts[clean.counts].max().item(), .1*ratio)
 
 # %% ../nbs/parts/steering.ipynb #e1bd8783
 def check_kls(kls:Sequence[float], # wanted, in nats; negative: by a negative clamp
