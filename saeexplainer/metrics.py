@@ -34,6 +34,7 @@ _all_ = ['bootstrap_ci']
 def _per_text(values, name) -> np.ndarray: # (n_features, n_texts) float64
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2: raise ValueError(f'{name} must have the shape (n_features, n_texts), not {values.shape}')
+    if np.isinf(values).any(): raise ValueError(f'{name} holds an infinite activation: a text without one is NaN')
     return values
 
 def _mean_where(values, made) -> np.ndarray: # mean of each row over the places that are `made`; NaN where there is none

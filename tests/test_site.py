@@ -29,10 +29,11 @@ def test_every_notebook_and_public_name_has_its_place(site):
     assert all(f'href="{p}"' in home for p in text if p != 'index.html') # the sidebar
     anchors = set(re.findall(r' id="([^"]+)"', ''.join(text.values())))
     import saeexplainer
-    for m in pkgutil.iter_modules(saeexplainer.__path__):
-        if m.name.startswith('_'): continue
-        module = importlib.import_module(f'saeexplainer.{m.name}')
-        lost = [n for n in module.__all__ if callable(getattr(module, n)) and getattr(getattr(module, n), '__module__', '') == module.__name__ and n.lower() not in anchors]
+    for m in pkgutil.walk_packages(saeexplainer.__path__, 'saeexplainer.'):
+        if m.ispkg or m.name.endswith('__main__'): continue
+        module = importlib.import_module(m.name)
+        own = [n for n in module.__all__ if getattr(getattr(module, n), '__module__', '') == m.name]
+        lost = [n for n in own if callable(getattr(module, n)) and n.lower() not in anchors]
         assert not lost, f'{m.name}: {lost}'
 
 def test_formulas_need_no_script(site):
