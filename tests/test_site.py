@@ -30,7 +30,7 @@ def test_every_notebook_and_public_name_has_its_place(site):
     anchors = set(re.findall(r' id="([^"]+)"', ''.join(text.values())))
     import saeexplainer
     for m in pkgutil.walk_packages(saeexplainer.__path__, 'saeexplainer.'):
-        if m.ispkg or m.name.endswith('__main__'): continue
+        if m.ispkg or m.name.split('.')[-1].startswith('_'): continue
         module = importlib.import_module(m.name)
         own = [n for n in module.__all__ if getattr(getattr(module, n), '__module__', '') == m.name]
         lost = [n for n in own if callable(getattr(module, n)) and n.lower() not in anchors]
