@@ -121,6 +121,16 @@ def front_matter(source, name=''):
     boost = 4 if name.startswith('recipes/') else 2 if name.startswith(('index', 'glossary')) else 1
     return f'---\nsource: {source}\nsearch: {{boost: {boost}}}\n---\n\n'
 
+def entries_of(names, titles, to): # of the navigation; pages of a folder within `parts/` stand together
+    entries, rooms = [], {}
+    for name in names:
+        room = name.split('/')[1] if name.count('/') == 2 else None
+        if room and room not in rooms:
+            rooms[room] = []
+            entries.append({room: rooms[room]})
+        (rooms[room] if room else entries).append({titles[name]: to[name]})
+    return entries
+
 def main(out='_docs'):
     logging.basicConfig(format='%(message)s', level=logging.WARNING)
     from mkdocs.commands.build import build
@@ -161,8 +171,8 @@ def main(out='_docs'):
     for card, where in CARDS.items():
         (pages/where).write_text(front_matter(card) + links_from(f'../{card}')(spaced((cfg.config_path/card).read_text(encoding='utf-8'))), encoding='utf-8')
 
-    of = lambda names: [{titles[n]: to[n]} for n in names]
     rest = lambda folder: [f'{folder}/{n}.ipynb' for n in ORDER[folder]] + [n for n in files if n.startswith(f'{folder}/') and n.removeprefix(f'{folder}/').removesuffix('.ipynb') not in ORDER[folder]]
+    of = lambda names: entries_of(names, titles, to)
     nav = [{'Home': 'index.md'}, {'Chapters': of([n for n in files if '/' not in n and n[0].isdigit()])}, {'Parts': of([n for n in rest('parts') if n in files])},
            {'Recipes': of([n for n in rest('recipes') if n in files])}, {'Data': [{'Embedded model, SAE, labels': 'data-embedded.md'}, {"The paper's numbers": 'data-paper.md'}]},
            {'Glossary': 'glossary.md'}, {'Contributing': 'contributing.md'}]
