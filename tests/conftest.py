@@ -35,6 +35,18 @@ def pytest_terminal_summary(terminalreporter):
     for what, (n, of) in sorted(COUNTS.items()): terminalreporter.write_line(f'{n:,} of {of:,} {what}')
 
 
+# ---- what `make test-fast` leaves out: whole runs, trainings, kills, real servers, builds
+
+SLOW = {'test_cli', 'test_dictionaries', 'test_dpo', 'test_explorer_browser', 'test_fuzz', 'test_kills', 'test_leaks',
+        'test_llama_server', 'test_models', 'test_odd_servers', 'test_paper_presets', 'test_remote', 'test_run',
+        'test_sft', 'test_site', 'test_tools', 'test_wheel'}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW: item.add_marker(pytest.mark.slow)
+
+
 # ---- a real server with a real model
 
 @pytest.fixture(scope='session')

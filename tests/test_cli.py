@@ -343,7 +343,7 @@ def test_an_error_loads_no_model_library():
 
 def test_sigterm_says_what_is_kept():
     import signal, subprocess, sys, time
-    p = subprocess.Popen([sys.executable, '-m', 'saeexplainer', 'explain', '--random', '3'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, '-m', 'saeexplainer', 'explain', '--random', '400'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     time.sleep(5) # it is loading
     p.send_signal(signal.SIGTERM)
     said = p.communicate(timeout=60)[1]

@@ -5,7 +5,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '-q']
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
