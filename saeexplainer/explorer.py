@@ -30,7 +30,7 @@ from saeexplainer.pages import (
 from .plots import named
 from .presets import Preset, data_dir, load_preset
 from .results import Results
-from .show import escape, visible
+from .show import escape, first_line, visible
 from .target import Reading, Target
 
 # %% ../nbs/parts/explorer.ipynb #35504053
@@ -346,7 +346,7 @@ class Turns:
                     work()
                     status.value = ''
                 except Exception as error:
-                    said = (str(error) or type(error).__name__).splitlines()[0]
+                    said = first_line(error)
                     status.value = boxed(f'<p class="wrong" role="alert">{escape(said)}</p>')
         return handle
 

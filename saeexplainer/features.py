@@ -30,6 +30,7 @@ from .lm.sampling import seed_for
 from .pages import feature_html, labels_said
 from .presets import data_dir, no_data
 from .saes import WEIGHTS, find_sae
+from .show import first_line
 
 # %% ../nbs/parts/features.ipynb #a5f47a3f
 @dataclass(frozen=True, order=True, slots=True)
@@ -295,7 +296,7 @@ def arrow_table(
     except UnicodeEncodeError: # half characters
         return pa.Table.from_pylist(valid(rows), schema)
     except (TypeError, pa.ArrowInvalid) as error:
-        why = _misfit(rows, schema) or str(error).splitlines()[0]
+        why = _misfit(rows, schema) or first_line(error)
         raise ValueError(f'the rows do not fit a table of features: {why}') from None
 
 # %% ../nbs/parts/features.ipynb #c1c698b5
@@ -423,7 +424,7 @@ def open_table(
         with open_parquet(file) as opened:
             return opened.read()
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise ValueError(f'{file} is not a readable {what}: {why}') from None
 
 def _type_fits(found:pa.DataType, wanted:pa.DataType) -> bool: # whoever wrote the file may have taken wider ones

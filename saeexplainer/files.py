@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 from filelock import FileLock, Timeout
 
+# %% ../nbs/parts/files.ipynb #33531d88
+from .show import first_line
+
 # %% ../nbs/parts/files.ipynb #e0c83ed0
 @contextmanager
 def whole(
@@ -402,9 +405,6 @@ def _text_rows(file:Path, kind:str, encoding:str, wanted, mended:_Mended) -> Ite
             yield from _json_rows(lines, mended)
 
 # %% ../nbs/parts/files.ipynb #88975b0d
-def _first_line(error) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
 def table_rows(
     file:str|Path, # of one of `TABLES`; all but .parquet may be gzipped
     wanted:Iterable=(), # columns, in small letters, by which the separator of a .csv is chosen
@@ -428,6 +428,6 @@ def table_rows(
     except UnicodeError:
         raise ValueError(f'{file} is not a readable {kind[1:]} file: its text is not {encoding}') from None
     except (ValueError, EOFError, zlib.error) as error: # what Arrow raises is a ValueError too
-        raise ValueError(f'{file} is not a readable {kind[1:]} file: {_first_line(error)}') from None
+        raise ValueError(f'{file} is not a readable {kind[1:]} file: {first_line(error)}') from None
     if mended.lines:
         print(f"{file}: {mended.lines} lines held half characters, which are read as '?'", file=sys.stderr)

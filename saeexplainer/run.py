@@ -42,6 +42,7 @@ from .store import RunStore
 from .target import Target, check_model_name, check_weights
 from .writer import writer_for
 from .writers.local import chat_ids
+from .show import first_line
 
 # %% ../nbs/parts/run.ipynb #0fab8673
 # whose features these are: everything depends on it
@@ -216,13 +217,10 @@ class BegunWith:
         self.store.note(f'begun with {key}', facts)
 
 # %% ../nbs/parts/run.ipynb #7c89ebcd
-def _first_line(error) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
 def _check_turns(tokenizer, name, field) -> None: # raises `ValueError`
     try: chat_ids(tokenizer, Request('Hello', max_tokens=1))
     except Exception as error: # a template is a program: it may raise anything
-        raise ValueError(f'{field}: {name!r} cannot be asked: {_first_line(error)}') from None
+        raise ValueError(f'{field}: {name!r} cannot be asked: {first_line(error)}') from None
 
 def _model_source(name:str, field:str): # a folder, or a hub id; raises `ValueError` or `FileNotFoundError`
     if not name: raise ValueError(f"{field}: 'local:' names no model")
@@ -246,7 +244,7 @@ def check_model(
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = load_tokenizer(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f'{field}: the model {name!r} cannot be loaded: {_first_line(error)}') from None
+        raise ValueError(f'{field}: the model {name!r} cannot be loaded: {first_line(error)}') from None
     if writes: _check_turns(tokenizer, name, field)
     return config
 
@@ -751,7 +749,7 @@ def _oracle(run:Run, test:list[int], notes:list[str]) -> dict[int, str]:
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        notes.append(f'ao: not measured, {_first_line(error)}')
+        notes.append(f'ao: not measured, {first_line(error)}')
         return {}
 
 def explain_test(

@@ -17,6 +17,7 @@ from .files import read_table
 from .presets import Preset, load_preset, presets
 from .sources.neuronpedia import neuronpedia_export, neuronpedia_feature
 from .sources.reading import build_features
+from .show import first_line
 
 # %% ../nbs/parts/selection.ipynb #3049206b
 MOST_IN_RANGE = 100_000 # features that one range may name
@@ -133,7 +134,7 @@ def known_features(
     ids = dict.fromkeys(feature_of(preset, name) for name in names)
     try: return [neuronpedia_feature(i, label_model=preset.label_model) for i in ids]
     except OSError as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise RuntimeError(f'there is no {file} (`saeexplainer features {preset.called}` makes it), '
                            f'and Neuronpedia cannot be asked: {why}') from None
 

@@ -29,6 +29,7 @@ from ..lm.models import cache_dir
 from ..lm.sampling import batches, pad
 from .corpus import SOURCES, balanced_cap, documents, part_of, split_text
 from ..target import Target
+from ..show import first_line
 
 # %% ../../nbs/parts/sources/reading.ipynb #8135589b
 NO_TEXT = (
@@ -105,7 +106,7 @@ def _dataset_rows(
     try:
         yield from datasets.load_dataset(name, config or None, split=split or 'train', streaming=True)
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise ValueError(f'cannot read the dataset {spec}: {why}') from None
 
 def _no_text(value) -> bool: # None, '' and NaN
@@ -388,7 +389,7 @@ def load_reading(
         facts['settings'] = dict(facts['settings'])
         facts['words'] = Counter(facts['words'])
     except Exception as error:
-        why = str(error).splitlines()[0]
+        why = first_line(error)
         raise ValueError(f'{file} is not the state of a reading ({why}): delete it to read anew') from None
     for name, new in settings.items():
         old = facts['settings'].get(name)
