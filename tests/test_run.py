@@ -1,6 +1,7 @@
 "The closed loop at its smallest, on a tiny real model: killed in each stage it ends complete, and it refuses what would mix two runs"
 import dataclasses, json, os, random, shutil, signal, sqlite3, subprocess, sys, time
 from pathlib import Path
+from contextlib import suppress
 import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 import pytest
 from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
@@ -108,16 +109,11 @@ def attempt():
     return 0
 
 print('ready', flush=True)
-for line in sys.stdin: # each with the seconds after which the next try is killed
-    end = time.monotonic() + float(line)
+for line in sys.stdin: # a try each
     child = os.fork() # of a process that has imported all it needs and computed nothing yet
     if not child: os._exit(attempt())
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done: break
-        if time.monotonic() > end: os.kill(child, signal.SIGKILL)
-        time.sleep(.01)
-    print(os.waitstatus_to_exitcode(status), flush=True)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -129,27 +125,53 @@ def assert_same_rows(found, wanted):
                 assert found[table][key][column] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value), (table, key, column)
 
 
+def alive(pid:int) -> bool:
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return True
+
+
+def row_count(store:Path) -> int: # over all tables that a run fills; 0 where there is none yet
+    try: return sum(map(len, rows_of(store).values()))
+    except (sqlite3.OperationalError, pd.errors.DatabaseError): return 0
+
+
+def attempt(tries:subprocess.Popen, store:Path, rows:float, seconds:float) -> int: # exit code of a try, killed some seconds after it has written so many rows
+    wanted = row_count(store) + rows
+    tries.stdin.write('\n')
+    tries.stdin.flush()
+    pid = int(tries.stdout.readline())
+    while alive(pid) and row_count(store) < wanted: time.sleep(.02)
+    if alive(pid) and rows < float('inf'):
+        time.sleep(seconds)
+        with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+    return int(tries.stdout.readline())
+
+
 @pytest.mark.parametrize('seed', [int(os.environ.get('KILLS_SEED', 0))])
 def test_killed_at_random_moments(world, finished, seed):
     "SIGKILL whenever chance has it, again and again: the tables are those of a run that nothing interrupted"
     folder, file = world
     rng, name = random.Random(seed), f'random-{seed}'
     store = folder/'runs'/name/'store.sqlite'
-    with RunStore(finished[0]/'store.sqlite') as s: whole = s.progress().seconds.sum()
+    share = row_count(finished[0]/'store.sqlite')//8 # counted in rows, not in seconds: machines differ from one minute to the next
+    moments = [(rng.uniform(0, share), rng.uniform(0, .2)) for _ in range(12)] + [(float('inf'), 0)]
     command = [sys.executable, '-c', TRIES, 'run', str(file), '--root', str(folder/'runs'), '--name', name, '--json']
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | dict(OMP_NUM_THREADS='1')) as tries:
+    environment = os.environ | dict(OMP_NUM_THREADS='1')
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as tries:
         assert tries.stdout.readline() == 'ready\n'
         codes, before = [], {}
-        for seconds in [*(rng.uniform(0, whole/8) for _ in range(12)), 600.]: # much shorter than the run, whose machine may have been busy
+        for rows, seconds in moments:
             if codes and codes[-1] == 0: break
-            tries.stdin.write(f'{seconds}\n'); tries.stdin.flush()
-            codes.append(int(tries.stdout.readline()))
+            codes.append(attempt(tries, store, rows, seconds))
             after = rows_of(store)
             for table, rows in before.items(): # a score may be filled in, nothing else changes
                 for key, row in rows.items(): assert {k: v for k, v in row.items() if v is not None}.items() <= after[table][key].items()
             before = after
         tries.stdin.close()
-    assert codes[-1] == 0 and set(codes) <= {0, -signal.SIGKILL} and codes.count(-signal.SIGKILL) >= 3
+    assert codes[-1] == 0
+    assert set(codes) == {0, -signal.SIGKILL}
+    assert codes.count(-signal.SIGKILL) >= 3
     assert_same_rows(rows_of(store), rows_of(finished[0]/'store.sqlite'))
     for table in ('metrics', 'pairs', 'candidates', 'judgements'):
         pd.testing.assert_frame_equal(Results(store.parent/'report')[table], Results(finished[1])[table], rtol=1e-3)

@@ -17,6 +17,23 @@ from nbdev.process import extract_directives
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 KERNEL = {'name': 'python3', 'display_name': 'python3', 'language': 'python'}
 
+# Processes that a cell starts write to file descriptor 2, which a thread of the kernel reads. A cell is not done before it has read all of it,
+# up to a zero byte of our own.
+SETTLE = """
+def _settle(*_, os=__import__('os'), sys=__import__('sys'), threading=__import__('threading')):
+    arrived = threading.Event()
+    write = sys.stderr.write
+    def write_up_to_mark(text):
+        if text.replace('\\0', ''): write(text.replace('\\0', ''))
+        if '\\0' in text: arrived.set()
+    sys.stderr.write = write_up_to_mark
+    os.write(2, b'\\0')
+    arrived.wait(10)
+    del sys.stderr.write
+get_ipython().events.register('post_run_cell', _settle)
+del _settle
+"""
+
 def skipped(cell, skip_flags):
     "Return whether a cell is not run"
     directives = extract_directives(cell, remove=False)
@@ -45,6 +62,7 @@ def run_cells(client, skip_flags):
     "Run the cells of `client.nb` in their order until one fails; return what went wrong, a text each"
     wrong = []
     with client.setup_kernel():
+        client.kc.execute(SETTLE, silent=True, store_history=False)
         for index, cell in enumerate(client.nb.cells):
             if cell.cell_type != 'code' or skipped(cell, skip_flags): continue
             try: client.execute_cell(cell, index)
