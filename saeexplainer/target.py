@@ -353,6 +353,24 @@ class TextReader:
         for i, values in self.read(self.batcher.tokens(texts), features, progress): out[i] = values.max()
         return out
 
+    def max_act_table(self, texts:Iterable[str], features:Sequence[int], progress:bool=False
+                     ) -> np.ndarray: # (texts, features) fp32; NaN for a text without tokens, or one that is too long
+        "Return the largest activation of every feature on every text; each text is read once"
+        tokens = self.batcher.tokens(check_texts(texts))
+        errors = unreadable(self.batcher.model, tokens)
+        read = [i for i, t in enumerate(tokens) if i not in errors and t.counts.any()]
+        wanted = feature_indices(features).tolist()
+        out = np.full((len(tokens), len(wanted)), np.nan, np.float32)
+        with tqdm(total=len(read), desc='reading texts', unit='text', disable=not progress) as bar:
+            for rows in self.batcher.batches([tokens[i] for i in read]):
+                batch = [tokens[read[row]] for row in rows]
+                resid = self.batcher.residual_stream(batch)
+                acts = read_features(self.batcher.reader, resid, [wanted]*len(rows)) # (rows, features, t)
+                for row, t, values in zip(rows, batch, acts):
+                    out[read[row]] = values[:, :len(t.ids)][:, t.counts].max(1)
+                bar.update(len(rows))
+        return out
+
     def scores(self, texts:Iterable[str], features:Features, progress:bool=False) -> list[float|str]: # one per text
         "Return the largest activation on each text, or why it has none: 'empty', 'too long', 'unknown token'"
         texts = check_texts(texts)
@@ -536,6 +554,11 @@ class Target:
     def max_acts(self, texts:Iterable[str], features:Features, progress:bool=False) -> np.ndarray: # (n,) fp32
         "Return the largest activation over the tokens of each text (Eq. 7 for one text); NaN for one without tokens"
         return self.text_reader.max_acts(texts, features, progress)
+
+    def max_act_table(self, texts:Iterable[str], features:Sequence[int], progress:bool=False
+                     ) -> np.ndarray: # (texts, features) fp32; NaN for a text without tokens, or one that is too long
+        "Return the largest activation of every feature on every text; each text is read once"
+        return self.text_reader.max_act_table(texts, features, progress)
 
     def scores(self, texts:Iterable[str], features:Features, progress:bool=False) -> list: # one per text
         "Return the largest activation on each text, or why it has none: 'empty', 'too long', 'unknown token'"
