@@ -204,7 +204,7 @@ _MEASURED_BY = { # fields of the preset on which values depend: all, those of a 
                'steering_reference')}
 
 def _settings(preset, parts) -> dict: # field -> value, in the form in which a store has it
-    values = {}
+    values: dict[str, Any] = {}
     for part in ('all', *parts):
         values |= {name: getattr(preset, name) for name in _MEASURED_BY[part]}
     return json.loads(json.dumps(values))

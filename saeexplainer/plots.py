@@ -251,7 +251,7 @@ class Drawing:
         self.ax.add_patch(FancyArrowPatch(start, end, connectionstyle=curve, **look))
 
 # %% ../nbs/parts/plots.ipynb #42f0bddf
-_BLUE = dict(fc='#E3EEF8', ec=OKABE_ITO['blue'])
+_BLUE: dict[str, Any] = dict(fc='#E3EEF8', ec=OKABE_ITO['blue'])
 _ORANGE = dict(fc='#FBEFD5', ec=OKABE_ITO['orange'])
 _GREEN = dict(fc='#DDF1EA', ec=OKABE_ITO['green'])
 _RED = OKABE_ITO['vermilion'] # what is injected

@@ -75,5 +75,5 @@ def sign_flip(differences, # one value per feature; NaN is left out
     for rows in _pieces(n, len(known)):
         signs = rng.choice((-1, 1), size=(rows, len(known)))
         sums = np.abs(signs @ known)
-        as_far += np.count_nonzero(sums >= found)
+        as_far += int((sums >= found).sum())
     return (1 + as_far)/(1 + n)
