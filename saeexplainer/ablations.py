@@ -7,6 +7,7 @@ __all__ = ['arms_figure', 'screen_table', 'stage_figure']
 
 # %% ../nbs/05_ablations.ipynb #27891eec
 import numpy as np
+import pandas as pd
 
 # %% ../nbs/05_ablations.ipynb #a1e0ce0c
 from .evaluation.stats import bootstrap_ci
@@ -17,12 +18,30 @@ from .plots import Figure, MARKS, PANELS, WIDTH, color, named, scale_of, stage_f
 _all_ = ['screen_table', 'stage_figure']
 
 # %% ../nbs/05_ablations.ipynb #1f83540b
-def _draw_stage(ax, cis, x, scale, stage) -> None: # one mark with its interval for each arm
-    means = [scale*ci.mean for ci in cis]
-    below = [scale*(ci.mean - ci.low) for ci in cis]
-    above = [scale*(ci.high - ci.mean) for ci in cis]
+def _intervals(rows, arms) -> pd.DataFrame: # mean, low and high, one row for each arm
+    intervals = []
+    for arm in arms:
+        of_arm = rows[rows['arm'] == arm]
+        ci = bootstrap_ci(of_arm['value'])
+        intervals.append(vars(ci))
+    return pd.DataFrame(intervals)
+
+def _draw_stage(ax, x, intervals, stage, scale) -> None: # one mark with its interval for each arm
+    mean = intervals['mean']
+    below = mean - intervals['low']
+    above = intervals['high'] - mean
+    around = scale*np.array([below, above])
     mark = MARKS.get(stage, 'o') + '-'
-    ax.errorbar(x, means, [below, above], fmt=mark, ms=4, lw=1, color=color(stage), label=named(stage))
+    ax.errorbar(x, scale*mean, around, fmt=mark, ms=4, lw=1, color=color(stage), label=named(stage))
+
+def _draw_metric(ax, rows, arms, stages, scale) -> None: # the arms from left to right
+    places = np.arange(len(arms))
+    middle = (len(stages) - 1)/2
+    for j, stage in enumerate(stages):
+        of_stage = rows[rows['stage'] == stage]
+        intervals = _intervals(of_stage, arms)
+        aside = .16*(j - middle) # so that no two stages stand on each other
+        _draw_stage(ax, places + aside, intervals, stage, scale)
 
 def arms_figure(arms, # rows arm, stage, feature, metric, value
                 names:dict, # arm -> what stands below it
@@ -32,21 +51,19 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
                 chance:float=1/3 # of the output score
                ) -> Figure: # a panel for each metric
     "Draw the metrics of several arms, with intervals"
+    n_arms = len(names)
     dotted = []
     with style():
         fig = Figure(figsize=(WIDTH, 2.3))
         axes = fig.subplots(1, len(panels), squeeze=False)[0]
         for ax, metric in zip(axes, panels):
-            of_metric = arms[arms['metric'] == metric]
-            for j, stage in enumerate(stages):
-                rows = of_metric[of_metric['stage'] == stage]
-                cis = [bootstrap_ci(rows[rows['arm'] == arm]['value']) for arm in names]
-                aside = .16*(j - (len(stages) - 1)/2) # so that no two stages stand on each other
-                _draw_stage(ax, cis, np.arange(len(names)) + aside, scale_of(metric), stage)
+            rows = arms[arms['metric'] == metric]
+            _draw_metric(ax, rows, list(names), stages, scale_of(metric))
             if metric == 'output':
-                dotted.append(ax.axhline(100*chance, color='k', ls=':', lw=1, label='chance'))
-            ax.set(title=PANELS[metric], xlim=(-.5, len(names) - .5))
-            ax.set(xticks=range(len(names)), xticklabels=names.values())
+                line = ax.axhline(100*chance, color='k', ls=':', lw=1, label='chance')
+                dotted.append(line)
+            ax.set(title=PANELS[metric], xlim=(-.5, n_arms - .5))
+            ax.set(xticks=range(n_arms), xticklabels=names.values())
             if metric != 'gap': ax.set_ylim(bottom=0)
         fig.supxlabel(xlabel, fontsize=9)
         marks, _ = fig.axes[0].get_legend_handles_labels()

@@ -7,6 +7,7 @@ __all__ = ['CONTEXTS', 'AUTOINTERP', 'AUTOINTERP_SHORT', 'marked_context', 'auto
 
 # %% ../nbs/parts/labels.ipynb #234b8ad1
 import itertools, math, re
+from operator import itemgetter
 
 # %% ../nbs/parts/labels.ipynb #21284287
 from .features import NO_PATTERN
@@ -41,7 +42,8 @@ def marked_context(context, # `Context`
     "A context as text, with « » around the tokens on which the feature responds"
     least = share*max(context.values)
     pieces = []
-    for responds, stretch in itertools.groupby(zip(context.tokens, context.values), lambda pair: pair[1] > least):
+    is_strong = [value > least for value in context.values]
+    for responds, stretch in itertools.groupby(zip(context.tokens, is_strong), key=itemgetter(1)):
         text = ''.join(token for token, _ in stretch)
         if responds:
             word = text.lstrip(' ') # spaces stay before the mark
@@ -75,13 +77,16 @@ def one_phrase(text:str # a reply
     "The first line of a reply, bare"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines: return ''
-    phrase = re.sub(r'^(?:[-*•]|\d+[.)])\s+', '', lines[0]).rstrip('.').strip()
+    unlisted = re.sub(r'^(?:[-*•]|\d+[.)])\s+', '', lines[0])
+    phrase = unlisted.rstrip('.').strip()
     if _is_quoted(phrase): phrase = phrase[1:-1].strip()
     return NO_PATTERN if phrase.casefold() == NO_PATTERN else phrase
 
 def _is_quoted(phrase) -> bool: # as a whole, by one pair of quotes
-    if len(phrase) < 2 or phrase[0] not in '"“`': return False
-    return phrase[0] == phrase[-1] and phrase[0] not in phrase[1:-1]
+    if len(phrase) < 2: return False
+    quote = phrase[0]
+    if quote not in '"“`': return False
+    return phrase[-1] == quote and quote not in phrase[1:-1]
 
 # %% ../nbs/parts/labels.ipynb #a127c362
 def _readable(contexts) -> list: # those with a peak, and a value for each token; a table from elsewhere may have others

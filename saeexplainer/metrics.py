@@ -7,7 +7,7 @@ __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminat
            'Evaluation', 'output_features', 'MetricValue', 'feature_values', 'evaluate', 'bootstrap_ci']
 
 # %% ../nbs/04_metrics.ipynb #760d832d
-import functools, json, math, re
+import functools, itertools, json, math, re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,19 +33,25 @@ _all_ = ['bootstrap_ci']
 # %% ../nbs/04_metrics.ipynb #72207655
 def _per_text(values, name) -> np.ndarray: # (n_features, n_texts) float64
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2: raise ValueError(f'{name} must have the shape (n_features, n_texts), not {values.shape}')
-    if np.isinf(values).any(): raise ValueError(f'{name} holds an infinite activation: a text without one is NaN')
+    if values.ndim != 2:
+        raise ValueError(f'{name} must have the shape (n_features, n_texts), not {values.shape}')
+    if np.isinf(values).any():
+        raise ValueError(f'{name} holds an infinite activation: a text without one is NaN')
     return values
 
 def _mean_where(values, made) -> np.ndarray: # mean of each row over the places that are `made`; NaN where there is none
-    nothing = np.full(len(values), np.nan)
-    return np.divide(np.where(made, values, 0).sum(1), made.sum(1), out=nothing, where=made.any(1))
+    totals = np.where(made, values, 0).sum(1)
+    counts = made.sum(1)
+    means = np.full(len(values), np.nan)
+    np.divide(totals, counts, out=means, where=counts > 0)
+    return means
 
 def mean_activation(max_acts # per-text maxima, (n_features, n_texts); NaN: a text that could not be made
                    ) -> np.ndarray: # (n_features,); NaN where a feature has no text at all
     "Return the mean of the per-text maxima (Eq. 13, 14, 16 and 17); texts that could not be made are left out"
     values = _per_text(max_acts, 'max_acts')
-    return _mean_where(values, ~np.isnan(values))
+    made = ~np.isnan(values)
+    return _mean_where(values, made)
 
 # %% ../nbs/04_metrics.ipynb #85e82381
 def generative_accuracy(max_acts, # per-text maxima, (n_features, n_texts); NaN: a text that could not be made
@@ -55,19 +61,26 @@ def generative_accuracy(max_acts, # per-text maxima, (n_features, n_texts); NaN:
     "Return the share of texts that set a feature off (Eq. 12)"
     values = _per_text(max_acts, 'max_acts')
     known = np.asarray(feature_max, dtype=np.float64)
-    if known.shape != values.shape[:1]:
-        raise ValueError(f'feature_max must hold one value for each of the {len(values)} features, not {known.shape}')
-    known = np.where((known > 0) & np.isfinite(known), known, np.nan)
-    share = _mean_where(values > success*known[:, None], ~np.isnan(values))
-    return np.where(np.isnan(known), np.nan, share)
+    n_features = len(values)
+    if known.shape != (n_features,):
+        raise ValueError(f'feature_max must hold one value for each of the {n_features} features, not {known.shape}')
+    alive = (known > 0) & np.isfinite(known)
+    threshold = success*np.where(alive, known, np.nan)
+    reached = values > threshold[:, None]
+    made = ~np.isnan(values)
+    share = _mean_where(reached, made)
+    share[~alive] = np.nan
+    return share
 
 # %% ../nbs/04_metrics.ipynb #9b241a6d
 def _pair_of_means(first, second, names): # means of both sets, (n_features,) each
-    first = mean_activation(first)
-    second = mean_activation(second)
-    if len(first) != len(second):
-        raise ValueError(f'{names[0]} has {len(first)} features, {names[1]} {len(second)}: they must be the same')
-    return first, second
+    first_mean = mean_activation(first)
+    second_mean = mean_activation(second)
+    n_first = len(first_mean)
+    n_second = len(second_mean)
+    if n_first != n_second:
+        raise ValueError(f'{names[0]} has {n_first} features, {names[1]} {n_second}: they must be the same')
+    return first_mean, second_mean
 
 def input_score(activating, # per-text maxima of the sentences that fit, (n_features, n_texts); NaN: a text not made
                 neutral # of the sentences that do not
@@ -75,7 +88,9 @@ def input_score(activating, # per-text maxima of the sentences that fit, (n_feat
     "Return whether the mean over the activating texts is strictly larger (Eq. 13-15)"
     fitting, other = _pair_of_means(activating, neutral, ('activating', 'neutral'))
     unknown = np.isnan(fitting) | np.isnan(other)
-    return np.where(unknown, np.nan, (fitting > other).astype(float))
+    score = np.where(fitting > other, 1., 0.)
+    score[unknown] = np.nan
+    return score
 
 # %% ../nbs/04_metrics.ipynb #fe9a5ba6
 def discriminative_gap(high, # per-text maxima of texts meant to activate, (n_features, n_texts); NaN: a text not made
@@ -94,31 +109,50 @@ def output_score(chosen, # the judge's choice per feature; None or NaN: it gave 
     true = pd.Series(list(true), dtype=object)
     if len(chosen) != len(true):
         raise ValueError(f'{len(chosen)} choices came with {len(true)} right answers: one each')
-    return np.where(chosen.isna() | true.isna(), np.nan, (chosen == true).astype(float))
+    unknown = chosen.isna() | true.isna()
+    found = (chosen == true).astype(float)
+    return np.where(unknown, np.nan, found)
 
 # %% ../nbs/04_metrics.ipynb #d2796bc0
+_NEVER = re.compile('(?!)')
+
 @functools.cache
 def _any_of(words) -> re.Pattern: # matches each of the words as a whole word, in case-folded text
-    forms = [re.escape(word.strip().casefold()) for word in words if word.strip()]
-    return re.compile('|'.join(rf'(?<!\w){form}(?!\w)' for form in forms) or '(?!)')
+    forms = [word.strip().casefold() for word in words]
+    whole_words = [rf'(?<!\w){re.escape(form)}(?!\w)' for form in forms if form]
+    if not whole_words: return _NEVER
+    return re.compile('|'.join(whole_words))
 
 def names_word(explanation:str,
                words, # at the feature's peaks
                max_words:int=20 # of the explanation; what comes later does not count
               ) -> bool: # False where no words are known
     "Return whether the explanation names one of the words: whole word, case folded"
-    counted = ' '.join(explanation.split()[:max_words])
-    return bool(_any_of(tuple(words)).search(counted.casefold()))
+    first_words = explanation.split()[:max_words]
+    counted = ' '.join(first_words).casefold()
+    pattern = _any_of(tuple(words))
+    return pattern.search(counted) is not None
 
 # %% ../nbs/04_metrics.ipynb #1c1ac89f
 def _telling_words(texts, form) -> list[set]: # of each text, without those that more than a share `form` of them have
     words = [set(re.findall(r'\w+', text)) for text in texts]
-    times = Counter(word for of_text in words for word in of_text)
-    common = {word for word, n in times.items() if n > max(1, form*len(texts))}
+    times = Counter(itertools.chain.from_iterable(words))
+    most = max(1, form*len(texts))
+    common = {word for word, n in times.items() if n > most}
     return [of_text - common for of_text in words]
 
 def _overlap(a, b) -> float: # of two sets of words
-    return len(a & b)/len(a | b) if a | b else 1.
+    either = a | b
+    if not either: return 1.
+    return len(a & b)/len(either)
+
+def _nearest_overlaps(words) -> list[float]: # of each set of words with the most similar other one
+    nearest = []
+    for i, own in enumerate(words):
+        others = words[:i] + words[i+1:]
+        overlaps = [_overlap(own, other) for other in others]
+        nearest.append(max(overlaps))
+    return nearest
 
 def repeats(explanations:dict, # {feature: text}; empty ones are left out
             form:float=.05 # words in more than this share of the explanations are left out
@@ -127,17 +161,16 @@ def repeats(explanations:dict, # {feature: text}; empty ones are left out
 
     `shared`: share of features whose text another has too. `nearest`: mean overlap with the most similar other text.
     """
-    given = [text for text in explanations.values() if isinstance(text, str) and text.strip()]
+    given = [text for text in explanations.values() if isinstance(text, str)]
     texts = [' '.join(text.casefold().split()) for text in given]
-    if len(texts) < 2: return dict(features=len(texts), distinct=len(texts), shared=np.nan, nearest=np.nan)
+    texts = [text for text in texts if text]
     times = Counter(texts)
+    counts = dict(features=len(texts), distinct=len(times))
+    if len(texts) < 2: return counts | dict(shared=np.nan, nearest=np.nan)
+    is_shared = [times[text] > 1 for text in texts]
     words = _telling_words(texts, form)
-    shared = float(np.mean([times[text] > 1 for text in texts]))
-    nearest = []
-    for i, own in enumerate(words):
-        others = words[:i] + words[i+1:]
-        nearest.append(max(_overlap(own, other) for other in others))
-    return dict(features=len(texts), distinct=len(times), shared=shared, nearest=float(np.mean(nearest)))
+    nearest = _nearest_overlaps(words)
+    return counts | dict(shared=float(np.mean(is_shared)), nearest=float(np.mean(nearest)))
 
 # %% ../nbs/04_metrics.ipynb #38bfa626
 @dataclass
@@ -155,8 +188,10 @@ def output_features(features, # indices
                     preset # Preset: of it `n_output` and the seed
                    ) -> list[int]: # at most `n_output`
     "Choose the features that get an output score; depends on the seed and the features alone"
-    distinct = sorted(set(map(int, features)), key=lambda feature: seed_for(preset.seed, 'output', feature))
-    return distinct[:preset.n_output]
+    def drawn(feature): return seed_for(preset.seed, 'output', feature)
+    distinct = {int(feature) for feature in features}
+    in_drawn_order = sorted(distinct, key=drawn)
+    return in_drawn_order[:preset.n_output]
 
 # %% ../nbs/04_metrics.ipynb #1fedfe68
 _MEASURED_BY = { # fields of the preset on which values depend: all, those of a kind of texts, the output score
@@ -168,26 +203,39 @@ _MEASURED_BY = { # fields of the preset on which values depend: all, those of a 
     'output': ('n_controls', 'steering_prompts', 'steering_tokens', 'steering_temperature', 'steering_kl',
                'steering_reference')}
 
+def _settings(preset, parts) -> dict: # field -> value, in the form in which a store has it
+    values: dict[str, Any] = {}
+    for part in ('all', *parts):
+        values |= {name: getattr(preset, name) for name in _MEASURED_BY[part]}
+    return json.loads(json.dumps(values))
+
 def _check_settings(store, preset, parts) -> dict: # field -> value, for the store
     "Raise `ValueError`, with the difference, where values of the store were measured with other settings"
     known = store.meta('measured by') or {}
-    now = {name: getattr(preset, name) for part in ('all', *parts) for name in _MEASURED_BY[part]}
-    now = json.loads(json.dumps(now)) # as the store has them
+    now = _settings(preset, parts)
     changed = [name for name, value in now.items() if known.get(name, value) != value]
     if changed:
         changes = '; '.join(f'{name}: {known[name]!r} -> {now[name]!r}' for name in changed)
         raise ValueError(f'the store {store.path} was evaluated with other settings ({changes}): use another store')
     return known | now
 
-def _keep_explanations(store, explanations) -> None:
-    "Store explanations; raise `ValueError` where the store has another one of the same feature and stage"
+def _check_explanations(store, explanations) -> None:
+    "Raise `ValueError` where the store has another explanation of the same feature and stage"
     for row in store.explanations(list(explanations)).itertuples():
+        if row.k > 0: continue
         new = explanations[row.stage].get(row.feature)
-        if row.k == 0 and new is not None and new != row.text:
-            raise ValueError(f'the store has another explanation of feature {row.feature} at stage {row.stage}: '
-                             f'{row.text!r}, not {new!r}; what was measured stays: give the stage another name '
-                             '(for a file on the command line: rename it, or choose another --name)')
-    store.put_explanations([(stage, f, 0, text) for stage, texts in explanations.items() for f, text in texts.items()])
+        if new is None or new == row.text: continue
+        raise ValueError(f'the store has another explanation of feature {row.feature} at stage {row.stage}: '
+                         f'{row.text!r}, not {new!r}; what was measured stays: give the stage another name '
+                         '(for a file on the command line: rename it, or choose another --name)')
+
+def _keep_explanations(store, explanations) -> None:
+    "Store explanations, unless there are others in their place"
+    _check_explanations(store, explanations)
+    rows = []
+    for stage, texts in explanations.items():
+        rows += [(stage, feature, 0, text) for feature, text in texts.items()]
+    store.put_explanations(rows)
 
 # %% ../nbs/04_metrics.ipynb #a7039fc3
 class MetricValue(NamedTuple):
@@ -197,19 +245,23 @@ class MetricValue(NamedTuple):
     metric: str # or a count of failures
     value: float # NaN: unavailable
 
+def _share_named(text, word_lists) -> float: # share of the lists of which a text names a word; NaN: nothing to go by
+    if not text.strip() or not word_lists: return np.nan
+    named = [names_word(text, words) for words in word_lists]
+    return float(np.mean(named))
+
 def _naming_values(stage, texts, words) -> list[MetricValue]: # of `names_word` and `names_other`
-    words = {feature: of_feature for feature, of_feature in words.items() if of_feature}
-    others = list(words)[::max(1, math.ceil(len(words)/300))] # some features, for chance
+    peaks = {feature: of_feature for feature, of_feature in words.items() if of_feature}
+    step = max(1, math.ceil(len(peaks)/300))
+    for_chance = list(peaks)[::step] # some features
     rows = []
     for feature, text in texts.items():
-        if feature not in words: continue
-        own = other = np.nan
-        if text.strip():
-            own = float(names_word(text, words[feature]))
-            by_chance = [names_word(text, words[one]) for one in others if one != feature]
-            if by_chance: other = float(np.mean(by_chance))
+        if feature not in peaks: continue
+        others = [peaks[other] for other in for_chance if other != feature]
+        own = _share_named(text, [peaks[feature]])
+        chance = _share_named(text, others)
         rows.append(MetricValue(stage, feature, 'names_word', own))
-        rows.append(MetricValue(stage, feature, 'names_other', other))
+        rows.append(MetricValue(stage, feature, 'names_other', chance))
     return rows
 
 # %% ../nbs/04_metrics.ipynb #f2f452c6
@@ -223,22 +275,45 @@ def _metric_columns(acts, feature_max, success) -> dict: # metric -> a value for
             'gap': discriminative_gap(high, low)}
 
 def _count_columns(acts, explained) -> dict: # count -> a value for each feature; of an empty explanation no text failed
-    unmade = {kind: np.isnan(values).sum(1)*explained for kind, values in acts.items()}
+    unmade = {}
+    for kind, values in acts.items():
+        lost = np.isnan(values).sum(1)
+        unmade[kind] = lost*explained
     return {'unparsed_generative': unmade['generative'],
             'empty': ~explained,
             'unparsed_contrast': unmade['activating'] + unmade['neutral']}
 
-def _output_values(store, stage, features, with_output, how) -> list[MetricValue]: # of `output` and `missed_kl`
+def _in_rows(stage, features, columns) -> list[MetricValue]: # column by column
+    rows = []
+    for name, column in columns.items():
+        rows += [MetricValue(stage, feature, name, float(value)) for feature, value in zip(features, column)]
+    return rows
+
+# %% ../nbs/04_metrics.ipynb #f5dcc3dd
+def _verdicts(store, stage) -> dict: # feature -> output score
     judged = store.judgements(stage)
-    verdicts = dict(zip(judged['feature'], output_score(judged['choice'], judged['true'])))
+    scores = output_score(judged['choice'], judged['true'])
+    return dict(zip(judged['feature'], scores))
+
+def _output_values(store, stage, features, with_output, how) -> list[MetricValue]: # of `output` and `missed_kl`
+    verdicts = _verdicts(store, stage)
     usable = usable_targets(store, with_output, how)
     rows = []
     for feature in with_output:
         if feature not in features: continue
-        missed = float(len(how.kl) - len(usable[feature]))
-        rows.append(MetricValue(stage, feature, 'output', verdicts.get(feature, np.nan)))
-        rows.append(MetricValue(stage, feature, 'missed_kl', missed))
+        verdict = verdicts.get(feature, np.nan)
+        missed = len(how.kl) - len(usable[feature])
+        rows.append(MetricValue(stage, feature, 'output', verdict))
+        rows.append(MetricValue(stage, feature, 'missed_kl', float(missed)))
     return rows
+
+def _stored_acts(run, stage, features) -> dict: # kind of texts -> per-text maxima, (n_features, n_texts)
+    counts = run.preset.text_counts
+    acts = {}
+    for kind in KINDS:
+        n = getattr(counts, kind)
+        acts[kind] = max_acts(run.store, stage, kind, features, n)
+    return acts
 
 def feature_values(run:Evaluation,
                    stage:str,
@@ -249,20 +324,18 @@ def feature_values(run:Evaluation,
     texts = explanations[stage]
     features = list(texts)
     known = {feature.id.index: feature for feature in run.features}
-    counts = run.preset.text_counts
-    acts = {kind: max_acts(run.store, stage, kind, features, getattr(counts, kind)) for kind in KINDS}
-    explained = np.array([bool(texts[f].strip()) for f in features], bool)
-    columns = _metric_columns(acts, [known[f].max_act for f in features], run.preset.success)
+    acts = _stored_acts(run, stage, features)
+    strongest = [known[feature].max_act for feature in features]
+    explained = np.array([bool(text.strip()) for text in texts.values()], bool)
+    columns = _metric_columns(acts, strongest, run.preset.success)
     columns |= _count_columns(acts, explained)
-    values = []
-    for name, column in columns.items():
-        values += [MetricValue(stage, f, name, float(value)) for f, value in zip(features, column)]
-    values += _output_values(run.store, stage, texts, with_output, run.preset.steering)
     words = {index: feature.words for index, feature in known.items()}
-    return values + _naming_values(stage, texts, words)
+    return [*_in_rows(stage, features, columns),
+            *_output_values(run.store, stage, texts, with_output, run.preset.steering),
+            *_naming_values(stage, texts, words)]
 
 # %% ../nbs/04_metrics.ipynb #c0536732
-def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values into the store, and their summary
+def _measured(run, explanations, with_output, metrics) -> list[MetricValue]: # of every stage, and of the controls
     failures = {FAILURES[name] for name in metrics if name in FAILURES}
     wanted = {*metrics, 'empty', *failures}
     rows = []
@@ -270,15 +343,17 @@ def _record(run, explanations, with_output, metrics) -> pd.DataFrame: # values i
         values = feature_values(run, stage, explanations, with_output)
         rows += [row for row in values if row.metric in wanted]
     if with_output:
-        controls = run.store.judgements('control')
-        found = output_score(controls['choice'], controls['true'])
-        rows += [MetricValue('control', f, 'output', value) for f, value in zip(controls['feature'], found)]
-    run.store.put_metrics(rows)
-    asked = explanations | {'control': with_output}
-    stored = run.store.metrics(list(asked))
-    own = [feature in asked[stage] for stage, feature in zip(stored['stage'], stored['feature'])]
-    stored = stored[np.array(own, bool)] # a store may hold more features than this call's
-    return summary(stored[stored['metric'].isin((*metrics, *COUNTS))], list(asked))
+        verdicts = _verdicts(run.store, 'control')
+        rows += [MetricValue('control', feature, 'output', verdict) for feature, verdict in verdicts.items()]
+    return rows
+
+def _summary_of(store, asked, metrics) -> pd.DataFrame: # of the features asked for: a store may hold more
+    stages = list(asked)
+    stored = store.metrics(stages)
+    is_shown = stored['metric'].isin((*metrics, *COUNTS))
+    own = [row.feature in asked[row.stage] for row in stored.itertuples()]
+    is_own = np.array(own, bool)
+    return summary(stored[is_shown & is_own], stages)
 
 # %% ../nbs/04_metrics.ipynb #f2a8167e
 def _is_index(feature) -> bool:
@@ -288,17 +363,29 @@ def _is_index(feature) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
 
-def _check_stages(explanations): # raises `ValueError`
-    named = isinstance(explanations, dict) and all(isinstance(stage, str) and stage.strip() for stage in explanations)
-    if named: return
-    raise ValueError('explanations are {stage: {feature: text}}, and each stage has a name; these are '
-                     f'{str(explanations)[:80]}')
+def _is_named(stage) -> bool:
+    return isinstance(stage, str) and bool(stage.strip())
+
+def _check_stages(explanations) -> None: # raises `ValueError`
+    if not isinstance(explanations, dict) or not all(map(_is_named, explanations)):
+        shown = str(explanations)[:80]
+        raise ValueError(f'explanations are {{stage: {{feature: text}}}}, and each stage has a name; these are {shown}')
+    if 'control' in explanations:
+        raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
+
+def _as_text(stage, index, text) -> str: # '' for a missing one; raises `ValueError` for what is no text
+    is_missing = pd.api.types.is_scalar(text) and pd.isna(text) # as pandas has missing ones
+    if is_missing: return ''
+    if not isinstance(text, str):
+        raise ValueError(f'{stage}: the explanation of feature {index} is {text!r}, not text')
+    return whole_characters(text)
 
 def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
     "Return explanations of a stage by index; raise `ValueError` for what is no index, and for two names of one feature"
     if not hasattr(texts, 'items'):
-        raise ValueError(f'{stage}: explanations are {{feature: text}}, not {str(texts)[:80]}')
-    found = {}
+        shown = str(texts)[:80]
+        raise ValueError(f'{stage}: explanations are {{feature: text}}, not {shown}')
+    found: dict[int, str] = {}
     for feature, text in texts.items():
         if not _is_index(feature):
             raise ValueError(f'{stage}: {feature!r} is no feature: '
@@ -306,28 +393,48 @@ def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
         index = int(feature)
         if index in found:
             raise ValueError(f'{stage}: feature {index} is explained twice: keep one explanation of each feature')
-        if pd.api.types.is_scalar(text) and pd.isna(text): text = '' # as pandas has missing ones
-        if not isinstance(text, str):
-            raise ValueError(f'{stage}: the explanation of feature {index} is {text!r}, not text')
-        found[index] = whole_characters(text)
+        found[index] = _as_text(stage, index, text)
     return found
 
 # %% ../nbs/04_metrics.ipynb #22844745
+_OF_GENERATIVE = {'generative', 'output'} # metrics that need such texts; the judge's controls are made of them
+_OF_CONTRAST = {'input', 'high', 'low', 'gap'}
+
 def _kinds_for(metrics) -> list[str]: # kinds of texts
-    generative = {'generative', 'output'} & set(metrics) # the judge's controls are generative texts
-    contrast = {'input', 'high', 'low', 'gap'} & set(metrics)
-    return (['generative'] if generative else []) + (['activating', 'neutral'] if contrast else [])
+    kinds = []
+    if _OF_GENERATIVE & set(metrics): kinds += ['generative']
+    if _OF_CONTRAST & set(metrics): kinds += ['activating', 'neutral']
+    return kinds
+
+def _only(texts, features) -> dict: # {feature: text} of those features that have a text
+    return {feature: texts[feature] for feature in features if feature in texts}
 
 def _judge_output(run, explanations, with_output, progress) -> None: # steered texts and verdicts into the store
-    alive = [feature.id.index for feature in run.features if feature.max_act and feature.max_act > 0]
-    steer(run.store, run.target, with_output, run.preset, alive, progress)
-    judged = {}
-    for stage, texts in explanations.items():
-        judged[stage] = {feature: texts[feature] for feature in with_output if feature in texts}
-    judge(run.store, run.judge, judged, run.preset, progress)
-    judge_controls(run.store, run.judge, explanations, with_output, run.preset, progress)
+    store = run.store
+    preset = run.preset
+    known_max = {feature.id.index: feature.max_act or 0 for feature in run.features}
+    alive = [index for index, largest in known_max.items() if largest > 0]
+    steer(store, run.target, with_output, preset, alive, progress)
+    judged = {stage: _only(texts, with_output) for stage, texts in explanations.items()}
+    judge(store, run.judge, judged, preset, progress)
+    judge_controls(store, run.judge, explanations, with_output, preset, progress)
 
 # %% ../nbs/04_metrics.ipynb #ff8d6216
+def _check_metrics(metrics) -> None: # raises `ValueError`
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise ValueError(f'unknown metric {unknown[0]!r}: choose from {", ".join(METRICS)}')
+
+def _explained_features(run, explanations) -> list[int]: # in the order of the explanations
+    "Return the features that are explained; raise `ValueError` for one that the run does not have"
+    explained = itertools.chain.from_iterable(explanations.values())
+    features = list(dict.fromkeys(explained))
+    known = {feature.id.index for feature in run.features}
+    lost = [feature for feature in features if feature not in known]
+    if lost:
+        raise ValueError(f"feature {lost[0]} is explained, but it is not among the run's features")
+    return features
+
 def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute
@@ -337,23 +444,23 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
 
     Raise `ValueError` for a metric or a feature that is not known, and where the store holds values of another kind.
     """
-    if unknown := sorted(set(metrics) - set(METRICS)):
-        raise ValueError(f'unknown metric {unknown[0]!r}: choose from {", ".join(METRICS)}')
+    _check_metrics(metrics)
     _check_stages(explanations)
-    if 'control' in explanations:
-        raise ValueError("a stage cannot be called 'control': the judge's controls have that name")
     if hasattr(run, 'evaluation'): run = run.evaluation()
+    store = run.store
+    preset = run.preset
     explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}
-    features = list(dict.fromkeys(feature for texts in explanations.values() for feature in texts))
-    known = {feature.id.index for feature in run.features}
-    if lost := [feature for feature in features if feature not in known]:
-        raise ValueError(f"feature {lost[0]} is explained, but it is not among the run's features")
+    features = _explained_features(run, explanations)
     kinds = _kinds_for(metrics)
-    with_output = output_features(features, run.preset) if 'output' in metrics else []
-    settings = _check_settings(run.store, run.preset, [*kinds, 'output'] if 'output' in metrics else kinds)
-    _keep_explanations(run.store, explanations)
-    write_evaluation_texts(run.store, run.writer, explanations, run.preset, progress, kinds)
-    score_texts(run.store, run.target, run.preset, explanations, progress)
+    parts = [*kinds, 'output'] if 'output' in metrics else kinds
+    with_output = output_features(features, preset) if 'output' in metrics else []
+    settings = _check_settings(store, preset, parts)
+    _keep_explanations(store, explanations)
+    write_evaluation_texts(store, run.writer, explanations, preset, progress, kinds)
+    score_texts(store, run.target, preset, explanations, progress)
     if with_output: _judge_output(run, explanations, with_output, progress)
-    run.store.note('measured by', settings)
-    return _record(run, explanations, with_output, metrics)
+    store.note('measured by', settings)
+    values = _measured(run, explanations, with_output, metrics)
+    store.put_metrics(values)
+    asked = explanations | {'control': with_output}
+    return _summary_of(store, asked, metrics)

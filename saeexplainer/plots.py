@@ -19,16 +19,42 @@ import numpy as np
 from .evaluation.tables import summary
 
 # %% ../nbs/parts/plots.ipynb #ecac8bed
-OKABE_ITO = dict(black='#000000', orange='#E69F00', sky='#56B4E9', green='#009E73', yellow='#F0E442', blue='#0072B2',
-                 vermilion='#D55E00', purple='#CC79A7')
+OKABE_ITO = {
+    'black': '#000000',
+    'orange': '#E69F00',
+    'sky': '#56B4E9',
+    'green': '#009E73',
+    'yellow': '#F0E442',
+    'blue': '#0072B2',
+    'vermilion': '#D55E00',
+    'purple': '#CC79A7',
+}
 
-COLORS = {'label': '#555555', 'peak words': '#888888', 'autointerp': '#AAAAAA', 'untrained': '#CCCCCC',
-          'ao': OKABE_ITO['purple'], 'control': '#000000', 'sft': OKABE_ITO['sky'],
-          'dpo1': OKABE_ITO['blue'], 'dpo2': OKABE_ITO['vermilion'], 'best': OKABE_ITO['green']}
+COLORS = {
+    'label': '#555555',
+    'peak words': '#888888',
+    'autointerp': '#AAAAAA',
+    'untrained': '#CCCCCC',
+    'ao': OKABE_ITO['purple'],
+    'control': '#000000',
+    'sft': OKABE_ITO['sky'],
+    'dpo1': OKABE_ITO['blue'],
+    'dpo2': OKABE_ITO['vermilion'],
+    'best': OKABE_ITO['green'],
+}
 
-NAMES = {'label': 'labels', 'peak words': 'peak words', 'autointerp': 'AutoInterp', 'untrained': 'untrained',
-         'ao': 'Activation Oracle', 'control': 'controls',
-         'sft': 'SFT', 'dpo1': 'DPO 1', 'dpo2': 'DPO 2', 'best': 'best of K'}
+NAMES = {
+    'label': 'labels',
+    'peak words': 'peak words',
+    'autointerp': 'AutoInterp',
+    'untrained': 'untrained',
+    'ao': 'Activation Oracle',
+    'control': 'controls',
+    'sft': 'SFT',
+    'dpo1': 'DPO 1',
+    'dpo2': 'DPO 2',
+    'best': 'best of K',
+}
 
 def color(stage:str) -> str: # hex code; orange for a method of the user's own
     "Return the colour of a method"
@@ -40,12 +66,23 @@ def named(stage:str) -> str: # what a figure calls it; a method of the user's ow
 
 # %% ../nbs/parts/plots.ipynb #d266bae8
 CYCLE = [OKABE_ITO[name] for name in ('blue', 'vermilion', 'green', 'orange', 'purple', 'sky')]
-STYLE: dict = {'figure.dpi': 100, 'savefig.dpi': 150, 'savefig.bbox': 'tight',
-         'svg.hashsalt': 'saeexplainer', 'svg.fonttype': 'none',
-         'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9,
-         'axes.spines.top': False, 'axes.spines.right': False,
-         'legend.frameon': False, 'legend.fontsize': 8, 'lines.linewidth': 1.5, 'figure.constrained_layout.use': True,
-         'axes.prop_cycle': f"cycler('color', {CYCLE})"}
+STYLE: dict = {
+    'figure.dpi': 100,
+    'savefig.dpi': 150,
+    'savefig.bbox': 'tight',
+    'svg.hashsalt': 'saeexplainer',
+    'svg.fonttype': 'none',
+    'font.size': 9,
+    'axes.titlesize': 10,
+    'axes.labelsize': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'legend.frameon': False,
+    'legend.fontsize': 8,
+    'lines.linewidth': 1.5,
+    'figure.constrained_layout.use': True,
+    'axes.prop_cycle': f"cycler('color', {CYCLE})",
+}
 WIDTH = 9. # inches of a page
 
 @contextmanager
@@ -82,9 +119,29 @@ def save_figure(fig, # matplotlib figure
         fig.savefig(folder/f'{name}.svg', metadata={'Date': None, 'Creator': None})
 
 # %% ../nbs/parts/plots.ipynb #e6c39bef
-MARKS = {'label': 's', 'peak words': 'D', 'autointerp': 'v', 'untrained': 'x', 'ao': 'P', 'control': '*',
-         'sft': 'o', 'dpo1': 'o', 'dpo2': 'o', 'best': '^'}
+MARKS = {
+    'label': 's',
+    'peak words': 'D',
+    'autointerp': 'v',
+    'untrained': 'x',
+    'ao': 'P',
+    'control': '*',
+    'sft': 'o',
+    'dpo1': 'o',
+    'dpo2': 'o',
+    'best': '^',
+}
 _BOX = dict(boxstyle='square,pad=.05', fc='w', ec='none', alpha=.8)
+_ABOVE = dict(xytext=(0, 5), textcoords='offset points', ha='center')
+
+def _draw_interval(ax, y, stage, row, scale) -> None: # a line with a mark, and the mean above the mark
+    look = color(stage)
+    mark = MARKS.get(stage, 'o')
+    mean = scale*row['mean']
+    bounds = [scale*row['low'], scale*row['high']]
+    ax.plot(bounds, [y, y], color=look, lw=2, solid_capstyle='butt')
+    ax.plot(mean, y, mark, color=look, ms=6)
+    ax.annotate(f'{mean:.1f}', (mean, y), fontsize=7, bbox=_BOX, **_ABOVE)
 
 def interval_plot(ax, # matplotlib axis
                   rows, # DataFrame: index stages, columns mean, low, high
@@ -92,27 +149,30 @@ def interval_plot(ax, # matplotlib axis
                  ) -> None:
     "Draw means and intervals on an axis, from top to bottom in the order of the rows"
     for y, (stage, row) in enumerate(rows.iterrows()):
-        if np.isnan(row['mean']): continue
-        mean = scale*row['mean']
-        ax.plot([scale*row['low'], scale*row['high']], [y, y], color=color(stage), lw=2, solid_capstyle='butt')
-        ax.plot(mean, y, MARKS.get(stage, 'o'), color=color(stage), ms=6)
-        ax.annotate(f'{mean:.1f}', (mean, y), xytext=(0, 5), textcoords='offset points',
-                    ha='center', fontsize=7, bbox=_BOX)
-    ax.set(yticks=range(len(rows)), yticklabels=[named(stage) for stage in rows.index], ylim=(len(rows) - .5, -.7))
+        is_known = not np.isnan(row['mean'])
+        if is_known: _draw_interval(ax, y, stage, row, scale)
+    names = [named(stage) for stage in rows.index]
+    ax.set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows) - .5, -.7))
     ax.grid(axis='x', color='.9', lw=.8)
     ax.set_axisbelow(True)
 
 # %% ../nbs/parts/plots.ipynb #17588fde
-PANELS = dict(generative='generative accuracy (%)', input='input score (%)', output='output score (%)',
-              gap='gap H - L (activation)')
+PANELS = dict(
+    generative='generative accuracy (%)',
+    input='input score (%)',
+    output='output score (%)',
+    gap='gap H - L (activation)',
+)
 
 def scale_of(metric:str) -> float: # shares are drawn in per cent
     "Return what the values of a metric are multiplied with in figures"
     return 1 if metric == 'gap' else 100
 
 def _mark_chance(ax, chance) -> None:
-    ax.axvline(100*chance, color='k', ls=':', lw=1)
-    ax.text(100*chance, 1, 'chance', transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7)
+    x = 100*chance
+    above = ax.get_xaxis_transform()
+    ax.axvline(x, color='k', ls=':', lw=1)
+    ax.text(x, 1, 'chance', transform=above, ha='center', va='bottom', fontsize=7)
 
 def stage_figure(metrics, # rows stage, feature, metric, value
                  stages=('label', 'sft', 'dpo1', 'dpo2'), # from top to bottom
@@ -120,14 +180,15 @@ def stage_figure(metrics, # rows stage, feature, metric, value
                 ) -> Figure: # a panel for each metric
     "Draw the metrics at each stage, with intervals"
     table = summary(metrics, stages)
+    metric_of_row = table.index.get_level_values('metric')
     with style():
         fig = Figure(figsize=(WIDTH, .75 + .27*len(stages)))
         axes = fig.subplots(1, len(PANELS), sharey=True)
-        for ax, (metric, title) in zip(axes, PANELS.items()):
-            of_metric = table[table.index.get_level_values('metric') == metric].droplevel('metric')
-            interval_plot(ax, of_metric.reindex(stages), scale_of(metric))
+        for ax, metric in zip(axes, PANELS):
+            rows = table[metric_of_row == metric].droplevel('metric')
+            interval_plot(ax, rows.reindex(stages), scale_of(metric))
             if metric == 'output': _mark_chance(ax, chance)
-            ax.set_xlabel(title)
+            ax.set_xlabel(PANELS[metric])
             if metric != 'gap': ax.set_xlim(left=0)
             if ax is not axes[0]: ax.tick_params(left=False)
     return fig
@@ -139,88 +200,146 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 # %% ../nbs/parts/plots.ipynb #b5b5103b
 class Drawing:
     "Boxes and arrows on a page without axes, `width` by `height` units"
-    def __init__(self, width:float, height:float, inches:tuple[float, float]) -> None:
+    def __init__(self,
+                 width:float,
+                 height:float,
+                 inches:tuple[float, float] # of the page
+                ) -> None:
         self.figure = Figure(figsize=inches)
         self.figure.set_layout_engine('none')
         self.ax = self.figure.add_axes((0, 0, 1, 1))
         self.ax.set(xlim=(0, width), ylim=(.6, height))
         self.ax.axis('off')
 
-    def text(self, x:float, y:float, text:str, size:float=7, **how) -> None:
+    def text(self,
+             x:float,
+             y:float,
+             text:str,
+             size:float=7, # of the letters
+             **how
+            ) -> None:
         "Write a text at a place"
         self.ax.text(x, y, text, fontsize=size, **how)
 
-    def box(self, corner:tuple[float, float], size:tuple[float, float], title:str, text:str='', **colors) -> None:
+    def box(self,
+            corner:tuple[float, float], # lower left
+            size:tuple[float, float], # width and height
+            title:str, # bold, at the top
+            text:str='', # in the middle
+            **colors
+           ) -> None:
         "Draw a rounded box with a bold title at its top and a text in its middle"
-        (x, y), (width, height) = corner, size
+        x, y = corner
+        width, height = size
         look:dict[str, Any] = dict(fc='white', ec='k', lw=1.3) | colors
         shape = 'round,pad=0.06,rounding_size=.18'
-        self.ax.add_patch(FancyBboxPatch(corner, width, height, boxstyle=shape, **look))
-        self.text(x + width/2, y + height - .13, title, 8, ha='center', va='top', fontweight='bold')
-        if text: self.text(x + width/2, y + (height - .5)/2, text, 7, ha='center', va='center', linespacing=1.35)
+        frame = FancyBboxPatch(corner, width, height, boxstyle=shape, **look)
+        self.ax.add_patch(frame)
+        middle = x + width/2
+        self.text(middle, y + height - .13, title, 8, ha='center', va='top', fontweight='bold')
+        if text: self.text(middle, y + (height - .5)/2, text, 7, ha='center', va='center', linespacing=1.35)
 
-    def arrow(self, start:tuple[float, float], end:tuple[float, float], color:str='k', bend:float=0.) -> None:
+    def arrow(self,
+              start:tuple[float, float],
+              end:tuple[float, float],
+              color:str='k',
+              bend:float=0. # 0: straight
+             ) -> None:
         "Draw an arrow"
-        self.ax.add_patch(FancyArrowPatch(
-            start, end, arrowstyle='-|>', mutation_scale=11, lw=1.3, color=color,
-            connectionstyle=f'arc3,rad={bend}', shrinkA=1, shrinkB=1,
-        ))
+        curve = f'arc3,rad={bend}'
+        look:dict[str, Any] = dict(arrowstyle='-|>', mutation_scale=11, lw=1.3, color=color, shrinkA=1, shrinkB=1)
+        self.ax.add_patch(FancyArrowPatch(start, end, connectionstyle=curve, **look))
 
 # %% ../nbs/parts/plots.ipynb #42f0bddf
-def _explainer_column(draw:Drawing) -> None: # the explainer's layers, its prompt below, and the injected feature
-    blue = OKABE_ITO['blue']
-    red = OKABE_ITO['vermilion']
-    draw.text(.4, 8.15, 'explainer', 9, fontweight='bold', color=blue)
-    for i in range(5):
-        place = .4, 4.9 + .62*i
-        draw.ax.add_patch(FancyBboxPatch(place, 4.2, .42, boxstyle='round,pad=0.03', fc='#E3EEF8', ec=blue, lw=1))
-    for i, name in enumerate(('layer 0', 'layer 1', 'layer 2', '…', 'last layer')):
-        draw.text(.55, 5.11 + .62*i, name, va='center')
-    for i, token in enumerate(('Feature', '▢', 'is', 'given.', '…')):
-        look:dict[str, Any] = dict(fontweight='bold', color=red) if token == '▢' else dict(color='k')
-        draw.text(1.75 + .65*i, 4.62, token, ha='center', va='top', **look)
-    draw.ax.plot([2.4, 2.4], [4.68, 5.5], color=red, lw=1)
-    draw.ax.plot(2.4, 5.73, 'o', ms=7, color=red)
-    draw.ax.plot([2.4, 3.05, 3.7, 4.3], [5.95, 6.35, 6.97, 7.6], color=red, lw=1, ls=':')
-    injection = 'its decoder direction is injected\nat one token, after layer 1, Eq. 6:\n'
-    draw.box((.3, .9), (4.4, 2.3), 'feature $f$ of the SAE', injection + r'$h^\prime = h + \|h\|\; v_f / \|v_f\|$',
-             fc='#FBEFD5', ec=OKABE_ITO['orange'])
-    draw.arrow((2.4, 3.3), (2.4, 4.2), red)
+_BLUE: dict[str, Any] = dict(fc='#E3EEF8', ec=OKABE_ITO['blue'])
+_ORANGE = dict(fc='#FBEFD5', ec=OKABE_ITO['orange'])
+_GREEN = dict(fc='#DDF1EA', ec=OKABE_ITO['green'])
+_RED = OKABE_ITO['vermilion'] # what is injected
+
+def _draw_layers(draw:Drawing) -> None: # of the explainer, one above the other
+    draw.text(.4, 8.15, 'explainer', 9, fontweight='bold', color=OKABE_ITO['blue'])
+    names = ('layer 0', 'layer 1', 'layer 2', '…', 'last layer')
+    for i, name in enumerate(names):
+        y = 4.9 + .62*i
+        layer = FancyBboxPatch((.4, y), 4.2, .42, boxstyle='round,pad=0.03', lw=1, **_BLUE)
+        draw.ax.add_patch(layer)
+        draw.text(.55, y + .21, name, va='center')
+
+def _draw_prompt(draw:Drawing) -> None: # below the layers
+    tokens = ('Feature', '▢', 'is', 'given.', '…')
+    for i, token in enumerate(tokens):
+        is_placeholder = token == '▢'
+        weight = 'bold' if is_placeholder else 'normal'
+        color = _RED if is_placeholder else 'k'
+        draw.text(1.75 + .65*i, 4.62, token, ha='center', va='top', fontweight=weight, color=color)
+
+def _draw_injection(draw:Drawing) -> None: # a feature, and the way of its direction through the layers
+    draw.ax.plot([2.4, 2.4], [4.68, 5.5], color=_RED, lw=1)
+    draw.ax.plot(2.4, 5.73, 'o', ms=7, color=_RED)
+    draw.ax.plot([2.4, 3.05, 3.7, 4.3], [5.95, 6.35, 6.97, 7.6], color=_RED, lw=1, ls=':')
+    in_words = 'its decoder direction is injected\nat one token, after layer 1, Eq. 6:\n'
+    formula = r'$h^\prime = h + \|h\|\; v_f / \|v_f\|$'
+    draw.box((.3, .9), (4.4, 2.3), 'feature $f$ of the SAE', in_words + formula, **_ORANGE)
+    draw.arrow((2.4, 3.3), (2.4, 4.2), _RED)
 
 # %% ../nbs/parts/plots.ipynb #78efa9d9
-def _preference_loop(draw:Drawing) -> None: # from explanations to pairs, and back to the explainer
-    orange = dict(fc='#FBEFD5', ec=OKABE_ITO['orange'])
-    green = dict(fc='#DDF1EA', ec=OKABE_ITO['green'])
-    explanations = "“the word ‘park’”\n“national institutions”\n“names of places”"
-    draw.box((6.1, 6.6), (3.2, 1.9), 'K explanations', explanations, ec=OKABE_ITO['blue'])
+def _draw_texts(draw:Drawing) -> None: # from explanations to what the target makes of texts
+    draw.box(
+        corner=(6.1, 6.6),
+        size=(3.2, 1.9),
+        title='K explanations',
+        text="“the word ‘park’”\n“national institutions”\n“names of places”",
+        ec=OKABE_ITO['blue'],
+    )
     draw.arrow((4.75, 7.55), (6.0, 7.55))
     draw.text((4.75 + 6.)/2, 7.55 + .18, 'says', ha='center', va='center', style='italic')
-    texts = 'a writer acts on the words\n“They met in the\nnational park …”'
-    draw.box((10.3, 6.6), (3.2, 1.9), 'M texts of each', texts, ec='.4')
+    draw.box(
+        corner=(10.3, 6.6),
+        size=(3.2, 1.9),
+        title='M texts of each',
+        text='a writer acts on the words\n“They met in the\nnational park …”',
+        ec='.4',
+    )
     draw.arrow((9.4, 7.55), (10.2, 7.55))
-    reading = 'reads the texts;\nhow strongly does\n$f$ respond?'
-    draw.box((14.4, 6.6), (3.3, 1.9), 'target model', reading, **orange)
+    draw.box(
+        corner=(14.4, 6.6),
+        size=(3.3, 1.9),
+        title='target model',
+        text='reads the texts;\nhow strongly does\n$f$ respond?',
+        **_ORANGE,
+    )
     draw.arrow((13.6, 7.55), (14.3, 7.55))
+
+# %% ../nbs/parts/plots.ipynb #e19e9733
+def _draw_pairs(draw:Drawing) -> None: # from activations to pairs, and back to the explainer
     draw.box((14.4, 3.7), (3.3, 1.7), 'score $s_k$', 'largest activation,\nEq. 7', ec=OKABE_ITO['orange'])
     draw.arrow((16.05, 6.5), (16.05, 5.5))
-    pair = 'the best  ≻  one clearly\nworse, Eq. 8–10'
-    draw.box((9.6, 3.7), (3.9, 1.7), 'preference pair', pair, **green)
+    draw.box((9.6, 3.7), (3.9, 1.7), 'preference pair', 'the best  ≻  one clearly\nworse, Eq. 8–10', **_GREEN)
     draw.arrow((14.3, 4.55), (13.6, 4.55))
-    draw.box((6.1, 3.7), (2.6, 1.7), 'DPO', 'two rounds,\nEq. 11', **green)
+    draw.box((6.1, 3.7), (2.6, 1.7), 'DPO', 'two rounds,\nEq. 11', **_GREEN)
     draw.arrow((9.5, 4.55), (8.8, 4.55))
     draw.arrow((6.0, 4.75), (4.72, 5.6), OKABE_ITO['green'])
     draw.text(5.3, 5.5, 'learns', style='italic')
 
+def _draw_frame(draw:Drawing) -> None: # SFT before the loop, the measures behind it
+    draw.box((6.1, .9), (2.6, 1.5), 'SFT', 'known labels,\nonce, to begin', **_BLUE)
+    draw.arrow((6.0, 2.0), (4.72, 4.8), OKABE_ITO['blue'], bend=.2)
+    draw.box(
+        corner=(9.6, .9),
+        size=(8.1, 1.5),
+        title='four measures, on features that no stage has seen',
+        text='generative accuracy · input score\noutput score (steering) · discriminative gap, Eq. 12–18',
+        ec='.4',
+    )
+
 def framework_figure() -> Figure:
     "Draw the method in one picture: injection, explanations, texts, the target's activations, pairs and training"
-    blue = dict(fc='#E3EEF8', ec=OKABE_ITO['blue'])
     with style():
         draw = Drawing(18, 9.2, inches=(WIDTH, 4.6))
-        _explainer_column(draw)
-        _preference_loop(draw)
-        draw.box((6.1, .9), (2.6, 1.5), 'SFT', 'known labels,\nonce, to begin', **blue)
-        draw.arrow((6.0, 2.0), (4.72, 4.8), OKABE_ITO['blue'], bend=.2)
-        measures = ('generative accuracy · input score\n'
-                    'output score (steering) · discriminative gap, Eq. 12–18')
-        draw.box((9.6, .9), (8.1, 1.5), 'four measures, on features that no stage has seen', measures, ec='.4')
+        _draw_layers(draw)
+        _draw_prompt(draw)
+        _draw_injection(draw)
+        _draw_texts(draw)
+        _draw_pairs(draw)
+        _draw_frame(draw)
     return draw.figure

@@ -28,12 +28,18 @@ def check_reference(reference:str # the model that a steered one is compared wit
         raise ValueError(f"the reference is {reference!r}: it is 'raw', the model itself, or 'sae', the model "
                          f"with the SAE's reconstruction spliced in")
 
+def _are_numbers(values, array) -> bool: # `array`: of the values
+    return array.dtype.kind in 'iuf' and not isinstance(values, np.ma.MaskedArray)
+
+def _fit_fp32(array) -> bool: # False for what is not finite, too
+    largest = np.finfo(np.float32).max
+    return (abs(array.astype(np.float64)) <= largest).all()
+
 def clamp_values(values # a number, or any array of them
                 ) -> np.ndarray: # fp32, of the same shape
     "Return what features are clamped to; raise `ValueError` for what is no number that fp32 can hold"
     array = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values)
-    numbers = array.dtype.kind in 'iuf' and not isinstance(values, np.ma.MaskedArray)
-    if not numbers or not (abs(array.astype(np.float64)) <= np.finfo(np.float32).max).all():
+    if not _are_numbers(values, array) or not _fit_fp32(array):
         raise ValueError(f'a feature is clamped to {str(values)[:60]!r}: a clamp is a number, and finite')
     return array.astype(np.float32)
 
@@ -98,7 +104,8 @@ def log_probs_at(model, # causal LM
                 ) -> torch.Tensor: # (positions that count, vocabulary) fp32
     "Return log-probabilities of the next token, at the positions that count"
     positions = (batch['attention_mask'].cumsum(-1) - 1).clamp(min=0)
-    return model(**batch, position_ids=positions, use_cache=False).logits[counts].float().log_softmax(-1)
+    logits = model(**batch, position_ids=positions, use_cache=False).logits
+    return logits[counts].float().log_softmax(-1)
 
 def clean_run(model, # causal LM
               reader:FeatureReader, # of an SAE of this model
@@ -108,8 +115,10 @@ def clean_run(model, # causal LM
              ) -> CleanRun:
     "Read prompts without steering; raise `ValueError` where the model's output is not finite"
     mask = batch['attention_mask']
-    counts = mask.bool() & (mask.cumsum(-1) > 1) if bos else mask.bool()
-    counts = torch.where(counts.any(-1, keepdim=True), counts, mask.bool()) # a prompt of nothing but BOS
+    is_token = mask.bool()
+    counts = is_token & (mask.cumsum(-1) > 1) if bos else is_token
+    any_counts = counts.any(-1, keepdim=True)
+    counts = torch.where(any_counts, counts, is_token) # all of a prompt of nothing but BOS
     seen:list[torch.Tensor] = []
     with residual_hook(model, reader.layer, reader.hook, seen.append), unsteered(model, reader, mask, reference):
         log_probs = log_probs_at(model, batch, counts)
@@ -143,13 +152,18 @@ def steered_kls(model, # causal LM
                 reference:str='raw' # what was clean
                ) -> list[float]: # in nats, one per value
     "Return KL(clean || steered), averaged over the positions of each prompt and then over the prompts"
-    p, t = clean.counts.shape
-    weight = (clean.counts / clean.counts.sum(-1, keepdim=True) / p)[clean.counts] # of each position
-    most = max(1, LOGITS_AT_ONCE//(p*t*clean.log_probs.shape[1])) # clamps in a forward pass
+    n_prompts, length = clean.counts.shape
+    vocabulary = clean.log_probs.shape[1]
+    per_prompt = clean.counts.sum(-1, keepdim=True)
+    weights = clean.counts / per_prompt / n_prompts
+    weight = weights[clean.counts] # of each position
+    most = max(1, LOGITS_AT_ONCE//(n_prompts*length*vocabulary)) # clamps in a forward pass
+    clean_probs = clean.log_probs.exp()
     kls:list[float] = []
     for start in range(0, len(values), most):
-        steered = steered_log_probs(model, reader, clean, feature, values[start:start+most], reference)
-        kl = (clean.log_probs.exp() * (clean.log_probs - steered)).sum(-1)
+        clamps = values[start:start + most]
+        steered = steered_log_probs(model, reader, clean, feature, clamps, reference)
+        kl = (clean_probs * (clean.log_probs - steered)).sum(-1)
         kls += (kl * weight).sum(-1).tolist()
     return kls
 
@@ -168,9 +182,12 @@ def steering_scale(reader:FeatureReader, # of an SAE of the model
     resid = clean.resid.float()
     features = torch.full((len(resid),), int(feature), device=resid.device)
     acts = reader.activations(resid, features)
-    one = decoder_step(reader.sae, resid, features).norm(dim=-1).expand(resid.shape[:2]) # size of one unit
-    ratio = (resid.norm(dim=-1) / one)[clean.counts].median().item()
-    return SteeringScale(acts[clean.counts].max().item(), .1*ratio)
+    steps = decoder_step(reader.sae, resid, features)
+    one = steps.norm(dim=-1).expand(resid.shape[:2]) # size of one unit
+    ratios = resid.norm(dim=-1) / one
+    active = acts[clean.counts].max()
+    ratio = ratios[clean.counts].median()
+    return SteeringScale(active.item(), .1*ratio.item())
 
 # %% ../nbs/parts/steering.ipynb #e1bd8783
 def check_kls(kls:Sequence[float], # wanted, in nats; negative: by a negative clamp
@@ -192,7 +209,14 @@ def sizes_between(low:float, # a size whose KL is below the target
     below = max(known[low], 1e-9)
     beyond = known[high]
     share = math.log(target/below) / math.log(beyond/below) if math.isfinite(beyond) else .5
-    return [low * (high/low)**min(max(s, .02), .98) for s in (share-.1, share, share+.1, .5)]
+    shares = (share - .1, share, share + .1, .5)
+    inside = [min(max(one, .02), .98) for one in shares]
+    return [low * (high/low)**one for one in inside]
+
+def _steps_below(sizes, known, target) -> int: # sizes before the first one whose KL is not below the target
+    for i, size in enumerate(sizes):
+        if not known[size] < target: return i
+    return len(sizes)
 
 def next_sizes(known:dict[float, float], # {size: its KL}; NaN: beyond what the model can take
                target:float, # KL
@@ -201,16 +225,18 @@ def next_sizes(known:dict[float, float], # {size: its KL}; NaN: beyond what the 
               ) -> list[float]: # none: the search is at its end
     "Return the sizes at which to look for a KL next"
     if not known: return [1/16, 1/4, 1., 4.]
-    if any(abs(kl - target) <= tolerance*target for kl in known.values()): return []
+    is_found = any(abs(kl - target) <= tolerance*target for kl in known.values())
+    if is_found: return []
     sizes = sorted(known)
-    above = next((i for i, s in enumerate(sizes) if not known[s] < target), None)
-    if above is None: more = [sizes[-1]*4**i for i in range(1, 5)]
-    elif above == 0: more = [sizes[0]/4**i for i in range(1, 5)]
+    n_below = _steps_below(sizes, known, target)
+    if n_below == len(sizes): more = [sizes[-1]*4**i for i in range(1, 5)]
+    elif n_below == 0: more = [sizes[0]/4**i for i in range(1, 5)]
     else:
-        low, high = sizes[above-1:above+1]
+        low = sizes[n_below - 1]
+        high = sizes[n_below]
         if high/low < 1.001: return [] # a jump
         more = sizes_between(low, high, known, target)
-    return [s for s in more if 1/limit <= s <= limit]
+    return [size for size in more if 1/limit <= size <= limit]
 
 # %% ../nbs/parts/steering.ipynb #be2ad0d7
 @dataclass(frozen=True)

@@ -37,17 +37,21 @@ a set repeats.
 
 Which set fits the description best? Answer with one letter: {letters}.'''
 
-def _bullet(text) -> str:
-    return f'- {" ".join(text.split())}'
+def _bullet(text) -> str: # in one line
+    words = text.split()
+    return '- ' + ' '.join(words)
 
 def judge_prompt(explanation:str,
                  sets # lists of texts, in the order of their letters
                 ) -> str: # prompt E.5
     "Return what a capable judge is asked"
     letters = LETTERS[:len(sets)]
-    shown = [f'Set {letter}:\n' + '\n'.join(map(_bullet, texts)) for letter, texts in zip(letters, sets)]
-    return JUDGE.format(explanation=explanation.strip(), n=len(sets), sets='\n\n'.join(shown),
-                        letters=', '.join(letters[:-1]) + f' or {letters[-1]}')
+    shown = []
+    for letter, texts in zip(letters, sets):
+        bullets = [_bullet(text) for text in texts]
+        shown.append(f'Set {letter}:\n' + '\n'.join(bullets))
+    choices = ', '.join(letters[:-1]) + f' or {letters[-1]}'
+    return JUDGE.format(explanation=explanation.strip(), n=len(sets), sets='\n\n'.join(shown), letters=choices)
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #a2e8869b
 @dataclass(frozen=True)
@@ -82,6 +86,10 @@ def shuffled(case:Case,
     return Shown(case, order, own)
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #a8a500ee
+def _letter_request(shown) -> Request:
+    prompt = judge_prompt(shown.case.claim.text, shown.sets)
+    return Request(prompt, 64, temperature=0., seed=shown.seed)
+
 def verdicts_by_letter(writer, # Writer that can answer prompt E.5
                        cases, # iterable of `Shown`
                        n:int, # sets in each
@@ -89,22 +97,25 @@ def verdicts_by_letter(writer, # Writer that can answer prompt E.5
                       ) -> Iterator[tuple[Shown, Verdict]]: # as they come
     "Ask a capable judge for the letter of a set"
     letters = list(LETTERS[:n])
-    asked = ((shown, Request(judge_prompt(shown.case.claim.text, shown.sets), 64, temperature=0., seed=shown.seed))
-             for shown in cases)
+    asked = ((shown, _letter_request(shown)) for shown in cases)
     for shown, reply in answers(writer, asked, choices=letters, stage='judge', **how):
         letter = (reply.text or '').strip()
-        yield shown, Verdict(letters.index(letter) if letter in letters else None)
+        choice = letters.index(letter) if letter in letters else None
+        yield shown, Verdict(choice)
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #ea98342d
 OVERHEARD = '{texts}\nThese texts have something in common:'
 
 def _overheard(texts) -> str: # the context in which an explanation is to be expected; of no texts: that of log P(e)
-    return OVERHEARD.format(texts=''.join(_bullet(text) + '\n' for text in texts)).strip()
+    bullets = [_bullet(text) + '\n' for text in texts]
+    return OVERHEARD.format(texts=''.join(bullets)).strip()
 
 def _ranked(log_probs) -> Verdict: # of each set, then of no texts
     scores = log_probs[:-1] - log_probs[-1]
-    choice = int(scores.argmax()) if np.isfinite(scores).all() else None
-    return Verdict(choice, [round(float(score), 4) for score in scores])
+    rounded = [round(float(score), 4) for score in scores]
+    is_known = np.isfinite(scores).all()
+    choice = int(scores.argmax()) if is_known else None
+    return Verdict(choice, rounded)
 
 def judge_locally(writer, # LocalWriter
                   cases # [(explanation, sets in the order shown)]
@@ -114,8 +125,9 @@ def judge_locally(writer, # LocalWriter
     wanted = []
     ends = [] # of the cases
     for explanation, sets in cases:
+        words = explanation.split()
         contexts += [_overheard(texts) for texts in [*sets, []]]
-        wanted += [' ' + ' '.join(explanation.split())]*(len(sets) + 1)
+        wanted += [' ' + ' '.join(words)]*(len(sets) + 1)
         ends.append(len(contexts))
     log_probs = np.asarray(writer.log_probs(contexts, wanted), dtype=float)
     return [_ranked(part) for _, part in zip(cases, np.split(log_probs, ends))]
@@ -124,14 +136,17 @@ def judge_locally(writer, # LocalWriter
 def _verdicts_of_local(writer, cases, size, bar): # yields (Shown, Verdict); `size` cases at a time
     cases = iter(cases)
     while batch := list(itertools.islice(cases, size)):
-        verdicts = judge_locally(writer, [(shown.case.claim.text, shown.sets) for shown in batch])
+        to_judge = [(shown.case.claim.text, shown.sets) for shown in batch]
+        verdicts = judge_locally(writer, to_judge)
         yield from zip(batch, verdicts)
         bar.update(len(batch))
 
 def _verdict_rows(shown, verdict) -> list[dict]: # of the table `judgements`
-    about = dict(feature=shown.case.claim.feature, choice=verdict.choice, true=shown.order.index(0),
-                 scores=dict(order=shown.order, scores=verdict.scores))
-    return [dict(stage=stage, **about) for stage in shown.case.claim.stages]
+    claim = shown.case.claim
+    scores = dict(order=shown.order, scores=verdict.scores)
+    true = shown.order.index(0)
+    about = dict(feature=claim.feature, choice=verdict.choice, true=true, scores=scores)
+    return [dict(stage=stage, **about) for stage in claim.stages]
 
 def judge_cases(store, # RunStore
                 writer, # Writer, of the kind that `preset.evaluation_writer` says
@@ -144,9 +159,14 @@ def judge_cases(store, # RunStore
     shown = (shuffled(case, preset.seed) for case in cases)
     local = is_local(preset.evaluation_writer)
     with progress_bar(len(cases), description, progress and local) as bar: # a capable writer has a bar of its own
-        if local: verdicts = _verdicts_of_local(writer, shown, max(1, preset.batch_size//8), bar)
-        else: verdicts = verdicts_by_letter(writer, shown, preset.n_controls + 1, total=len(cases), progress=progress)
-        for one, verdict in verdicts: store.put_judgements(_verdict_rows(one, verdict))
+        if local:
+            size = max(1, preset.batch_size//8)
+            verdicts = _verdicts_of_local(writer, shown, size, bar)
+        else:
+            n_sets = preset.n_controls + 1
+            verdicts = verdicts_by_letter(writer, shown, n_sets, total=len(cases), progress=progress)
+        for one, verdict in verdicts:
+            store.put_judgements(_verdict_rows(one, verdict))
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #31378b97
 def _whole_or_none(x) -> int|None: # pandas keeps whole numbers with gaps as floats
@@ -156,9 +176,11 @@ def _known_verdicts(store, claims) -> dict: # {(feature, explanation): fields of
     explanation = explanation_by_stage(store, claims)
     known = {}
     for row in store.judgements().itertuples():
-        if (row.stage, row.feature) not in explanation: continue
-        fields = dict(choice=_whole_or_none(row.choice), true=_whole_or_none(row.true), scores=row.scores)
-        known[row.feature, explanation[row.stage, row.feature]] = fields
+        text = explanation.get((row.stage, row.feature))
+        if text is None: continue
+        choice = _whole_or_none(row.choice)
+        true = _whole_or_none(row.true)
+        known[row.feature, text] = dict(choice=choice, true=true, scores=row.scores)
     return known
 
 def judge(store, # RunStore
@@ -186,11 +208,25 @@ def judge(store, # RunStore
 # %% ../../nbs/parts/evaluation/judge.ipynb #d7d24e1e
 def _generative_texts(store, stage, features) -> dict: # {feature: texts that could be made, in order}
     rows = store.texts(stage, 'generative')
-    made = rows[rows['error'].isna() & rows['feature'].isin(list(features))]
+    is_made = rows['error'].isna()
+    is_wanted = rows['feature'].isin(list(features))
     texts = {}
-    for feature, group in made.groupby('feature'):
-        texts[int(feature)] = group.sort_values('j')['text'].tolist()
+    for feature, group in rows[is_made & is_wanted].groupby('feature'):
+        in_order = group.sort_values('j')
+        texts[int(feature)] = in_order['text'].tolist()
     return texts
+
+def _control_case(feature, labels, texts, how, seed) -> Case|None: # None: there are too few texts
+    own = labels.get(feature)
+    others = [other for other in sorted(texts) if labels[other] != own]
+    if feature not in texts or len(others) < how.n_controls: return None
+    rng = np.random.default_rng(seed_for(seed, 'judge control', feature))
+    drawn = rng.choice(len(others), how.n_controls, replace=False)
+    sets = [texts[feature]] + [texts[others[place]] for place in drawn]
+    n_steered = len(how.kl)*len(how.prompts)
+    n = min(n_steered, *map(len, sets))
+    claim = Claim(feature, own, ('control',))
+    return Case(claim, [of_set[:n] for of_set in sets])
 
 def control_cases(store, # RunStore
                   explanations:dict, # {stage: {feature: text}}
@@ -202,16 +238,8 @@ def control_cases(store, # RunStore
     stage = 'label' if explanations.get('label') else next(iter(explanations))
     labels = {int(feature): text for feature, text in explanations[stage].items() if text and text.strip()}
     texts = _generative_texts(store, stage, labels)
-    cases = []
-    for feature in map(int, features):
-        others = [other for other in sorted(texts) if labels[other] != labels.get(feature)]
-        if feature not in texts or len(others) < how.n_controls: continue
-        rng = np.random.default_rng(seed_for(seed, 'judge control', feature))
-        drawn = [others[i] for i in rng.choice(len(others), how.n_controls, replace=False)]
-        sets = [texts[one] for one in (feature, *drawn)]
-        n = min(len(how.kl)*len(how.prompts), *map(len, sets))
-        cases.append(Case(Claim(feature, labels[feature], ('control',)), [some[:n] for some in sets]))
-    return cases
+    cases = [_control_case(int(feature), labels, texts, how, seed) for feature in features]
+    return [case for case in cases if case is not None]
 
 def judge_controls(store, # RunStore
                    writer, # Writer that judges

@@ -29,7 +29,18 @@ def _known(values) -> np.ndarray: # those that are not NaN
 
 def _pieces(n, size): # yields how many of n draws of `size` numbers to make at a time
     most = max(1, AT_ONCE//size)
-    for done in range(0, n, most): yield min(most, n - done)
+    for done in range(0, n, most):
+        left = n - done
+        yield min(most, left)
+
+def _resampled_means(values, n, seed) -> np.ndarray: # (n,)
+    rng = np.random.default_rng(seed)
+    size = len(values)
+    means = []
+    for rows in _pieces(n, size):
+        places = rng.integers(size, size=(rows, size))
+        means.append(values[places].mean(1))
+    return np.concatenate(means)
 
 def bootstrap_ci(values, # one value per feature; NaN: unavailable, left out and counted
                  n:int=10_000, # resamples
@@ -43,10 +54,11 @@ def bootstrap_ci(values, # one value per feature; NaN: unavailable, left out and
     if np.isinf(known).any(): raise ValueError('an infinite value has no interval')
     missing = np.size(values) - len(known)
     if not len(known): return Interval(np.nan, np.nan, np.nan, 0, missing)
-    rng = np.random.default_rng(seed)
-    means = [known[rng.integers(len(known), size=(rows, len(known)))].mean(1) for rows in _pieces(n, len(known))]
-    low, high = np.quantile(np.concatenate(means), [(1 - level)/2, (1 + level)/2])
-    return Interval(float(low), float(high), float(known.mean()), len(known), missing)
+    means = _resampled_means(known, n, seed)
+    bounds = [(1 - level)/2, (1 + level)/2]
+    low, high = np.quantile(means, bounds)
+    mean = known.mean()
+    return Interval(float(low), float(high), float(mean), len(known), missing)
 
 # %% ../../nbs/parts/evaluation/stats.ipynb #1335d81e
 def sign_flip(differences, # one value per feature; NaN is left out
@@ -61,6 +73,7 @@ def sign_flip(differences, # one value per feature; NaN is left out
     found = abs(known.sum()) - 1e-9
     as_far = 0
     for rows in _pieces(n, len(known)):
-        sums = rng.choice((-1, 1), size=(rows, len(known))) @ known
-        as_far += int((np.abs(sums) >= found).sum())
+        signs = rng.choice((-1, 1), size=(rows, len(known)))
+        sums = np.abs(signs @ known)
+        as_far += int((sums >= found).sum())
     return (1 + as_far)/(1 + n)

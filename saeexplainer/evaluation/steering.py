@@ -26,7 +26,8 @@ def control_features(feature:int, # explained
     if len(others) < n:
         raise ValueError(f'{n} control features are wanted, but only {len(others)} other features are alive')
     rng = np.random.default_rng(seed_for(seed, 'control', int(feature)))
-    return [others[i] for i in rng.choice(len(others), n, replace=False)]
+    drawn = rng.choice(len(others), n, replace=False)
+    return [others[place] for place in drawn]
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #8b3e77f9
 @dataclass(frozen=True)
@@ -56,6 +57,19 @@ def searches_for(features, # explained
     return list(dict.fromkeys(searches))
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #acdb0952
+def _clamped(search) -> tuple: # by which searches stand together
+    return search.feature, search.control, search.steered
+
+def _search_row(search, found) -> dict: # of the table `steering`
+    return dict(
+        feature=search.feature,
+        control=search.control,
+        kl_target=search.kl_target,
+        steered=search.steered,
+        value=found.value,
+        kl=found.kl,
+        reached=found.reached)
+
 def calibrate(store, # RunStore
               target, # Target
               features, # indices
@@ -70,18 +84,16 @@ def calibrate(store, # RunStore
     todo = [search for search in searches if search.key in missing]
     found = {(row.steered, row.kl_target): row for row in store.steering().itertuples()}
     with progress_bar(len(todo), 'steering: KL searches', progress) as bar:
-        for (_, _, steered), together in itertools.groupby(todo, lambda s: (s.feature, s.control, s.steered)):
+        for (_, _, steered), together in itertools.groupby(todo, key=_clamped):
             group = list(together)
             new = [search.kl_target for search in group if (steered, search.kl_target) not in found]
-            values = target.steering_values(steered, new, how.prompts, reference=how.reference) if new else []
-            found |= {(steered, kl): value for kl, value in zip(new, values)}
-            store.put_steering([_search_row(search, found[steered, search.kl_target]) for search in group])
+            if new:
+                values = target.steering_values(steered, new, how.prompts, reference=how.reference)
+                found |= {(steered, kl): value for kl, value in zip(new, values)}
+            rows = [_search_row(search, found[steered, search.kl_target]) for search in group]
+            store.put_steering(rows)
             bar.update(len(group))
     return len(todo)
-
-def _search_row(search, found) -> dict: # of the table `steering`
-    return dict(feature=search.feature, control=search.control, kl_target=search.kl_target, steered=search.steered,
-                value=found.value, kl=found.kl, reached=found.reached)
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #b8492bf6
 def usable_targets(store, # RunStore
@@ -92,9 +104,12 @@ def usable_targets(store, # RunStore
     rows = store.steering([int(feature) for feature in features])
     reached = {(row.feature, row.control, row.kl_target) for row in rows.itertuples() if row.reached}
     controls = range(how.n_controls + 1)
-    usable = {}
+    usable: dict[int, list] = {}
     for feature in map(int, features):
-        usable[feature] = [kl for kl in how.kl if all((feature, control, kl) in reached for control in controls)]
+        usable[feature] = []
+        for kl in how.kl:
+            by_all = all((feature, control, kl) in reached for control in controls)
+            if by_all: usable[feature].append(kl)
     return usable
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #9009d5a6
@@ -138,10 +153,16 @@ def steer(store, # RunStore
         for start in range(0, len(todo), preset.batch_size):
             batch = todo[start:start + preset.batch_size]
             seeds = [seed_for(preset.seed, 'steered', *text.key) for text in batch]
-            written = target.generate([text.prompt for text in batch], feature=[text.steered for text in batch],
-                                      value=[text.value for text in batch], max_new_tokens=how.tokens,
-                                      temperature=how.temperature, reference=how.reference, seeds=seeds)
-            store.put_steered_texts([(*text.key, new) for text, new in zip(batch, written)])
+            written = target.generate(
+                [text.prompt for text in batch],
+                feature=[text.steered for text in batch],
+                value=[text.value for text in batch],
+                max_new_tokens=how.tokens,
+                temperature=how.temperature,
+                reference=how.reference,
+                seeds=seeds)
+            rows = [(*text.key, new) for text, new in zip(batch, written)]
+            store.put_steered_texts(rows)
             bar.update(len(batch))
     return len(todo)
 
@@ -156,5 +177,8 @@ def steered_sets(store, # RunStore
     rows = store.steered_texts(int(feature))
     texts = {(row.control, row.kl_target, row.prompt): row.text for row in rows.itertuples()}
     keys = [(kl, prompt) for kl in usable for prompt in how.prompts]
-    return [[f'{prompt} {texts[control, kl, prompt].strip()}' for kl, prompt in keys]
-            for control in range(how.n_controls + 1)]
+    sets = []
+    for control in range(how.n_controls + 1):
+        of_control = [f'{prompt} {texts[control, kl, prompt].strip()}' for kl, prompt in keys]
+        sets.append(of_control)
+    return sets

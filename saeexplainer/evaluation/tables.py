@@ -25,9 +25,9 @@ ACTIVATIONS = ('high', 'low', 'gap') # metrics in units of the activation; the o
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #89eed551
 def _check_once(metrics): # raises `ValueError` where a value is there twice
-    twice = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
-    if not len(twice): return
-    row = twice.iloc[0]
+    is_repeated = metrics.duplicated(['stage', 'feature', 'metric'])
+    if not is_repeated.any(): return
+    row = metrics[is_repeated].iloc[0]
     raise ValueError(f'feature {row.feature} has two values of {row.metric} at {row.stage}: keep one of each')
 
 SUMMARY = ['stage', 'metric', 'n', 'mean', 'low', 'high', 'unavailable', 'failures', 'empty']
@@ -42,9 +42,9 @@ def summary(metrics, # columns stage, feature, metric, value
         of_stage = metrics[metrics['stage'] == stage]
         total = of_stage.groupby('metric')['value'].sum()
         for name in METRICS:
-            values = of_stage[of_stage['metric'] == name].sort_values('feature')['value']
-            if not len(values): continue
-            ci = bootstrap_ci(values)
+            of_metric = of_stage[of_stage['metric'] == name].sort_values('feature')
+            if not len(of_metric): continue
+            ci = bootstrap_ci(of_metric['value'])
             rows.append(dict(
                 stage=stage,
                 metric=name,
@@ -58,15 +58,21 @@ def summary(metrics, # columns stage, feature, metric, value
     return pd.DataFrame(rows, columns=SUMMARY).set_index(['stage', 'metric'])
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #f390b6ee
+def _mean_and_bounds(row, scale, digits) -> str: # '-' where there is no mean
+    if np.isnan(row['mean']): return '-'
+    mean, low, high = (f'{scale*row[column]:.{digits}f}' for column in ('mean', 'low', 'high'))
+    return f'{mean} [{low}, {high}]'
+
 def stage_table(table # `summary`
                ) -> pd.DataFrame: # one row per stage, 'mean [low, high]' as text; shares in per cent
     "Return a summary as a table to read"
     cells: dict[str, dict] = {}
     for (stage, name), row in table.iterrows():
         scale, digits = (1, 2) if name in ACTIVATIONS else (100, 1)
-        mean, low, high = (f'{scale*row[column]:.{digits}f}' for column in ('mean', 'low', 'high'))
-        cells.setdefault(name, {})[stage] = '-' if np.isnan(row['mean']) else f'{mean} [{low}, {high}]'
-    return pd.DataFrame(cells).reindex(table.index.get_level_values(0).unique()).fillna('-')
+        of_metric = cells.setdefault(name, {})
+        of_metric[stage] = _mean_and_bounds(row, scale, digits)
+    stages = table.index.get_level_values(0).unique()
+    return pd.DataFrame(cells).reindex(stages).fillna('-')
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #7c43deb5
 DIFFERENCES = ['stage', 'baseline', 'metric', 'n', 'difference', 'low', 'high', 'p']
@@ -102,13 +108,15 @@ def p_text(p:float) -> str: # '-' for NaN
 AGREEMENT = ['metric', 'values', 'within', 'same_order', 'pairs']
 
 def _rank_correlation(values) -> float: # columns value_1, value_2; NaN where one of them is constant
-    first, second = values['value_1'], values['value_2']
+    first = values['value_1']
+    second = values['value_2']
     if min(first.nunique(), second.nunique()) < 2: return np.nan
     return first.rank().corr(second.rank())
 
 def _in_same_order(means, one, other) -> bool: # index stage, columns value_1, value_2
     difference = means.loc[one] - means.loc[other]
-    return bool(difference['value_1']*difference['value_2'] > 0)
+    product = difference['value_1']*difference['value_2']
+    return bool(product > 0)
 
 def agreement(first, # rows of one writer, with columns stage, feature, metric, value
               second, # of the other, likewise
@@ -140,9 +148,13 @@ def agreement(first, # rows of one writer, with columns stage, feature, metric, 
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #e3be994c
 def _score_by_feature(rows) -> dict: # of `screen`: mean score of each feature, for either part
-    greedy = rows['k'] == 0
-    parts = {'greedy': rows[greedy], 'drawn': rows[~greedy]}
-    return {name: part.groupby('feature')['score'].mean() for name, part in parts.items()}
+    is_greedy = rows['k'] == 0
+    parts = {'greedy': rows[is_greedy], 'drawn': rows[~is_greedy]}
+    means = {}
+    for name, part in parts.items():
+        by_feature = part.groupby('feature')['score']
+        means[name] = by_feature.mean()
+    return means
 
 def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
                 ) -> pd.DataFrame: # one row for each variant
@@ -150,7 +162,8 @@ def screen_table(screened:dict # variant -> rows of `screen`, 'sft' among them
     scores = {variant: _score_by_feature(rows) for variant, rows in screened.items()}
     table = {}
     for variant, parts in scores.items():
-        row = dict(words=screened[variant]['text'].str.split().str.len().mean())
+        n_words = screened[variant]['text'].str.split().str.len()
+        row = dict(words=n_words.mean())
         for part, score in parts.items():
             difference = (score - scores['sft'][part]).dropna()
             ci = bootstrap_ci(100*difference)

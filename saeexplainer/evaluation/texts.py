@@ -55,7 +55,8 @@ SUBJECTS = (
     'a phone call', 'a mountain walk', 'a new bicycle', 'a wedding')
 
 def _words(text) -> set[str]:
-    return set(re.findall(r'\w+', text.casefold())) - {'a', 'an', 'the', 'to'}
+    words = re.findall(r'\w+', text.casefold())
+    return set(words) - {'a', 'an', 'the', 'to'}
 
 def neutral_subject(explanation:str, seed:int) -> str: # one of `SUBJECTS`
     "Choose a subject that shares no word with the explanation"
@@ -189,8 +190,10 @@ def explanation_by_stage(store, # RunStore
                         ) -> dict: # {(stage, feature): text}
     "Return what each stage says of each feature, by the store and by the claims at hand"
     rows = store.explanations().query('k == 0')
-    known = {(row.stage, row.feature): row.text for row in rows.itertuples()}
-    return known | {(stage, claim.feature): claim.text for claim in claims for stage in claim.stages}
+    explanation = {(row.stage, row.feature): row.text for row in rows.itertuples()}
+    for claim in claims:
+        for stage in claim.stages: explanation[stage, claim.feature] = claim.text
+    return explanation
 
 def stored_texts(store, # RunStore
                  claims:list[Claim]
@@ -199,9 +202,11 @@ def stored_texts(store, # RunStore
     explanation = explanation_by_stage(store, claims)
     found: dict[TextKey, StoredText] = {}
     for row in store.texts(kind=KINDS).itertuples(index=False):
-        if (row.stage, row.feature) not in explanation: continue
-        key = TextKey(row.feature, explanation[row.stage, row.feature], Place(row.kind, row.j))
-        found.setdefault(key, StoredText(row.text, row.error)).stages.add(row.stage)
+        claimed = explanation.get((row.stage, row.feature))
+        if claimed is None: continue
+        key = TextKey(row.feature, claimed, Place(row.kind, row.j))
+        same = found.setdefault(key, StoredText(row.text, row.error))
+        same.stages.add(row.stage)
     return found
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #8c16331c
@@ -278,8 +283,10 @@ def write_evaluation_texts(store, # RunStore
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #aa5b2b20
 def _known_scores(texts) -> dict: # {(feature, text): score}
-    read = texts[texts['score'].notna()].drop_duplicates(['feature', 'text'])
-    return read.set_index(['feature', 'text'])['score'].to_dict()
+    is_read = texts['score'].notna()
+    read = texts[is_read].drop_duplicates(['feature', 'text'])
+    scores = read.set_index(['feature', 'text'])['score']
+    return scores.to_dict()
 
 def score_texts(store, # RunStore
                 target, # Target, which reads the features
@@ -297,10 +304,13 @@ def score_texts(store, # RunStore
             batch = groups[start:start + size]
             new = [key for key, _ in batch if key not in known]
             if new:
-                scores = target.scores([text for _, text in new], [int(feature) for feature, _ in new])
-                known |= dict(zip(new, scores))
-            store.put_scores([(row.stage, row.feature, row.k, row.kind, row.j, known[key])
-                              for key, rows in batch for row in rows.itertuples()])
+                texts = [text for _, text in new]
+                features = [int(feature) for feature, _ in new]
+                known |= dict(zip(new, target.scores(texts, features)))
+            scored = []
+            for key, rows in batch:
+                scored += [(row.stage, row.feature, row.k, row.kind, row.j, known[key]) for row in rows.itertuples()]
+            store.put_scores(scored)
             bar.update(len(batch))
     return len(waiting)
 
@@ -350,19 +360,25 @@ def _texts_for(claims, # an empty text gets none
     places = how.places(['generative'])
     sizes = how.sizes(['generative'])
     texts = [[None]*len(places) for _ in claims]
-    asked = [((i, one.places), one.request) for i, claim in enumerate(claims) if claim.text.strip()
-             for one in how.requests(claim, places)]
-    for (i, filled), reply in answers(writer, asked, sizes, len(asked), stage='verify', progress=progress):
-        for place, (text, _) in zip(filled, texts_at(reply, filled, sizes)): texts[i][place.j] = text
+    asked = []
+    for i, claim in enumerate(claims):
+        if not claim.text.strip(): continue
+        asked += [((i, one.places), one.request) for one in how.requests(claim, places)]
+    replies = answers(writer, asked, sizes, len(asked), stage='verify', progress=progress)
+    for (i, filled), reply in replies:
+        written = texts_at(reply, filled, sizes)
+        for place, (text, _) in zip(filled, written): texts[i][place.j] = text
     return texts
 
 def _scores_for(claims, texts, target) -> np.ndarray: # NaN: no text, or none that can be read
-    scores = np.full((len(texts), max(map(len, texts), default=0)), np.nan)
+    width = max(map(len, texts), default=0)
+    scores = np.full((len(texts), width), np.nan)
     made = [(i, j) for i, row in enumerate(texts) for j, text in enumerate(row) if text]
     if not made: return scores
-    read = target.scores([texts[i][j] for i, j in made], [claims[i].feature for i, _ in made])
-    for (i, j), score in zip(made, read):
-        if not isinstance(score, str): scores[i, j] = score # else it says why there is none
+    to_read = [texts[i][j] for i, j in made]
+    features = [claims[i].feature for i, _ in made]
+    for place, score in zip(made, target.scores(to_read, features)):
+        if not isinstance(score, str): scores[place] = score # else it says why there is none
     return scores
 
 def verify(target, # Target
