@@ -31,8 +31,16 @@ def _draw_stage(ax, x, intervals, stage, scale) -> None: # one mark with its int
     below = mean - intervals['low']
     above = intervals['high'] - mean
     around = scale*np.array([below, above])
-    mark = MARKS.get(stage, 'o') + '-'
-    ax.errorbar(x, scale*mean, around, fmt=mark, ms=4, lw=1, color=color(stage), label=named(stage))
+    ax.errorbar(
+        x,
+        scale*mean,
+        around,
+        fmt=MARKS.get(stage, 'o') + '-',
+        ms=4,
+        lw=1,
+        color=color(stage),
+        label=named(stage),
+    )
 
 def _draw_metric(ax, rows, arms, stages, scale) -> None: # the arms from left to right
     places = np.arange(len(arms))
@@ -62,8 +70,9 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
             if metric == 'output':
                 line = ax.axhline(100*chance, color='k', ls=':', lw=1, label='chance')
                 dotted.append(line)
-            ax.set(title=PANELS[metric], xlim=(-.5, n_arms - .5))
-            ax.set(xticks=range(n_arms), xticklabels=names.values())
+            ax.set_title(PANELS[metric])
+            ax.set_xlim(-.5, n_arms - .5)
+            ax.set_xticks(range(n_arms), names.values())
             if metric != 'gap': ax.set_ylim(bottom=0)
         fig.supxlabel(xlabel, fontsize=9)
         marks, _ = fig.axes[0].get_legend_handles_labels()
