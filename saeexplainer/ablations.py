@@ -17,7 +17,7 @@ from .plots import Figure, MARKS, PANELS, WIDTH, color, named, scale_of, stage_f
 # %% ../nbs/05_ablations.ipynb #71b8e352
 _all_ = ['screen_table', 'stage_figure']
 
-# %% ../nbs/05_ablations.ipynb #1f83540b
+# %% ../nbs/05_ablations.ipynb #622f3a83
 def _intervals(rows, arms) -> pd.DataFrame: # mean, low and high, one row for each arm
     intervals = []
     for arm in arms:
@@ -51,6 +51,7 @@ def _draw_metric(ax, rows, arms, stages, scale) -> None: # the arms from left to
         aside = .16*(j - middle) # so that no two stages stand on each other
         _draw_stage(ax, places + aside, intervals, stage, scale)
 
+# %% ../nbs/05_ablations.ipynb #1f83540b
 def arms_figure(arms, # rows arm, stage, feature, metric, value
                 names:dict, # arm -> what stands below it
                 xlabel:str,
