@@ -17,7 +17,7 @@ from .plots import Figure, MARKS, PANELS, WIDTH, color, named, scale_of, stage_f
 # %% ../nbs/05_ablations.ipynb #71b8e352
 _all_ = ['screen_table', 'stage_figure']
 
-# %% ../nbs/05_ablations.ipynb #1f83540b
+# %% ../nbs/05_ablations.ipynb #622f3a83
 def _intervals(rows, arms) -> pd.DataFrame: # mean, low and high, one row for each arm
     intervals = []
     for arm in arms:
@@ -31,8 +31,16 @@ def _draw_stage(ax, x, intervals, stage, scale) -> None: # one mark with its int
     below = mean - intervals['low']
     above = intervals['high'] - mean
     around = scale*np.array([below, above])
-    mark = MARKS.get(stage, 'o') + '-'
-    ax.errorbar(x, scale*mean, around, fmt=mark, ms=4, lw=1, color=color(stage), label=named(stage))
+    ax.errorbar(
+        x,
+        scale*mean,
+        around,
+        fmt=MARKS.get(stage, 'o') + '-',
+        ms=4,
+        lw=1,
+        color=color(stage),
+        label=named(stage),
+    )
 
 def _draw_metric(ax, rows, arms, stages, scale) -> None: # the arms from left to right
     places = np.arange(len(arms))
@@ -43,6 +51,7 @@ def _draw_metric(ax, rows, arms, stages, scale) -> None: # the arms from left to
         aside = .16*(j - middle) # so that no two stages stand on each other
         _draw_stage(ax, places + aside, intervals, stage, scale)
 
+# %% ../nbs/05_ablations.ipynb #1f83540b
 def arms_figure(arms, # rows arm, stage, feature, metric, value
                 names:dict, # arm -> what stands below it
                 xlabel:str,
@@ -62,8 +71,9 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
             if metric == 'output':
                 line = ax.axhline(100*chance, color='k', ls=':', lw=1, label='chance')
                 dotted.append(line)
-            ax.set(title=PANELS[metric], xlim=(-.5, n_arms - .5))
-            ax.set(xticks=range(n_arms), xticklabels=names.values())
+            ax.set_title(PANELS[metric])
+            ax.set_xlim(-.5, n_arms - .5)
+            ax.set_xticks(range(n_arms), names.values())
             if metric != 'gap': ax.set_ylim(bottom=0)
         fig.supxlabel(xlabel, fontsize=9)
         marks, _ = fig.axes[0].get_legend_handles_labels()
