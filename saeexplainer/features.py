@@ -7,8 +7,8 @@ __all__ = ['NO_PATTERN', 'MOST_HALF', 'EXPLANATION_TYPE', 'CONTEXTS_TYPE', 'TEST
            'STATUSES', 'LARGEST', 'DENSE', 'BEFORE', 'LENGTH', 'FeatureId', 'Explanation', 'Context', 'Contexts',
            'Feature', 'split_features', 'number_fault', 'arrow_table', 'save_features', 'table_notes', 'stored_source',
            'cache_folder', 'features_file', 'card_of', 'check_features_of', 'check_sae_of', 'open_table',
-           'explainers_of', 'first_text', 'counted', 'require_explainer', 'labels_of', 'more_labels', 'load_features',
-           'unused']
+           'replace_column', 'explainers_of', 'first_text', 'counted', 'require_explainer', 'labels_of', 'more_labels',
+           'load_features', 'unused']
 
 # %% ../nbs/parts/features.ipynb #e06f2ecc
 import math, sys
@@ -324,6 +324,8 @@ def _next_block(rows:Iterator, file:Path) -> pa.Table|None: # None: no row is le
     except ValueError as error:
         raise ValueError(f'{file} cannot be written: {error}') from None
 
+_AS_STORED = dict(compression='zstd', compression_level=19, write_page_checksum=True)
+
 def save_features(
     rows, # dicts with the columns of `FEATURES_SCHEMA`, in any iterable, or a DataFrame; `explanations` may be absent
     file:str|Path,
@@ -334,8 +336,7 @@ def save_features(
     rows = _each_once(rows.to_dict('records') if hasattr(rows, 'to_dict') else rows)
     file.parent.mkdir(parents=True, exist_ok=True)
     schema = FEATURES_SCHEMA.with_metadata({'source': source}) if source else FEATURES_SCHEMA
-    how = dict(compression='zstd', compression_level=19, write_page_checksum=True)
-    with whole(file) as part, pq.ParquetWriter(part, schema, **how) as writer:
+    with whole(file) as part, pq.ParquetWriter(part, schema, **_AS_STORED) as writer:
         while block := _next_block(rows, file): writer.write_table(block)
     return file
 
@@ -465,6 +466,19 @@ def _check_types(table:pa.Table, schema, file): # raises `ValueError`
         found = table.schema.field(field.name).type
         if not _type_fits(found, field.type):
             raise ValueError(f'{file} has {str(found)[:80]} in its column {field.name}: it needs {field.type}')
+
+# %% ../nbs/parts/features.ipynb #621f8b7d
+def replace_column(
+    file:str|Path, # features.parquet
+    name:str, # of the column
+    values:pa.Array, # one for each row
+) -> None:
+    "Write one column of a feature table anew, or add it; all others stay as they are"
+    file = Path(file)
+    table = open_table(file, 'feature table')
+    if name in table.column_names: table = table.drop_columns(name)
+    table = table.append_column(FEATURES_SCHEMA.field(name), values)
+    with whole(file) as part: pq.write_table(table, part, **_AS_STORED)
 
 # %% ../nbs/parts/features.ipynb #4329baf6
 def _row_fault(row:dict, file) -> str|None: # what is wrong with a feature's row but its index

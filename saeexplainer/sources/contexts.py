@@ -4,21 +4,29 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'LEAD_IN', 'LEVELS', 'excerpt_starts', 'ContextPool', 'some_windows', 'read_pool', 'ContextCounts',
-           'draw_contexts']
+           'draw_contexts', 'interleaved', 'unread_documents', 'contexts_column', 'add_test_contexts']
 
-# %% ../../nbs/parts/sources/contexts.ipynb #f5f1878c
+# %% ../../nbs/parts/sources/contexts.ipynb #95d4a159
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from typing import NamedTuple
 import numpy as np
+import pyarrow as pa
 import torch
 
-# %% ../../nbs/parts/sources/contexts.ipynb #896096b4
-from ..features import LENGTH, Context
-from ..lm.sampling import seed_for
+# %% ../../nbs/parts/sources/contexts.ipynb #504a3016
 from ..evaluation.texts import progress_bar
-from .reading import document_windows, window_residuals
+from saeexplainer.features import (
+    LENGTH, TEST_CONTEXTS_TYPE, Context, card_of, features_file, open_table, replace_column,
+)
+from ..files import making, write_json
+from ..lm.models import cache_dir
+from ..lm.sampling import seed_for
+from .corpus import SOURCES, documents, part_of
+from .reading import corpus_documents, document_windows, token_strings, window_residuals
 from ..target import Target
 
 # %% ../../nbs/parts/sources/contexts.ipynb #16ebd880
@@ -283,3 +291,79 @@ def draw_contexts(
     for excerpt in drawing.take(drawing.shuffled(np.flatnonzero(silent)), counts.random):
         contexts.append(_context(pool, excerpt, vocabulary, 'random', nothing, 0))
     return contexts
+
+# %% ../../nbs/parts/sources/contexts.ipynb #4ff34500
+def interleaved(
+    groups:Iterable[Sequence], # such as the documents of each source
+) -> list: # the first of each, then the second of each ...
+    "Return things of all groups in turn"
+    rows = zip_longest(*groups)
+    return [thing for row in rows for thing in row if thing is not None]
+
+def _embedded_documents() -> list[tuple[str, str]]: # (source, text) that the SAE was trained on
+    groups = []
+    for source in SOURCES:
+        if source.tier != 'A': continue
+        found = documents(source, cache_dir()/'corpus')
+        texts = [(source.name, document.text) for document in found if part_of(document, source.tier) == 'sae']
+        random.Random(seed_for(0, 'documents', source.name)).shuffle(texts)
+        groups.append(texts)
+    return interleaved(groups)
+
+def unread_documents(
+    corpus:str, # as `corpus_documents` takes it
+    read:int, # documents at its begin that the feature table was read from
+) -> Iterator[tuple[str, str]]: # (source, text)
+    "Yield documents that the feature table was not read from; raises as `corpus_documents`"
+    yield from _embedded_documents() if corpus == 'embedded' else islice(corpus_documents(corpus), read, None)
+
+# %% ../../nbs/parts/sources/contexts.ipynb #ece94e23
+def contexts_column(
+    pool:ContextPool,
+    max_acts:Mapping[int, float], # of each row of the table: the feature, and its strongest activation that is known
+    vocabulary:Sequence, # `token_strings`
+    progress:bool=True,
+) -> pa.Array: # of lists of contexts
+    "Draw the test contexts of all features of a table; a feature that never fires has none"
+    rows = []
+    with progress_bar(len(max_acts), 'drawing test contexts', progress) as bar:
+        for feature, max_act in max_acts.items():
+            alive = max_act is not None and max_act > 0
+            contexts = draw_contexts(pool, feature, max_act, vocabulary) if alive else []
+            rows.append([context.row() for context in contexts])
+            bar.update()
+    return pa.array(rows, TEST_CONTEXTS_TYPE)
+
+def _pool_of(preset, corpus:str, read:int, tokens:int, progress:bool) -> tuple[ContextPool, list[str]]: # and vocabulary
+    target = Target.load(preset)
+    pool = read_pool(target, unread_documents(corpus, read), tokens, progress)
+    return pool, token_strings(target.tokenizer)
+
+def add_test_contexts(
+    preset, # `Preset`
+    corpus:str|None=None, # None: the one that the table was read from, or the preset's
+    tokens:int=1_000_000, # to read
+    progress:bool=True,
+) -> str: # one line
+    "Give a preset's feature table its test contexts, in place of those that it may have; raises `ValueError`"
+    file = features_file(preset)
+    if not file.exists(): raise FileNotFoundError(f'there is no {file}: `saeexplainer features {preset.name}` makes it')
+    card = card_of(file)
+    corpus = corpus or card.get('corpus') or preset.corpus
+    if not corpus: raise ValueError(f'the preset {preset.name} names no corpus: say which to read')
+    read = card.get('documents', 0) if corpus == card.get('corpus') else 0
+    with making(file):
+        pool, vocabulary = _pool_of(preset, corpus, read, tokens, progress)
+        table = open_table(file, 'feature table')
+        max_acts = dict(zip(table['index'].to_pylist(), table['max_act'].to_pylist()))
+        column = contexts_column(pool, max_acts, vocabulary, progress)
+        replace_column(file, 'test_contexts', column)
+        facts = dict(
+            corpus=corpus,
+            documents=len(set(pool.document.tolist())),
+            excerpts=len(pool.tokens),
+            drawn='per feature up to 10 that fire, at three levels, 5 hard and 5 random ones; see sources.contexts')
+        write_json(card | {'test_contexts': facts}, file.with_suffix('.json'))
+    kinds = Counter(context['kind'] for contexts in column.to_pylist() for context in contexts)
+    counts = ', '.join(f'{n:,} {kind}' for kind, n in kinds.most_common())
+    return f'test contexts of {len(max_acts)} features from {pool}: {counts}; {file}, {file.stat().st_size/1e6:.1f} MB'
