@@ -729,7 +729,7 @@ def features_command( # noqa: PLR0913
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
-    "What is known of a preset's features; fetched from Neuronpedia or read from a corpus where there is nothing yet"
+    "Show what is known of features; fetch it from Neuronpedia or read a corpus where there is nothing yet"
     from saeexplainer.selection import chosen_features, known_features, preset_and_names
     name, names = preset_and_names(names, preset)
     given = {'corpus': corpus, 'corpus_tokens': tokens}
@@ -1066,7 +1066,7 @@ def doctor_command(
     base_url: BaseURL = None,
     as_json: JSON = False,
 ) -> None:
-    "What is installed, found and reachable, and what to do about the rest"
+    "Check what is installed, found and reachable, and say what to do about the rest"
     import dataclasses
     from saeexplainer.doctor import checks
     found = list(checks(base_url))

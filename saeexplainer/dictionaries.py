@@ -24,6 +24,7 @@ from .files import clear_parts, hold, table_kind, table_rows, whole, write_table
 from .lm.models import free_memory
 from .presets import Preset, is_local
 from .saes import FeatureReader, check_directions
+from .show import progress_bar
 from .store import RunStore
 from .target import Target
 from .writer import writer_for
@@ -36,21 +37,28 @@ def _index(value): # 5.0 and '006', which spreadsheets and pandas make of indice
 
 def _feature_name(value) -> str: # raises `ValueError` where it is none
     index = _index(value)
-    is_index = isinstance(index, int) and not isinstance(index, bool) and index >= 0
-    return str(index) if is_index else str(FeatureId.parse(value))
+    is_number = isinstance(index, int) and not isinstance(index, bool)
+    if is_number and index >= 0: return str(index)
+    return str(FeatureId.parse(value))
 
 def _check_row_columns(row:dict, where) -> None: # raises `ValueError`
     if 'feature' in row and 'explanation' in row: return
-    columns = ', '.join(str(name)[:40] for name in list(row)[:12])
-    unnamed = '; an index of pandas without a name is no column: save it behind reset_index()'
-    hint = unnamed if '__index_level_0__' in row else ''
+    hint = ''
+    if '__index_level_0__' in row:
+        hint = '; an index of pandas without a name is no column: save it behind reset_index()'
+    first = list(row)[:12]
+    columns = ', '.join(str(name)[:40] for name in first)
     raise ValueError(f'{where} has the columns {columns}: it needs feature and explanation{hint}')
 
+def _neuronpedia_name(row:dict): # model/source/index, or the index alone
+    index = row['index']
+    if not isinstance(row.get('modelId'), str): return index
+    if row.get('layer') is None: return index
+    return f"{row['modelId']}/{row['layer']}/{_index(index)}"
+
 def _as_written(row:dict, where) -> tuple: # a feature's name and what is said of it; where: the file, for an error
-    if {'index', 'description'} <= set(row): # of Neuronpedia
-        is_whole = isinstance(row.get('modelId'), str) and row.get('layer') is not None
-        name = f"{row['modelId']}/{row['layer']}/{_index(row['index'])}" if is_whole else row['index']
-        return name, row['description']
+    if 'index' in row and 'description' in row:
+        return _neuronpedia_name(row), row['description']
     _check_row_columns(row, where)
     return row['feature'], row['explanation']
 
@@ -63,9 +71,17 @@ class _Said: # a row of a file of explanations
 
 _MISSING = ('', 'nan', 'NaN', '<NA>') # as Python spells what is missing
 
+def _text_or_none(value, where:str) -> str|None: # raises `ValueError`
+    is_nan = value != value
+    if value is None or is_nan: return None
+    if not isinstance(value, str):
+        raise ValueError(f'{where}: the explanation is {str(value)[:80]}, not a text')
+    is_missing = value.strip() in _MISSING
+    return None if is_missing else value
+
 def _said(row:dict, number:int, file) -> _Said: # raises `ValueError`
-    # a column's own spelling goes first
-    row = {key.strip().casefold(): value for key, value in row.items() if isinstance(key, str)} | row
+    folded = {key.strip().casefold(): value for key, value in row.items() if isinstance(key, str)}
+    row = folded | row # a column's own spelling goes first
     where = f'{file}, row {number}'
     name, text = _as_written(row, file if number == 1 else f'{where},')
     try:
@@ -73,19 +89,17 @@ def _said(row:dict, number:int, file) -> _Said: # raises `ValueError`
     except ValueError:
         written = repr(str(name)[:80])
         raise ValueError(f'{where}: {written} is no feature, which is an index or model/source/index') from None
-    is_text = isinstance(text, str)
-    is_nan = text != text
-    if not (text is None or is_text or is_nan):
-        raise ValueError(f'{where}: the explanation is {str(text)[:80]}, not a text')
-    return _Said(feature, text if is_text and text.strip() not in _MISSING else None, row.get('explanationModelName'))
+    return _Said(feature, _text_or_none(text, where), row.get('explanationModelName'))
 
 def _check_named_once(rows:list[_Said], file) -> None: # raises `ValueError`
     advice = 'keep one explanation of each feature'
-    models = ', '.join(dict.fromkeys(str(row.model) for row in rows if row.model is not None))
+    named = [str(row.model) for row in rows if row.model is not None]
+    models = ', '.join(dict.fromkeys(named))
     by = f' ({models})' if models else ''
-    seen = set()
+    seen:set[str] = set()
     for row in rows:
-        if row.feature in seen: raise ValueError(f'{file} explains {row.feature} more than once{by}: {advice}')
+        if row.feature in seen:
+            raise ValueError(f'{file} explains {row.feature} more than once{by}: {advice}')
         seen.add(row.feature)
     by_index = {name.rpartition('/')[2]: name for name in seen if '/' in name}
     for row in rows:
@@ -104,11 +118,20 @@ def read_explanations(
         raise ValueError(f'{file} must be .csv, .tsv, .parquet, .json or .jsonl, all but .parquet also as .gz')
     columns = ('feature', 'explanation')
     rows = [_said(row, number, file) for number, row in enumerate(table_rows(file, columns), 1)]
-    if not rows: raise ValueError(f'{file} holds no explanation: it needs rows with feature and explanation')
+    if not rows:
+        raise ValueError(f'{file} holds no explanation: it needs rows with feature and explanation')
     _check_named_once(rows, file)
     features = pd.Series([row.feature for row in rows], dtype=str)
     texts = pd.Series([row.text for row in rows], dtype=object)
     return pd.DataFrame({'feature': features, 'explanation': texts})
+
+# %% ../nbs/parts/dictionaries.ipynb #65acbd3b
+def _rows_of(name:str, tensor:torch.Tensor, d_model:int, file) -> dict[str, torch.Tensor]: # raises `ValueError`
+    if tensor.ndim not in (1, 2):
+        raise ValueError(f'{file}: {name} has the shape {tuple(tensor.shape)}: directions are (d,) or (n, d)')
+    rows = check_directions(tensor, d_model)
+    if tensor.ndim == 1: return {name: rows[0]}
+    return {f'{name}[{i}]': row for i, row in enumerate(rows)}
 
 def read_directions(
     file, # .safetensors with tensors (d,) or (n, d)
@@ -124,26 +147,37 @@ def read_directions(
         raise ValueError(f'{file} is not a safetensors file: {error}') from None
     found:dict[str, torch.Tensor] = {}
     for name, tensor in sorted(tensors.items()):
-        if tensor.ndim not in (1, 2):
-            raise ValueError(f'{file}: {name} has the shape {tuple(tensor.shape)}: directions are (d,) or (n, d)')
-        rows = check_directions(tensor, d_model)
-        names = [name] if tensor.ndim == 1 else [f'{name}[{i}]' for i in range(len(rows))]
-        found.update(zip(names, rows))
+        found.update(_rows_of(name, tensor, d_model, file))
     if not found: raise ValueError(f'{file} holds no direction')
     return found
 
 # %% ../nbs/parts/dictionaries.ipynb #5ceacd81
 _ANOTHER = 'remove it, or choose another --out'
 
+def _row_of(line:bytes, where:str) -> dict: # raises `ValueError`
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict): return row
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f'{where}: remove it and begin again, or choose another --out')
+
+def _settings_of(first_line:bytes) -> dict: # raises `ValueError`, `TypeError` or `KeyError` where it has none
+    settings = json.loads(first_line)['settings']
+    if not settings: raise ValueError
+    if not isinstance(settings, dict): raise ValueError
+    return settings
+
 def _check_settings(file:Path, first_line:bytes, settings:dict) -> None: # raises `ValueError` where they differ
     try:
-        begun = json.loads(first_line)['settings']
-        if not begun or not isinstance(begun, dict): raise ValueError
+        begun = _settings_of(first_line)
     except (ValueError, TypeError, KeyError):
         raise ValueError(f'{file} does not say what it is part of: {_ANOTHER}') from None
     for key, old in begun.items():
-        if key in settings and old != settings[key]:
-            raise ValueError(f'{file} was begun with {key} {old!r}, not {settings[key]!r}: {_ANOTHER}')
+        if key not in settings: continue
+        new = settings[key]
+        if old != new:
+            raise ValueError(f'{file} was begun with {key} {old!r}, not {new!r}: {_ANOTHER}')
 
 # %% ../nbs/parts/dictionaries.ipynb #100a1a9b
 class Rows:
@@ -168,9 +202,12 @@ class Rows:
     def _open(self, settings):
         self.out = open(self.file, 'ab')
         content = self.file.read_bytes()
-        whole_lines = content[:content.rfind(b'\n') + 1]
-        if whole_lines: _check_settings(self.file, whole_lines.split(b'\n', 1)[0], settings)
-        self.out.truncate(len(whole_lines))
+        end = content.rfind(b'\n') + 1 # behind the last line that is whole
+        whole_lines = content[:end]
+        if whole_lines:
+            first_line = whole_lines.split(b'\n', 1)[0]
+            _check_settings(self.file, first_line, settings)
+        self.out.truncate(end)
         if not whole_lines: self.add([{'settings': settings}])
 
     def add(
@@ -179,7 +216,8 @@ class Rows:
     ) -> None:
         "Write rows, which are on disk when this returns"
         if self.out is None: raise ValueError(f'{self.file} is closed')
-        self.out.write(b''.join(json.dumps(row, ensure_ascii=False).encode() + b'\n' for row in rows))
+        lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+        self.out.write(''.join(lines).encode())
         self.out.flush()
         os.fsync(self.out.fileno())
 
@@ -187,13 +225,7 @@ class Rows:
         with open(self.file, 'rb') as lines:
             next(lines)
             for number, line in enumerate(lines, 2):
-                try:
-                    row = json.loads(line)
-                    if not isinstance(row, dict): raise ValueError
-                except (ValueError, RecursionError):
-                    advice = 'remove it and begin again, or choose another --out'
-                    raise ValueError(f'{self.file} is damaged in line {number}: {advice}') from None
-                yield row
+                yield _row_of(line, f'{self.file} is damaged in line {number}')
 
     def close(self) -> None:
         "Let another process have the file"
@@ -214,93 +246,132 @@ class _Work:
     known: dict[int, float] # feature -> strongest known activation
     progress: bool
 
-    def name(self, index:int) -> str: return f'{self.preset.source}/{index}'
-
-def _bar(work:_Work, what:str, total:int, done:int): # a progress bar of features
-    from tqdm.auto import tqdm
-    return tqdm(total=total, initial=done, desc=what, unit='feature', disable=not work.progress)
+    def name(self, index:int) -> str:
+        source = self.preset.source
+        return f'{source}/{index}'
 
 def _batches(items:list, size:int) -> list[list]:
-    return [items[start:start + size] for start in range(0, len(items), size)]
+    starts = range(0, len(items), size)
+    return [items[start:start + size] for start in starts]
 
 def _dead(directions) -> torch.Tensor: # which rows are no direction
-    return ~directions.isfinite().all(-1) | (directions == 0).all(-1)
+    infinite = ~directions.isfinite().all(-1)
+    zero = (directions == 0).all(-1)
+    return infinite | zero
 
 def _explained_row(work:_Work, index:int, text:str) -> dict:
-    return dict(index=index, feature=work.name(index), explanation=text or None, error=None if text else _EMPTY)
+    return dict(
+        index=index,
+        feature=work.name(index),
+        explanation=text or None,
+        error=None if text else _EMPTY)
 
 def _dead_row(work:_Work, index:int) -> dict:
-    return dict(index=index, feature=work.name(index), explanation=None, error=_DEAD)
+    return dict(
+        index=index,
+        feature=work.name(index),
+        explanation=None,
+        error=_DEAD)
 
 # %% ../nbs/parts/dictionaries.ipynb #69815e65
+def _explain_batch(work:_Work, explainer, batch:list[int]) -> list[dict]: # rows of features that have a direction
+    texts = explainer.explain(
+        work.reader.directions(batch),
+        max_new_tokens=work.preset.explanation_tokens,
+        batch_size=work.preset.batch_size)
+    return [_explained_row(work, index, text) for index, text in zip(batch, texts)]
+
 def _explain_missing(work:_Work, rows:Rows, explainer) -> None: # adds the rows that are not there
-    size = work.preset.batch_size
     done = {row['index'] for row in rows}
     dead = _dead(work.reader.sae.W_dec)
-    new_dead = [i for i in dead.nonzero().flatten().tolist() if i not in done]
-    if new_dead: rows.add([_dead_row(work, i) for i in new_dead])
+    dead_features = dead.nonzero().flatten().tolist()
+    new_dead = [index for index in dead_features if index not in done]
+    if new_dead:
+        rows.add([_dead_row(work, index) for index in new_dead])
+    n_done = len(done) + len(new_dead)
     alive = (~dead).nonzero().flatten().tolist()
-    with _bar(work, 'explaining', work.reader.n_features, len(done) + len(new_dead)) as bar:
-        for batch in _batches(alive, size):
+    with progress_bar(work.reader.n_features, 'explaining', work.progress, 'feature', n_done) as bar:
+        for batch in _batches(alive, work.preset.batch_size):
             if done.issuperset(batch): continue
-            directions = work.reader.directions(batch)
-            texts = explainer.explain(directions, max_new_tokens=work.preset.explanation_tokens, batch_size=size)
-            new = [_explained_row(work, i, text) for i, text in zip(batch, texts) if i not in done]
+            explained = _explain_batch(work, explainer, batch)
+            new = [row for row in explained if row['index'] not in done]
             rows.add(new)
             bar.update(len(new))
 
 # %% ../nbs/parts/dictionaries.ipynb #26486dab
+def _rounded(score) -> float|None:
+    return None if np.isnan(score) else round(float(score), 4)
+
 def _verdict(verified, max_act:float|None, preset) -> dict: # verified: of `verify`
     made = ~np.isnan(verified.scores)
-    any_made = bool(made.any())
+    mean = None
+    reached = None
+    if made.any():
+        mean = _rounded(verified.scores[made].mean())
+        if max_act: reached = verified.reached(max_act, preset.success)
     return dict(
         index=verified.feature,
         texts=verified.texts,
-        scores=[None if np.isnan(score) else round(float(score), 4) for score in verified.scores],
-        score=round(float(verified.scores[made].mean()), 4) if any_made else None,
+        scores=[_rounded(score) for score in verified.scores],
+        score=mean,
         unmade=int((~made).sum()),
         max_act=max_act,
-        reached=verified.reached(max_act, preset.success) if max_act and any_made else None)
+        reached=reached)
 
 def _verify_missing(work:_Work, explained:Rows, rows:Rows, target, writer) -> None: # adds the rows that are not there
     done = {row['index'] for row in rows}
-    explanations = [(row['index'], row['explanation']) for row in explained if row['explanation']]
-    with _bar(work, 'verifying', len(explanations), len(done)) as bar:
-        for batch in _batches(explanations, work.preset.batch_size):
-            if done.issuperset(index for index, _ in batch): continue
+    explanations = {row['index']: row['explanation'] for row in explained if row['explanation']}
+    pairs = list(explanations.items())
+    with progress_bar(len(pairs), 'verifying', work.progress, 'feature', len(done)) as bar:
+        for batch in _batches(pairs, work.preset.batch_size):
+            if done.issuperset(dict(batch)): continue
             found = verify(target, writer, batch, work.preset, work.n)
-            new = [_verdict(v, work.known.get(v.feature), work.preset) for v in found if v.feature not in done]
+            missing = [verified for verified in found if verified.feature not in done]
+            new = [_verdict(verified, work.known.get(verified.feature), work.preset) for verified in missing]
             rows.add(new)
             bar.update(len(new))
 
 # %% ../nbs/parts/dictionaries.ipynb #0898c0e1
 _INJECTED = ('template', 'placeholder', 'chat_template') # fields of a preset and of a card alike
 
+def _fields(record, names) -> dict:
+    return {name: getattr(record, name) for name in names}
+
 def _by_preset(preset) -> dict: # how an oracle and the untrained explainer are asked
     injection = preset.injection
-    injected = {field: getattr(injection, field) for field in _INJECTED}
-    where = dict(injection_layer=injection.layer, injection_coefficient=injection.coefficient)
-    return dict(base=preset.explainer, **injected, **where)
+    return dict(
+        base=preset.explainer,
+        **_fields(injection, _INJECTED),
+        injection_layer=injection.layer,
+        injection_coefficient=injection.coefficient)
 
 def _by_card(explainer) -> dict: # how an explainer with a card is asked
     folder = _fetch(explainer)
     card = ExplainerCard.load(folder)
-    injected = {field: getattr(card, field) for field in _INJECTED}
-    where = dict(injection_layer=card.layer, injection_coefficient=card.coefficient)
     config = folder/'adapter_config.json'
     scaled_by = hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None
-    return dict(base=card.base_model, **injected, **where, adapter_config_sha256=scaled_by)
+    return dict(
+        base=card.base_model,
+        **_fields(card, _INJECTED),
+        injection_layer=card.layer,
+        injection_coefficient=card.coefficient,
+        adapter_config_sha256=scaled_by)
 
 def _explained_with(preset, explainer, reader) -> dict: # what the explanations depend on
-    settings = dict(
+    adapter_hash = None
+    if explainer != 'untrained':
+        adapter_hash = adapter_sha256(adapter_of(explainer, preset))
+    has_card = explainer not in ('ao', 'untrained')
+    asked = _by_card(explainer) if has_card else _by_preset(preset)
+    return dict(
         preset=preset.name,
         source=preset.source,
         sae_sha256=reader.sha256,
         explainer=str(explainer),
         explanation_tokens=preset.explanation_tokens,
-        adapter_sha256=None if explainer == 'untrained' else adapter_sha256(adapter_of(explainer, preset)))
-    settings |= _by_preset(preset) if explainer in ('ao', 'untrained') else _by_card(explainer)
-    return settings | dict(base_sha256=model_sha256(settings['base']))
+        adapter_sha256=adapter_hash,
+        **asked,
+        base_sha256=model_sha256(asked['base']))
 
 # %% ../nbs/parts/dictionaries.ipynb #0842e916
 _VERIFIED_BY = ('target', 'dtype', 'sae_hook', 'sae_bos', 'text_temperature', 'text_top_p', 'text_tokens', 'success')
@@ -308,7 +379,9 @@ _VERIFIED_BY = ('target', 'dtype', 'sae_hook', 'sae_bos', 'text_temperature', 't
 def _server(preset) -> str: # the address of the writer's server, without user and password
     named = preset.writer_url or os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1'
     url = urlsplit(check_address(named, password=True))
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2].lower()}{url.path.rstrip('/')}"
+    host = url.netloc.rpartition('@')[2].lower()
+    path = url.path.rstrip('/')
+    return f'{url.scheme}://{host}{path}'
 
 def _judged_by(preset) -> dict: # what tells target and writer from others of the same name
     writer = preset.evaluation_writer
@@ -321,14 +394,14 @@ def _judged_by(preset) -> dict: # what tells target and writer from others of th
 
 def _verified_with(preset, n, known) -> dict: # what texts and scores depend on beside that
     maxima = json.dumps(sorted(known.items())).encode()
-    settings = dict(
+    return dict(
         n=n,
         writer=preset.evaluation_writer,
         seed=preset.seed,
         one_text=preset.one_text('evaluation_writer'),
-        **{field: getattr(preset, field) for field in _VERIFIED_BY},
-        max_acts=hashlib.sha256(maxima).hexdigest()[:16])
-    return settings | _judged_by(preset)
+        **_fields(preset, _VERIFIED_BY),
+        max_acts=hashlib.sha256(maxima).hexdigest()[:16],
+        **_judged_by(preset))
 
 def _paid_store(file, preset) -> RunStore: # file: .sqlite beside the file that is made
     "Open the replies of a server; raise `ValueError` where they are those of another one"
@@ -336,7 +409,8 @@ def _paid_store(file, preset) -> RunStore: # file: .sqlite beside the file that 
     try:
         server = _server(preset)
         noted = store.meta('writer_url')
-        if noted not in (None, server) and store.count('replies'):
+        is_another = noted not in (None, server)
+        if is_another and store.count('replies'):
             raise ValueError(f'{file} holds replies of a writer at {noted}, not {server}: {_ANOTHER}')
         store.note('writer_url', server)
     except BaseException:
@@ -345,14 +419,18 @@ def _paid_store(file, preset) -> RunStore: # file: .sqlite beside the file that 
     return store
 
 # %% ../nbs/parts/dictionaries.ipynb #0d0843f1
+def _is_new_feature(index, n_features:int, seen:set) -> bool:
+    if isinstance(index, bool): return False
+    if not isinstance(index, int): return False
+    return 0 <= index < n_features and index not in seen
+
 def _check_rows(rows:Rows, n_features:int) -> None:
     "Raise `ValueError` for a row of no feature, or of one that was there before"
-    seen = set()
+    seen:set[int] = set()
     for number, row in enumerate(rows, 2):
         index = row.get('index')
-        is_index = isinstance(index, int) and not isinstance(index, bool)
-        is_new = is_index and 0 <= index < n_features and index not in seen
-        if not is_new or not isinstance(row.get('explanation'), str|None):
+        is_text = isinstance(row.get('explanation'), str|None)
+        if not (is_text and _is_new_feature(index, n_features, seen)):
             where = f'{rows.file} is damaged in line {number} (feature {str(index)[:40]})'
             raise ValueError(f'{where}: remove it and begin again, or choose another --out')
         seen.add(index)
@@ -361,14 +439,15 @@ def _table_of(out) -> pd.DataFrame:
     return pd.DataFrame(list(table_rows(out)))
 
 def _counts(table:pd.DataFrame, out) -> dict:
-    return dict(
+    counts = dict(
         features=len(table),
-        explained=int(table['explanation'].notna().sum()),
-        verified=int(table['score'].notna().sum()) if 'score' in table else 0,
-        texts_unmade=int(table['unmade'].sum()) if 'unmade' in table else 0,
-        dead=int((table['error'] == _DEAD).sum()),
-        empty=int((table['error'] == _EMPTY).sum()),
-        file=str(out))
+        explained=table['explanation'].notna().sum(),
+        verified=table['score'].notna().sum() if 'score' in table else 0,
+        texts_unmade=table['unmade'].sum() if 'unmade' in table else 0,
+        dead=(table['error'] == _DEAD).sum(),
+        empty=(table['error'] == _EMPTY).sum())
+    whole_numbers = {name: int(count) for name, count in counts.items()}
+    return dict(whole_numbers, file=str(out))
 
 # %% ../nbs/parts/dictionaries.ipynb #189ef8cc
 def _joined(parts:list[Rows]) -> list[dict]: # in the order of features
@@ -386,22 +465,29 @@ def _joined(parts:list[Rows]) -> list[dict]: # in the order of features
 def _finish(out:Path, parts:list[Rows]) -> dict: # counts; the parts are removed
     rows = _joined(parts)
     table = pd.DataFrame(rows)
-    if out.suffix == '.parquet': write_table(table, out)
+    if out.suffix == '.parquet':
+        write_table(table, out)
     else:
         lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
-        with whole(out) as new: new.write_text(''.join(lines), encoding='utf-8')
+        with whole(out) as new:
+            new.write_text(''.join(lines), encoding='utf-8')
     for part in parts: part.file.unlink()
     return _counts(table, out)
+
+# %% ../nbs/parts/dictionaries.ipynb #8e1cde24
+def _is_explained(table:pd.DataFrame) -> bool: # has the columns of the file that `explain_dictionary` makes
+    return {'index', 'explanation', 'error'} <= set(table)
 
 def _end_parts(out:Path, files:list[Path], settings:list[dict]) -> dict: # counts; removes the parts of a finished file
     table = _table_of(out)
     for file, begun_with in zip(files, settings):
         if not file.exists(): continue
         with closing(Rows(file, begun_with)) as rows:
-            is_ours = {'index', 'explanation', 'error'} <= set(table)
+            is_ours = _is_explained(table)
             if is_ours and file == files[0]:
                 is_ours = sum(1 for _ in rows) == len(table)
-            if not is_ours: raise ValueError(f'{out} exists, and is not what {file} is part of: {_ANOTHER}')
+            if not is_ours:
+                raise ValueError(f'{out} exists, and is not what {file} is part of: {_ANOTHER}')
             file.unlink()
     return _counts(table, out)
 
@@ -409,26 +495,32 @@ def _end_parts(out:Path, files:list[Path], settings:list[dict]) -> dict: # count
 def _check_out(out:Path, files:list[Path], n:int) -> None: # raises `ValueError`
     if out.suffix not in ('.jsonl', '.parquet'):
         raise ValueError(f'--out must end in .jsonl or .parquet, not {out.name!r}')
-    if n < 0: raise ValueError(f'{n} texts cannot be written from an explanation')
-    if out.exists() and not any(file.exists() for file in files):
+    if n < 0:
+        raise ValueError(f'{n} texts cannot be written from an explanation')
+    is_begun = any(file.exists() for file in files)
+    if out.exists() and not is_begun:
         raise ValueError(f'{out} exists: {_ANOTHER}')
 
 def _known_maxima(preset, reader) -> dict[int, float]: # feature -> strongest known activation
     file = features_file(preset)
     if not file.exists(): return {}
     check_features_of(file, reader)
-    return {feature.index: feature.max_act for feature in load_features(preset) if feature.max_act > 0}
+    features = load_features(preset)
+    return {feature.index: feature.max_act for feature in features if feature.max_act > 0}
 
 def _verify_all(work:_Work, explained:Rows, verified:Rows, out:Path) -> None:
     "Write and score the texts that are not there; a server's replies are kept until all are in the file"
     name = work.preset.evaluation_writer
     target = Target.load(work.preset, work.reader)
     paid = out.with_name(out.name + '.writer.sqlite')
+    lock = paid.with_name(paid.name + '.lock')
     with nullcontext() if is_local(name) else _paid_store(paid, work.preset) as store:
         writer = writer_for(name, target, work.preset, store)
         _verify_missing(work, explained, verified, target, writer)
-    for file in (paid, paid.with_name(paid.name + '.lock')): file.unlink(missing_ok=True)
+    paid.unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)
 
+# %% ../nbs/parts/dictionaries.ipynb #37f065a2
 def explain_dictionary(
     preset:Preset,
     explainer, # folder or hub id of an explainer; 'ao': the preset's Activation Oracle

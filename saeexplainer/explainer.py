@@ -23,6 +23,7 @@ from saeexplainer.lm.models import (
 from .lm.sampling import sample, seed_for
 from .presets import Preset, Sampling, data_dir, shown
 from .saes import FeatureReader, check_directions
+from .show import progress_bar
 
 # %% ../nbs/parts/explainer.ipynb #27d3a373
 CARD = 'explainer.json' # its file
@@ -310,10 +311,9 @@ def _sampling(card:ExplainerCard, temperature:float, top_p:float, max_new_tokens
     return Sampling(temperature, top_p, max_new_tokens)
 
 def _texts(explainer, directions, seeds, sampling, batch_size, progress) -> list[str]: # seeds None: greedy
-    from tqdm.auto import tqdm
     directions = _directions(directions, explainer.card.d_model)
     texts = []
-    with tqdm(total=len(directions), desc='explanations', unit='row', disable=not progress) as bar:
+    with progress_bar(len(directions), 'explanations', progress) as bar:
         for i in range(0, len(directions), batch_size):
             vectors = directions[i:i+batch_size]
             ids = torch.tensor(explainer.prompt).repeat(len(vectors), 1)

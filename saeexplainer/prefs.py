@@ -19,6 +19,7 @@ import pandas as pd
 from .lm.sampling import seed_for
 from .presets import PairRule, Sampling
 from .replies import Request
+from .show import progress_bar
 from .store import COLUMNS
 from .writers.parsing import answers, texts_of
 
@@ -151,8 +152,7 @@ def stage_of(
     return f'round{round}'
 
 def _batched(items, size:int, desc:str, progress:bool) -> Iterator: # slices; a bar knows the rate and the time left
-    from tqdm.auto import tqdm
-    with tqdm(total=len(items), desc=desc, disable=not progress, unit='row') as bar:
+    with progress_bar(len(items), desc, progress) as bar:
         for start in range(0, len(items), size):
             batch = items[start:start + size]
             yield batch

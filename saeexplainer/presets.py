@@ -54,7 +54,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Schedule:
-    "How long and how fast a trainer goes"
+    "Length and pace of a training"
     lr: float
     epochs: float
     batch: int # rows a step
@@ -64,14 +64,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Sampling:
-    "How texts are drawn from a model"
+    "Settings by which texts are drawn from a model"
     temperature: float
     top_p: float
     max_tokens: int # of a text
 
 @dataclass(frozen=True)
 class PairRule:
-    "How candidates and their scores become a preference pair (Eq. 7-10)"
+    "Rule by which candidates and their scores become a preference pair (Eq. 7-10)"
     reward: str # 'max' or 'mean' of the per-text maxima
     threshold: float|str # tau of Eq. 8, or 'auto'
     spread: float # smallest relative spread of scores
@@ -87,7 +87,7 @@ class TextCounts:
 
 @dataclass(frozen=True)
 class Steering:
-    "How a feature is clamped, and what the steered target continues (A.2)"
+    "Clamps of a feature, and the prompts that the steered target continues (A.2)"
     prompts: tuple[str, ...]
     kl: tuple[float, ...] # targets; a negative one clamps to a negative value
     reference: str # 'raw' or 'sae'
@@ -381,7 +381,7 @@ def as_annotated(hint, # an annotation
 # %% ../nbs/parts/presets.ipynb #c5a6c724
 @dataclass(frozen=True)
 class Rule:
-    "What must hold between the fields of a preset, and the line that says so"
+    "Condition on the fields of a preset, and the line that says so"
     holds: Callable # of the preset
     says: str # with {p.field} for a field's value
 
@@ -452,7 +452,7 @@ RULES += (
 # %% ../nbs/parts/presets.ipynb #a7d5cf9f
 @dataclass(frozen=True)
 class Range:
-    "What must hold of each of some numbers"
+    "Condition that each of some numbers must meet"
     fields: str # names
     holds: Callable # of a value
     words: str # that say it

@@ -25,20 +25,27 @@ def _on_a_line(text) -> str: # escaped
     return escape(' '.join(str(text).split()))
 
 def _accuracy_text(case:dict, stage:str) -> str:
-    return f"{case['accuracy'].get(stage, math.nan):.1f}"
+    accuracy = case['accuracy'].get(stage, math.nan)
+    return f'{accuracy:.1f}'
 
 def _marked(pieces) -> str: # pieces of `lit_words`
-    return ''.join(f'<mark>{escape(text)}</mark>' if lit else escape(text) for text, lit in pieces)
+    marked = ''
+    for text, lit in pieces:
+        shown = escape(text)
+        marked += f'<mark>{shown}</mark>' if lit else shown
+    return marked
 
 def _case_html(case:dict) -> str:
     explanations = ''
     for stage in stages_of(case):
         cells = (_on_a_line(stage), _on_a_line(case[stage]), _accuracy_text(case, stage))
-        explanations += '<tr>' + ''.join(f'<td>{cell}</td>' for cell in cells) + '</tr>'
+        row = ''.join(f'<td>{cell}</td>' for cell in cells)
+        explanations += f'<tr>{row}</tr>'
     best = ''
     for stage, text in case['texts'].items():
         score = f"{text['score']:.1f} of {case['max_act']:.1f}"
-        best += f"<p>best text for <b>{_on_a_line(stage)}</b> ({score}): {_marked(text['pieces'])}</p>"
+        marked = _marked(text['pieces'])
+        best += f'<p>best text for <b>{_on_a_line(stage)}</b> ({score}): {marked}</p>'
     head = '<tr><th></th><th>explanation</th><th>generative accuracy</th></tr>'
     return f"<h4>{_on_a_line(case['feature'])}</h4><table>{head}{explanations}</table>{best}"
 
@@ -74,8 +81,9 @@ class _WriterRow: # text of each column; empty where there is nothing to say
 _WRITER_COLUMNS = dict(lists='texts dropped or short', lost='lost replies, at most') # those that are named otherwise
 
 def _counts_text(counts:dict, first:str) -> str: # '118 ok, 2 unparsed': the good one first, others by name
-    ordered = sorted(counts.items(), key=lambda count: (count[0] != first, count[0]))
-    return ', '.join(f'{n:,} {name}' for name, n in ordered)
+    others = sorted(set(counts) - {first})
+    names = [first, *others] if first in counts else others
+    return ', '.join(f'{counts[name]:,} {name}' for name in names)
 
 def _dollars_text(dollars:float) -> str:
     return f'${dollars:.4f}' if dollars else ''
@@ -127,8 +135,10 @@ def _difference_text(metric:str, row) -> str: # row: of `compare`
     is_share = metric not in ('high', 'low', 'gap')
     scale = 100 if is_share else 1
     digits = 1 if is_share else 2
-    mean, low, high = (f'{scale*row[column]:+.{digits}f}' for column in ('difference', 'low', 'high'))
-    return f"{mean} [{low}, {high}], p {p_text(row['p'])}"
+    values = [scale*row[column] for column in ('difference', 'low', 'high')]
+    mean, low, high = [f'{value:+.{digits}f}' for value in values]
+    p = p_text(row['p'])
+    return f'{mean} [{low}, {high}], p {p}'
 
 def difference_table(
     metrics:pd.DataFrame, # columns stage, feature, metric, value
@@ -155,10 +165,13 @@ def _section(title:str, *paragraphs:str) -> list[str]: # lines
 
 def _arms(results:Results) -> list[str]: # lines
     rows = results['arms'].query("stage != 'control'")
-    arms = rows.assign(stage=rows['arm'] + ' ' + rows['stage'])
-    rounds = [stage for stage in arms['stage'].unique() if ' dpo' in stage]
-    last = {stage.rpartition(' ')[0]: stage for stage in rounds} # arm -> its last round
-    pairs = [Comparison(stage, f'{arm} sft') for arm, stage in last.items()]
+    names = rows['arm'] + ' ' + rows['stage']
+    arms = rows.assign(stage=names)
+    last = {} # arm -> its last round
+    for name in names.unique():
+        arm, _, stage = name.rpartition(' ')
+        if stage.startswith('dpo'): last[arm] = name
+    pairs = [Comparison(name, f'{arm} sft') for arm, name in last.items()]
     about = 'Smaller runs that differ in one thing: means, and what their rounds change.'
     means = markdown_table(stage_table(summary(arms)))
     differences = markdown_table(difference_table(arms, pairs))
@@ -170,9 +183,10 @@ def _by_another_writer(results:Results) -> list[str]: # lines
     measured_twice = set(second['stage'])
     stages = [stage for stage in results.stages if stage in measured_twice]
     means = stage_table(summary(second, [*stages, 'control']))
-    same_features = first[first['feature'].isin(second['feature'])]
-    agreed = agreement(same_features, second, stages).round(2).astype(str)
-    return _section('By another writer', markdown_table(means), markdown_table(agreed))
+    is_shared = first['feature'].isin(second['feature'])
+    agreed = agreement(first[is_shared], second, stages)
+    shown = agreed.round(2).astype(str)
+    return _section('By another writer', markdown_table(means), markdown_table(shown))
 
 # %% ../nbs/parts/report.ipynb #0938500c
 def _screened_text(screened:pd.DataFrame) -> pd.DataFrame: # of `screen_table`: two decimals, p as elsewhere
@@ -187,7 +201,8 @@ def _screening(results:Results) -> list[str]: # lines
     if 'sft' not in variants:
         file = results.folder/'screening.parquet'
         raise ValueError(f'{file} has no row of the variant sft, which all others are held against: {ANEW}')
-    screened = screen_table({variant: rows[rows['variant'] == variant] for variant in variants})
+    by_variant = {variant: rows[rows['variant'] == variant] for variant in variants}
+    screened = screen_table(by_variant)
     return _section('Screening', markdown_table(_screened_text(screened)))
 
 _STUDIES = dict(arms=_arms, second_writer=_by_another_writer, screening=_screening) # by the name of their table
@@ -198,7 +213,8 @@ def studies(
     "Return the tables of studies beside a run's own results: smaller runs, another writer, the screening"
     lines = []
     for name, section in _STUDIES.items():
-        if (results.folder/f'{name}.parquet').exists(): lines += section(results)
+        file = results.folder/f'{name}.parquet'
+        if file.exists(): lines += section(results)
     return lines
 
 # %% ../nbs/parts/report.ipynb #8121630c
@@ -226,7 +242,8 @@ def measured(
     table:pd.DataFrame, # of `summary`
 ) -> dict[str, str]: # metric -> '300', or '294-300' where stages differ
     "Return over how many features the means of a summary are taken"
-    rows = table[table.index.get_level_values('stage') != 'control'].reset_index().query('n > 0')
+    is_method = table.index.get_level_values('stage') != 'control'
+    rows = table[is_method].reset_index().query('n > 0')
     ranges = rows.groupby('metric', sort=False)['n'].agg(['min', 'max'])
     counts = {}
     for metric, fewest, most in zip(ranges.index, ranges['min'], ranges['max']):
@@ -249,7 +266,9 @@ _FIGURE = '![The metrics of each stage with 95% intervals; the dotted line is ch
 
 def _means(results:Results, table:pd.DataFrame) -> list[str]: # lines; table: of `summary`
     made = results.made
-    title = f"# {escape_markdown(made['preset'])}, size {escape_markdown(made['size'])}"
+    name = escape_markdown(made['preset'])
+    size = escape_markdown(made['size'])
+    title = f'# {name}, size {size}'
     about = ('Means over the test features with 95% bootstrap intervals: shares in per cent, activations in '
              'units of the SAE. `control` is the judge on cases whose answer is known.')
     notes = [f'- {escape_markdown(note)}' for note in made['notes']]
@@ -268,20 +287,26 @@ def _differences(results:Results) -> list[str]: # lines
 def _repeats(results:Results) -> list[str]: # lines
     about = ('How many different explanations there are, the share of features that share theirs with another, '
              'and the mean word overlap with the most similar other one.')
-    return _section('Repeats', about, markdown_table(repeats_table(results.said).round(3).astype(str)))
+    table = repeats_table(results.said).round(3).astype(str)
+    return _section('Repeats', about, markdown_table(table))
 
 # %% ../nbs/parts/report.ipynb #1bbf72bb
 def _emphasised(pieces) -> str: # pieces of `lit_words`, those that are lit in bold
-    text = ''.join(f' **{escape_markdown(piece)}** ' if lit else f' {escape_markdown(piece)} ' for piece, lit in pieces)
-    return ' '.join(text.split())
+    words = []
+    for piece, lit in pieces:
+        shown = escape_markdown(piece)
+        words += f'**{shown}**'.split() if lit else shown.split()
+    return ' '.join(words)
 
 def _case_lines(case:dict) -> list[str]:
     lines = [f"- {code_span(case['feature'])}"]
     for stage in stages_of(case):
-        lines.append(f'    - {escape_markdown(stage)} ({_accuracy_text(case, stage)}): {escape_markdown(case[stage])}')
+        who = f'{escape_markdown(stage)} ({_accuracy_text(case, stage)})'
+        lines.append(f'    - {who}: {escape_markdown(case[stage])}')
     for stage, text in case['texts'].items():
         strength = f"{text['score']:.1f}; strongest known {case['max_act']:.1f}"
-        lines.append(f"    - best text for {escape_markdown(stage)} ({strength}): {_emphasised(text['pieces'])}")
+        emphasised = _emphasised(text['pieces'])
+        lines.append(f'    - best text for {escape_markdown(stage)} ({strength}): {emphasised}')
     return lines
 
 def _before_and_after(results:Results) -> list[str]: # lines
@@ -292,11 +317,16 @@ def _before_and_after(results:Results) -> list[str]: # lines
 
 # %% ../nbs/parts/report.ipynb #faa039da
 def _made_by(made:dict) -> list[str]: # lines: writers, stages that were resumed, all of provenance.json
-    lines = _section('Writers', markdown_table(writers_table(made['writers']))) if made['writers'] else []
-    resumed = [f'{escape_markdown(stage)} had {n}' for stage, n in made.get('sittings', {}).items() if n > 1]
-    if resumed: lines += ['', f"Seconds are those of a stage's last sitting: {', '.join(resumed)}."]
-    provenance = ['```json', json.dumps(made, indent=1), '```']
-    return [*lines, *_section('Provenance', '\n'.join(provenance))]
+    lines = []
+    if made['writers']:
+        table = markdown_table(writers_table(made['writers']))
+        lines += _section('Writers', table)
+    sittings = made.get('sittings', {})
+    resumed = [f'{escape_markdown(stage)} had {n}' for stage, n in sittings.items() if n > 1]
+    if resumed:
+        lines += ['', f"Seconds are those of a stage's last sitting: {', '.join(resumed)}."]
+    provenance = json.dumps(made, indent=1)
+    return lines + _section('Provenance', f'```json\n{provenance}\n```')
 
 def report_markdown(
     results:Results,

@@ -23,7 +23,8 @@ from .presets import diff, evaluated_stages, explainer_stages, load_preset, no_d
 # %% ../nbs/parts/results.ipynb #f7cea162
 def _log(file:Path) -> list[dict]: # raises `ValueError` where it has none
     log = read_json(file).get('log')
-    if not isinstance(log, list): raise ValueError(f'{file} has no list `log`: it is no record of a training')
+    if not isinstance(log, list):
+        raise ValueError(f'{file} has no list `log`: it is no record of a training')
     return log
 
 def training_log(
@@ -31,16 +32,23 @@ def training_log(
     stage:str, # a finished training stage
 ) -> pd.DataFrame: # loss per step; for DPO with accuracy and margin of the implicit reward
     "Return the log of a training"
-    return pd.DataFrame(_log(run.trained(stage)/'training.json'))
+    file = run.trained(stage)/'training.json'
+    return pd.DataFrame(_log(file))
 
 def _with_round(frames:dict) -> pd.DataFrame: # round -> its rows
-    parts = [rows.assign(round=n)[['round', *rows.columns]] for n, rows in frames.items()]
+    parts = []
+    for number, rows in frames.items():
+        columns = ['round', *rows.columns]
+        parts.append(rows.assign(round=number)[columns])
     return pd.concat(parts, ignore_index=True)
 
 def _split_rows(run) -> pd.DataFrame: # which feature is in which split
-    rows = [(i, split, run.features[i].max_act) for split, part in run.splits.items() for i in part]
+    rows = []
+    for split, part in run.splits.items():
+        rows += [(feature, split, run.features[feature].max_act) for feature in part]
     return pd.DataFrame(rows, columns=['feature', 'split', 'max_act'])
 
+# %% ../nbs/parts/results.ipynb #79d9d7a2
 def result_tables(
     run, # `Run`
 ) -> dict[str, pd.DataFrame]: # by file name
@@ -85,13 +93,15 @@ TABLES_READ = {
 }
 
 def _misfit_text(known) -> str|None: # known: values that are there
-    wrong = next((value for value in known if not isinstance(value, str)), None)
-    return None if wrong is None else f'holds {str(wrong)[:40]}, not a text'
+    for value in known:
+        if not isinstance(value, str): return f'holds {str(value)[:40]}, not a text'
+    return None
 
 def _misfit_number(values, kind:type, may_miss:bool) -> str|None:
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
     known = values.dropna()
-    if is_bool_dtype(values) or not is_numeric_dtype(values):
+    are_numbers = is_numeric_dtype(values) and not is_bool_dtype(values)
+    if not are_numbers:
         if len(known): return 'does not hold numbers'
         return None if may_miss else 'is empty'
     if kind is int and (known % 1 != 0).any(): return 'does not hold whole numbers'
@@ -101,9 +111,25 @@ def _misfit(values, kind:type, may_miss:bool) -> str|None: # None: they fit
     known = values.dropna()
     why = _misfit_text(known) if kind is str else _misfit_number(values, kind, may_miss)
     if why: return why
-    return 'is empty in some rows' if len(known) < len(values) and not may_miss else None
+    has_gaps = len(known) < len(values)
+    if has_gaps and not may_miss: return 'is empty in some rows'
+    return None
 
 # %% ../nbs/parts/results.ipynb #04d2fdbc
+def _check_there(frame:pd.DataFrame, columns, file) -> None: # raises `ValueError` where one is missing
+    lacking = [column for column in columns if column not in frame.columns]
+    if not lacking: return
+    first = list(frame.columns)[:12]
+    there = ', '.join(map(str, first)) or 'none'
+    raise ValueError(f"{file} lacks {', '.join(lacking)} (its columns: {there}): {ANEW}")
+
+def _check_rows_once(frame:pd.DataFrame, key:list[str], file) -> None: # raises `ValueError`
+    repeated = frame.duplicated(key)
+    if not repeated.any(): return
+    twice = frame[repeated].iloc[0]
+    row = ', '.join(f'{column} {twice[column]}' for column in key)
+    raise ValueError(f'{file} has two rows of {row}: {ANEW}')
+
 def check_columns(
     frame:pd.DataFrame,
     name:str, # of `TABLES_READ`
@@ -112,37 +138,33 @@ def check_columns(
     "Raise `ValueError` where a table lacks a column, holds values of another kind, or a row twice"
     wanted = TABLES_READ[name]
     columns = wanted.key | wanted.others
-    there = ', '.join(map(str, list(frame.columns)[:12])) or 'none'
-    lacking = [column for column in columns if column not in frame.columns]
-    if lacking:
-        raise ValueError(f"{file} lacks {', '.join(lacking)} (its columns: {there}): {ANEW}")
+    _check_there(frame, columns, file)
     for column, kind in columns.items():
         why = _misfit(frame[column], kind, column in wanted.others)
         if why: raise ValueError(f'{file}: its column {column} {why}: {ANEW}')
-    repeated = frame.duplicated(list(wanted.key)) if wanted.key else pd.Series(dtype=bool)
-    if repeated.any():
-        twice = frame[repeated].iloc[0]
-        row = ', '.join(f'{column} {twice[column]}' for column in wanted.key)
-        raise ValueError(f'{file} has two rows of {row}: {ANEW}')
+    if wanted.key: _check_rows_once(frame, list(wanted.key), file)
 
 # %% ../nbs/parts/results.ipynb #a720f8aa
 _MADE = dict(preset=str, size=str, evaluated=list, notes=list, writers=dict) # what a page reads of provenance.json
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool): return False
+    return isinstance(value, int | float)
+
+def _are_all(fits, values) -> bool: # whether these are an object, and each of its values fits
+    if not isinstance(values, dict): return False
+    return all(fits(value) for value in values.values())
 
 def _are_numbers(values) -> bool: # name -> number
-    return isinstance(values, dict) and all(map(_is_number, values.values()))
+    return _are_all(_is_number, values)
 
-def _is_book(book) -> bool: # an account of a writer at a stage
-    if not isinstance(book, dict): return False
-    counts = [book.get('outcomes'), book.get('attempts'), book.get('texts', {})]
-    numbers = [book.get(name) for name in ('prompt_tokens', 'completion_tokens', 'cost')]
-    numbers.append(book.get('perhaps_billed', 0))
-    return all(map(_are_numbers, counts)) and all(map(_is_number, numbers))
-
-def _are_books(stages) -> bool: # stage -> account
-    return isinstance(stages, dict) and all(map(_is_book, stages.values()))
+def _is_account(account) -> bool: # of a writer at a stage
+    if not isinstance(account, dict): return False
+    counts = [account.get('outcomes'), account.get('attempts'), account.get('texts', {})]
+    numbers = [account.get(name) for name in ('prompt_tokens', 'completion_tokens', 'cost')]
+    numbers.append(account.get('perhaps_billed', 0))
+    if not all(map(_are_numbers, counts)): return False
+    return all(map(_is_number, numbers))
 
 def _excerpt(value) -> str: # as JSON
     return json.dumps(value)[:40]
@@ -159,13 +181,14 @@ def check_made(
         if not isinstance(made[name], kind):
             raise ValueError(f'{file}: {name} is {_excerpt(made[name])}, which it is in no record of a run: {ANEW}')
     stages = made['evaluated']
-    if not stages or not all(isinstance(stage, str) for stage in stages):
+    are_names = all(isinstance(stage, str) for stage in stages)
+    if not (stages and are_names):
         raise ValueError(f'{file}: evaluated is {_excerpt(stages)}, not the names of stages: {ANEW}')
     sittings = made.get('sittings', {})
     if not _are_numbers(sittings):
         raise ValueError(f'{file}: sittings is {_excerpt(sittings)}, not a number for each stage: {ANEW}')
-    for writer, books in made['writers'].items():
-        if not _are_books(books):
+    for writer, accounts in made['writers'].items(): # of a writer: stage -> account
+        if not _are_all(_is_account, accounts):
             raise ValueError(f'{file}: what it says of the writer {writer[:40]!r} is no account: {ANEW}')
 
 # %% ../nbs/parts/results.ipynb #1f3d2ac4
@@ -196,8 +219,8 @@ class Results:
     def __getitem__(self, name:str) -> pd.DataFrame: # raises `FileNotFoundError` and `ValueError`
         file = self.folder/f'{name}.parquet'
         if not file.exists():
-            others = ', '.join(sorted(other.stem for other in self.folder.glob('*.parquet')))
-            raise FileNotFoundError(f'{self.folder} has no table {name!r}: it has {others}')
+            others = sorted(other.stem for other in self.folder.glob('*.parquet'))
+            raise FileNotFoundError(f"{self.folder} has no table {name!r}: it has {', '.join(others)}")
         frame = read_table(file).to_pandas()
         if any(level is not None for level in frame.index.names): frame = frame.reset_index()
         if name in TABLES_READ: check_columns(frame, name, file)
@@ -218,11 +241,13 @@ class Results:
     def said(self) -> pd.DataFrame: # index feature, one column for each stage
         "Explanations that were measured"
         measured = self['explanations'].query('k == 0')
-        return measured.pivot(index='feature', columns='stage', values='text').reindex(columns=self.stages)
+        by_stage = measured.pivot(index='feature', columns='stage', values='text')
+        return by_stage.reindex(columns=self.stages)
 
     def __str__(self) -> str: # how it was made, in a line
         made = self.made
-        how = f"seed {made['seed']}, {made['device']}, commit {made['commit']}, torch {made['versions']['torch']}"
+        torch = made['versions']['torch']
+        how = f"seed {made['seed']}, {made['device']}, commit {made['commit']}, torch {torch}"
         return f"{made['command']} | {how}"
 
 # %% ../nbs/parts/results.ipynb #d2417d24
@@ -232,8 +257,10 @@ def best_texts(
 ) -> pd.DataFrame: # one row for each stage and feature
     "Return the text of each test explanation that made its feature fire most"
     is_generative = texts['kind'] == 'generative'
-    scored = texts[texts['stage'].isin(list(stages)) & is_generative].dropna(subset='score')
-    return scored.loc[scored.groupby(['stage', 'feature'])['score'].idxmax()].reset_index(drop=True)
+    is_wanted = texts['stage'].isin(list(stages)) & is_generative
+    scored = texts[is_wanted].dropna(subset='score')
+    best = scored.groupby(['stage', 'feature'])['score'].idxmax()
+    return scored.loc[best].reset_index(drop=True)
 
 # %% ../nbs/parts/results.ipynb #e4ce71e8
 def label_source(
@@ -241,7 +268,9 @@ def label_source(
 ) -> str|None: # None: the file of features does not say
     "Return the model whose labels were trained on"
     made = card_of(features_file(preset))
-    return preset.label_model or made.get('default') or ('peak words' if made.get('corpus') else None)
+    named = preset.label_model or made.get('default')
+    if named: return named
+    return 'peak words' if made.get('corpus') else None
 
 def machine(
     run, # `Run`; it notes this when it is evaluated, so that a later report elsewhere leaves it as it was
@@ -256,16 +285,22 @@ def machine(
         python=platform.python_version(),
         versions={package: version(package) for package in packages})
 
+def _preset_changes(preset) -> list[str]|None: # None: it is not built in
+    if preset.name not in presets(): return None
+    built_in = load_preset(preset.name, size=preset.size)
+    return diff(built_in, preset).splitlines()
+
 def command_of(
     run, # `Run`
 ) -> str:
     "Return the command that goes on with a run, or makes it again"
     preset = run.preset
     folder = Path(run.folder)
-    is_built_in = preset.name in presets() and not diff(load_preset(preset.name, size=preset.size), preset)
+    is_built_in = _preset_changes(preset) == []
     what = [preset.name, '--size', preset.size] if is_built_in else [f'{folder}/preset.yaml']
     words = ['saeexplainer', 'run', *what]
-    if not is_built_in or folder.name != f'{preset.name}-{preset.size}':
+    usual_name = f'{preset.name}-{preset.size}'
+    if not is_built_in or folder.name != usual_name:
         words += ['--name', folder.name]
     if folder.parent != Path('runs'):
         words += ['--root', str(folder.parent)]
@@ -280,16 +315,18 @@ def _day(seconds, store) -> str: # raises `ValueError` where that is no time
         raise ValueError(f'{store.path} notes {noted}: put back a copy of it') from None
 
 def _commits(store, stages) -> str: # of all sittings, each once
-    noted = [store.meta(f'commit_{stage}', kind=str) or '' for stage in stages]
-    return ' + '.join(dict.fromkeys(commit for line in noted for commit in line.split(' + ') if commit))
-
-def _preset_changes(preset) -> list[str]|None: # None: it is not built in
-    if preset.name not in presets(): return None
-    return diff(load_preset(preset.name, size=preset.size), preset).splitlines()
+    commits:dict[str, None] = {} # in their order
+    for stage in stages:
+        noted = store.meta(f'commit_{stage}', kind=str) or ''
+        commits |= dict.fromkeys(noted.split(' + '))
+    return ' + '.join(commit for commit in commits if commit)
 
 def _asked_without(store) -> dict: # writer -> settings that its server did not know
-    noted = {writer: store.meta(f'writer {writer}') for writer in store.accounts()}
-    return {writer: settings for writer, settings in noted.items() if settings}
+    found = {}
+    for writer in store.accounts():
+        settings = store.meta(f'writer {writer}')
+        if settings: found[writer] = settings
+    return found
 
 def provenance(
     run, # `Run`
@@ -330,13 +367,16 @@ def lit_words(
     share:float=.5, # of its largest activation
 ) -> list[tuple[str, bool]]: # pieces that join to the text, each with whether the feature fires on it
     "Return runs of tokens on which a feature fires, and of those on which it does not"
-    strong = reading.values >= max(share*reading.max, 1e-6) if len(reading.values) else []
+    if not len(reading.values): return []
+    limit = max(share*reading.max, 1e-6)
+    strong = (reading.values >= limit).tolist()
     pieces:list[tuple[str, bool]] = []
-    for token, lit in zip(reading.tokens, strong):
-        if pieces and pieces[-1][1] == bool(lit):
-            text, _ = pieces.pop()
-            token = text + token
-        pieces.append((token, bool(lit)))
+    for token, fires in zip(reading.tokens, strong):
+        before, fired_before = pieces[-1] if pieces else ('', None)
+        if fires == fired_before:
+            pieces[-1] = (before + token, fires)
+        else:
+            pieces.append((token, fires))
     return pieces
 
 # %% ../nbs/parts/results.ipynb #2218641d
@@ -352,20 +392,24 @@ def chosen_cases(
     rows = generative.pivot(index='feature', columns='stage', values='value')
     if before not in rows: return [] # no test feature has a label
     change = (rows[after] - rows[before]).dropna().sort_index()
-    risen = (-change[change > 0]).sort_values(kind='stable').index[:gains].tolist()
-    fallen = change[change < 0].sort_values(kind='stable').index[:losses].tolist()
-    found = risen + fallen
-    same = change[change == 0].index[:gains + losses - len(found)].tolist()
-    return found + same
+    risen = (-change[change > 0]).sort_values(kind='stable').index.tolist()
+    fallen = change[change < 0].sort_values(kind='stable').index.tolist()
+    same = change[change == 0].index.tolist()
+    found = risen[:gains] + fallen[:losses]
+    n_left = gains + losses - len(found)
+    return found + same[:n_left]
 
+# %% ../nbs/parts/results.ipynb #01428025
 def _lit_texts(target, best, keys) -> dict: # (feature, stage) -> the best text: its pieces, and its score
     found = [key for key in keys if key in best.index]
+    features = [feature for feature, _ in found]
     texts = [best.loc[key, 'text'] for key in found]
-    readings = target.activations(texts, [feature for feature, _ in found])
-    lit = {}
+    readings = target.activations(texts, features)
+    shown = {}
     for key, reading in zip(found, readings):
-        lit[key] = dict(pieces=lit_words(reading), score=float(best.loc[key, 'score']))
-    return lit
+        score = best.loc[key, 'score']
+        shown[key] = dict(pieces=lit_words(reading), score=float(score))
+    return shown
 
 def case_studies(
     run, # `Run`
@@ -376,18 +420,24 @@ def case_studies(
     last = explainer_stages(run.preset)[-1]
     shown = ['label', 'sft', last]
     metrics = run.store.metrics()
+    is_generative = metrics['metric'] == 'generative'
+    accuracy = metrics[is_generative].set_index(['feature', 'stage'])['value']
     explanations = run.store.explanations(shown).query('k == 0')
     said = explanations.pivot(index='feature', columns='stage', values='text')
-    accuracy = metrics[metrics['metric'] == 'generative'].set_index(['feature', 'stage'])['value']
     best = best_texts(run.store.texts(), shown).set_index(['feature', 'stage'])
     chosen = chosen_cases(metrics, 'label', last, gains, losses)
-    lit = _lit_texts(run.target, best, [(i, stage) for i in chosen for stage in ('label', last)])
-    return [dict(
-        feature=str(run.features[i].id),
-        **{stage: said.loc[i, stage] for stage in shown},
-        accuracy={stage: float(accuracy[i, stage]) for stage in shown if pd.notna(accuracy[i, stage])},
-        texts={stage: lit[i, stage] for stage in ('label', last) if (i, stage) in lit},
-        max_act=run.features[i].max_act) for i in chosen]
+    compared = [(feature, stage) for feature in chosen for stage in ('label', last)]
+    lit = _lit_texts(run.target, best, compared)
+    cases = []
+    for index in chosen:
+        feature = run.features[index]
+        cases.append(dict(
+            feature=str(feature.id),
+            **{stage: said.loc[index, stage] for stage in shown},
+            accuracy={stage: float(accuracy[index, stage]) for stage in shown if pd.notna(accuracy[index, stage])},
+            texts={stage: lit[index, stage] for stage in ('label', last) if (index, stage) in lit},
+            max_act=feature.max_act))
+    return cases
 
 # %% ../nbs/parts/results.ipynb #f0cd0c3a
 _CASE = ('feature', 'accuracy', 'texts', 'max_act') # the other keys are stages
@@ -398,13 +448,16 @@ def stages_of(
     "Names of the stages whose explanations a case shows"
     return [key for key in case if key not in _CASE]
 
-def _is_piece(piece) -> bool: # [text, lit]
-    return isinstance(piece, list) and len(piece) == 2 and isinstance(piece[0], str)
+def _is_piece(piece) -> bool: # [text, whether the feature fires on it]
+    if not isinstance(piece, list): return False
+    return len(piece) == 2 and isinstance(piece[0], str)
 
 def _is_lit_text(text) -> bool: # with pieces of `lit_words`
-    if not isinstance(text, dict) or not _is_number(text.get('score')): return False
+    if not isinstance(text, dict): return False
+    if not _is_number(text.get('score')): return False
     pieces = text.get('pieces')
-    return isinstance(pieces, list) and all(map(_is_piece, pieces))
+    if not isinstance(pieces, list): return False
+    return all(map(_is_piece, pieces))
 
 def _why_no_case(case) -> str|None: # None: it is one
     if not isinstance(case, dict): return f'it is {_excerpt(case)}, not an object'
@@ -413,9 +466,7 @@ def _why_no_case(case) -> str|None: # None: it is one
     if not isinstance(case['feature'], str): return 'its feature is not a name'
     if not _is_number(case['max_act']): return 'its max_act is not a number'
     if not _are_numbers(case['accuracy']): return 'its accuracy is not a number for each stage'
-    texts = case['texts']
-    if not isinstance(texts, dict) or not all(map(_is_lit_text, texts.values())):
-        return 'its texts are not pieces and a score for each stage'
+    if not _are_all(_is_lit_text, case['texts']): return 'its texts are not pieces and a score for each stage'
     return None
 
 def read_cases(
@@ -427,7 +478,8 @@ def read_cases(
     cases = read_json(file, list)
     for number, case in enumerate(cases, 1):
         why = _why_no_case(case)
-        if why: raise ValueError(f'{file}, example {number}: {why}: {ANEW}')
+        if why:
+            raise ValueError(f'{file}, example {number}: {why}: {ANEW}')
     return cases
 
 # %% ../nbs/parts/results.ipynb #513eb0ff
@@ -447,7 +499,9 @@ def check_measured(
         raise ValueError(f'{path} has no metrics of {of_stages}, but its evaluation is marked as finished: {_PUT_BACK}')
     explanations = run.store.explanations()
     explained = set(zip(explanations['stage'], explanations['feature']))
-    shown = metrics[(metrics['metric'] == 'generative') & metrics['stage'].isin(['label', *stages])]
+    is_generative = metrics['metric'] == 'generative'
+    is_shown = metrics['stage'].isin(['label', *stages])
+    shown = metrics[is_generative & is_shown]
     for stage, feature in zip(shown['stage'], shown['feature']):
         found = f'{path} has metrics of feature {feature}'
         if feature not in run.features:
@@ -462,7 +516,8 @@ def write_results(
     check_measured(run)
     folder = run.folder/'report'
     folder.mkdir(exist_ok=True)
-    for name, frame in result_tables(run).items(): write_table(frame, folder/f'{name}.parquet')
+    for name, frame in result_tables(run).items():
+        write_table(frame, folder/f'{name}.parquet')
     write_json(case_studies(run), folder/'examples.json')
     write_json(provenance(run), folder/'provenance.json')
     return folder

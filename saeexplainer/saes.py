@@ -40,31 +40,39 @@ def _check_kind(architecture:str): # raises `ValueError` where a feature's activ
 MODULE = (r'(?:(?:model|base_model|language_model|transformer|gpt_neox|decoder)\.)*'
           r'(?:layers|h|blocks)\.(\d+)(?:\.(input|output))?')
 
-def parse_hook(name:str|None # as in the SAE's metadata
-              ) -> tuple[int, str]: # layer, 'resid_post' or 'resid_pre'
+def parse_hook(
+    name:str|None, # as in the SAE's metadata
+) -> tuple[int, str]: # layer, 'resid_post' or 'resid_pre'
     "Return layer and place of a hook name; raise `ValueError` for SAEs that do not read the residual stream"
     name = str(name or '')
-    if found := re.fullmatch(r'blocks\.(\d+)\.hook_(resid_post|resid_pre)', name): return int(found[1]), found[2]
-    if found := re.fullmatch(MODULE, name): return int(found[1]), 'resid_pre' if found[2] == 'input' else 'resid_post'
+    if found := re.fullmatch(r'blocks\.(\d+)\.hook_(resid_post|resid_pre)', name):
+        layer, place = found.groups()
+        return int(layer), place
+    if found := re.fullmatch(MODULE, name):
+        layer, side = found.groups()
+        return int(layer), 'resid_pre' if side == 'input' else 'resid_post'
     reads = f"this SAE reads '{name}'"
     if not name: reads = 'this SAE does not say where it reads (its metadata has no hook_name)'
     raise ValueError(f'{reads}: only SAEs on the residual stream (blocks.N.hook_resid_post or _pre) are supported; '
                      'if it is one, say so in the preset, as in `sae_hook: blocks.6.hook_resid_post`')
 
 # %% ../nbs/parts/saes.ipynb #a5b692de
-def check_directions(directions:torch.Tensor, # (n, d), or (d,) for one
-                     d_model:int # width of the residual stream that they live in
-                    ) -> torch.Tensor: # (n, d) fp32
+def check_directions(
+    directions:torch.Tensor, # (n, d), or (d,) for one
+    d_model:int, # width of the residual stream that they live in
+) -> torch.Tensor: # (n, d) fp32
     "Return directions as an fp32 matrix; raise `ValueError` for a wrong width, or one that is zero or not finite"
     directions = torch.atleast_2d(torch.as_tensor(directions)).float()
     d = directions.shape[-1]
-    if d != d_model: raise ValueError(f'a direction has {d} components, the residual stream has {d_model}')
+    if d != d_model:
+        raise ValueError(f'a direction has {d} components, the residual stream has {d_model}')
     infinite = ~directions.isfinite().all(-1)
-    zero = (directions==0).all(-1)
-    for bad, what in ((infinite, 'is not finite'), (zero, 'is zero (a dead feature)')):
+    zero = (directions == 0).all(-1)
+    faults = {'is not finite': infinite, 'is zero (a dead feature)': zero}
+    for fault, bad in faults.items():
         if not bad.any(): continue
         first = bad.nonzero()[0].item()
-        raise ValueError(f'direction {first} of {len(directions)} {what}: it cannot be explained')
+        raise ValueError(f'direction {first} of {len(directions)} {fault}: it cannot be explained')
     return directions
 
 # %% ../nbs/parts/saes.ipynb #8d3fdf8c
@@ -73,13 +81,14 @@ Features = int|Sequence[int]|np.ndarray|torch.Tensor # indices of features: one,
 def _as_array(features) -> np.ndarray: # of any dtype; raises `ValueError` for what numpy cannot hold, or would misread
     if isinstance(features, np.ma.MaskedArray):
         raise ValueError('a masked array is no list of features: give those that count, as features.compressed()')
-    tensor = isinstance(features, torch.Tensor)
-    if tensor and features.layout != torch.strided:
+    is_tensor = isinstance(features, torch.Tensor)
+    if is_tensor and features.layout != torch.strided:
         raise ValueError('a sparse tensor is no list of features: give the indices themselves')
     try:
-        if not tensor: return np.asarray(features)
+        if not is_tensor: return np.asarray(features)
         given = features.detach().cpu()
-        return (given.float() if given.is_floating_point() else given).numpy()
+        if given.is_floating_point(): given = given.float()
+        return given.numpy()
     except (TypeError, ValueError, RuntimeError):
         raise _no_feature(features) from None
 
@@ -87,103 +96,143 @@ def _no_feature(features) -> ValueError:
     return ValueError(f'{str(features)[:60]!r} is no feature: features are named by whole numbers')
 
 def _is_truth_value(x) -> bool: # of Python, numpy or torch
-    return isinstance(x, (bool, np.bool_)) or getattr(x, 'dtype', None) == torch.bool
+    if isinstance(x, (bool, np.bool_)): return True
+    return getattr(x, 'dtype', None) == torch.bool
 
-def feature_indices(features:Features # one index, or any array of them: list, tuple, range, numpy, torch, pandas
-                   ) -> np.ndarray: # int64, of the same shape
+def _has_truth_value(features) -> bool:
+    if not isinstance(features, (list, tuple)): return False
+    return any(_is_truth_value(x) for x in features)
+
+def _fits_int64(array:np.ndarray) -> bool: # an array of whole numbers
+    if array.dtype.kind not in 'iu': return False
+    largest = np.iinfo(np.int64).max
+    return not (array > largest).any()
+
+def _whole_numbers(array:np.ndarray) -> np.ndarray: # int64; raises `TypeError` or `OverflowError`
+    if array.dtype != object: raise TypeError
+    if any(isinstance(x, bool) for x in array.flat): raise TypeError
+    numbers = [operator.index(x) for x in array.flat]
+    return np.array(numbers, np.int64).reshape(array.shape)
+
+def feature_indices(
+    features:Features, # one index, or any array of them: list, tuple, range, numpy, torch, pandas
+) -> np.ndarray: # int64, of the same shape
     "Return indices of features; raise `ValueError` for masks, fractions, texts and all else that is no whole number"
-    truths = isinstance(features, (list, tuple)) and any(_is_truth_value(x) for x in features)
+    is_mask = _has_truth_value(features)
     array = _as_array(features)
-    if array.dtype == bool or truths:
+    if array.dtype == bool or is_mask:
         raise ValueError('a mask of True and False is no list of features: '
                          'give the indices, as numpy.flatnonzero(mask)')
-    whole = array.dtype.kind in 'iu' and not (array > np.iinfo(np.int64).max).any()
-    if array.size == 0 or whole: return array.astype(np.int64)
+    if array.size == 0 or _fits_int64(array): return array.astype(np.int64)
     try:
-        if array.dtype != object or any(isinstance(x, bool) for x in array.flat): raise TypeError
-        return np.array([operator.index(x) for x in array.flat], np.int64).reshape(array.shape)
+        return _whole_numbers(array)
     except (TypeError, OverflowError):
         raise _no_feature(features) from None
 
 # %% ../nbs/parts/saes.ipynb #528b3b7d
-def pre_activations(sae, # sae-lens SAE, fp32
-                    resid:torch.Tensor, # (n, t, d) fp32
-                    features:torch.Tensor # (n, m): row i is read for its m features
-                   ) -> torch.Tensor: # (n, t, m), without bias
+def pre_activations(
+    sae, # sae-lens SAE, fp32
+    resid:torch.Tensor, # (n, t, d) fp32
+    features:torch.Tensor, # (n, m): row i is read for its m features
+) -> torch.Tensor: # (n, t, m), without bias
     "Return the products of tokens and encoder columns"
-    return torch.bmm(sae.process_sae_in(resid), sae.W_enc[:, features].transpose(0, 1))
+    columns = sae.W_enc[:, features].transpose(0, 1) # (n, d, m)
+    return torch.bmm(sae.process_sae_in(resid), columns)
 
-def one_column(sae, # of a kind in `ONE_COLUMN`, fp32
-               resid:torch.Tensor, # (n, t, d) fp32
-               features:torch.Tensor # (n, m)
-              ) -> torch.Tensor: # (n, t, m)
+def one_column(
+    sae, # of a kind in `ONE_COLUMN`, fp32
+    resid:torch.Tensor, # (n, t, d) fp32
+    features:torch.Tensor, # (n, m)
+) -> torch.Tensor: # (n, t, m)
     "Return activations of a row's features, from an encoder column each: equal to the full encode"
     def of_features(parameter): return parameter[features][:, None] # (n, 1, m)
     kind = sae.cfg.architecture()
     pre = pre_activations(sae, resid, features)
-    if kind == 'standard': return torch.relu(pre + of_features(sae.b_enc))
+    if kind == 'standard':
+        return torch.relu(pre + of_features(sae.b_enc))
     if kind == 'jumprelu':
         pre = pre + of_features(sae.b_enc)
-        return torch.relu(pre) * (pre > of_features(sae.threshold))
-    gate = pre + of_features(sae.b_gate) > 0 # gated: the magnitude uses the same column, rescaled
-    return torch.relu(pre * of_features(sae.r_mag).exp() + of_features(sae.b_mag)) * gate
+        is_open = pre > of_features(sae.threshold)
+        return torch.relu(pre) * is_open
+    is_open = pre + of_features(sae.b_gate) > 0 # gated: the magnitude uses the same column, rescaled
+    scale = of_features(sae.r_mag).exp()
+    magnitude = torch.relu(pre * scale + of_features(sae.b_mag))
+    return magnitude * is_open
 
 # %% ../nbs/parts/saes.ipynb #d1643819
 ENCODE_AT_ONCE = 2**27 # numbers in one block of full activations: 512 MB
 
-def competing(sae, # of a kind in `FULL_ENCODE`, fp32
-              resid:torch.Tensor, # (n, t, d) fp32
-              features:torch.Tensor # (n, m)
-             ) -> torch.Tensor: # (n, t, m)
+def _can_be_active(sae, resid:torch.Tensor, features:torch.Tensor) -> torch.Tensor: # (n, t) of bool
+    if sae.cfg.architecture() != 'topk':
+        return torch.ones(resid.shape[:2], dtype=torch.bool, device=resid.device)
+    bias = sae.b_enc[features][:, None]
+    positive = pre_activations(sae, resid, features) + bias > 0
+    return positive.any(-1)
+
+def competing(
+    sae, # of a kind in `FULL_ENCODE`, fp32
+    resid:torch.Tensor, # (n, t, d) fp32
+    features:torch.Tensor, # (n, m)
+) -> torch.Tensor: # (n, t, m)
     "Return activations of a row's features, by full encode of the tokens on which one of them can be active"
-    shape = (*resid.shape[:2], features.shape[1])
-    can = torch.ones(shape[:2], dtype=torch.bool, device=resid.device)
-    if sae.cfg.architecture() == 'topk':
-        can = (pre_activations(sae, resid, features) + sae.b_enc[features][:, None] > 0).any(-1)
-    out = torch.zeros(shape, device=resid.device)
-    if not can.any(): return out
-    wanted = features[:, None].expand(shape)[can]
+    n, t = resid.shape[:2]
+    m = features.shape[1]
+    out = torch.zeros(n, t, m, device=resid.device)
+    tokens = _can_be_active(sae, resid, features)
+    if not tokens.any(): return out
+    wanted = features[:, None].expand(n, t, m)[tokens]
     size = max(1, ENCODE_AT_ONCE//sae.cfg.d_sae) # tokens in a block
-    blocks = zip(resid[can].split(size), wanted.split(size))
-    out[can] = torch.cat([sae.encode(x).gather(-1, f) for x, f in blocks])
+    blocks = zip(resid[tokens].split(size), wanted.split(size))
+    found = [sae.encode(vectors).gather(-1, some) for vectors, some in blocks]
+    out[tokens] = torch.cat(found)
     return out
 
 # %% ../nbs/parts/saes.ipynb #a509691f
-def decoder_step(sae, # sae-lens SAE, fp32
-                 resid:torch.Tensor, # (n, t, d) fp32
-                 features:torch.Tensor # (n,)
-                ) -> torch.Tensor: # (n, t or 1, d): what one unit of activation adds to the residual stream
+def decoder_step(
+    sae, # sae-lens SAE, fp32
+    resid:torch.Tensor, # (n, t, d) fp32
+    features:torch.Tensor, # (n,)
+) -> torch.Tensor: # (n, t or 1, d): what one unit of activation adds to the residual stream
     "Return the decoder row of each feature, in units of the residual stream"
     step = sae.W_dec[features][:, None]
-    if getattr(sae.cfg, 'rescale_acts_by_decoder_norm', False): step = step / step.norm(dim=-1, keepdim=True)
-    norm = sae.cfg.normalize_activations
-    if norm == 'layer_norm': return step * resid.std(dim=-1, keepdim=True)
-    if norm == 'constant_norm_rescale': return step * resid.norm(dim=-1, keepdim=True) / sae.cfg.d_in**.5
+    if getattr(sae.cfg, 'rescale_acts_by_decoder_norm', False):
+        step = step / step.norm(dim=-1, keepdim=True)
+    normalised_by = sae.cfg.normalize_activations
+    if normalised_by == 'layer_norm':
+        return step * resid.std(dim=-1, keepdim=True)
+    if normalised_by == 'constant_norm_rescale':
+        return step * resid.norm(dim=-1, keepdim=True) / sae.cfg.d_in**.5
     return step
 
 # %% ../nbs/parts/saes.ipynb #61c6a90e
-def find_sae(source # a folder, absolute or relative to data/; 'release:sae_id' or 'user/repo:folder'; or such a pair
-            ) -> Path|tuple[str, str]: # a folder with cfg.json, or (release, sae_id)
+def _pair(source) -> tuple[str, str]: # of two texts; raises `ValueError`
+    are_texts = all(isinstance(part, str) and part.strip() for part in source)
+    if len(source) == 2 and are_texts: return source[0], source[1]
+    raise ValueError(f'{source!r} names no SAE: a pair is (release, sae_id) or (repository, folder)')
+
+def find_sae(
+    source, # a folder, absolute or relative to data/; 'release:sae_id' or 'user/repo:folder'; or such a pair
+) -> Path|tuple[str, str]: # a folder with cfg.json, or (release, sae_id)
     "Return where an SAE comes from; raise `FileNotFoundError` where there is nothing"
-    if isinstance(source, (tuple, list)):
-        texts = all(isinstance(part, str) and part.strip() for part in source)
-        if len(source) == 2 and texts: return source[0], source[1]
-        raise ValueError(f'{source!r} names no SAE: a pair is (release, sae_id) or (repository, folder)')
+    if isinstance(source, (tuple, list)): return _pair(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"{source!r} names no SAE: give a folder, 'release:sae_id' or 'user/repo:folder'")
-    for folder in (Path(source).expanduser(), data_dir()/source):
+    path = Path(source).expanduser()
+    for folder in (path, data_dir()/source):
         if (folder/'cfg.json').exists(): return folder
     release, _, sae_id = str(source).partition(':')
-    if release.strip() and sae_id.strip() and not Path(source).expanduser().exists(): return release, sae_id
+    is_pair = release.strip() and sae_id.strip()
+    if is_pair and not path.exists(): return release, sae_id
     raise FileNotFoundError(f"no SAE in '{source}' (looked for cfg.json there and under {data_dir()}); "
                             f"a hub SAE is written 'release:sae_id' or 'user/repo:folder'{no_data()}")
 
 # %% ../nbs/parts/saes.ipynb #faed70a2
 WEIGHTS = 'sae_weights.safetensors' # in sae-lens' own format
 
-def hub_folder(release:str, # of sae-lens, or a repository of the hub
-               sae_id:str # one of its SAEs, or a folder
-              ) -> Path|None: # None: it is in another format, which sae-lens converts
+def hub_folder(
+    release:str, # of sae-lens, or a repository of the hub
+    sae_id:str, # one of its SAEs, or a folder
+) -> Path|None: # None: it is in another format, which sae-lens converts
     "Return where the hub's cache holds an SAE in sae-lens' own format, once it is loaded"
     from huggingface_hub import try_to_load_from_cache
     from sae_lens.loading.pretrained_saes_directory import get_repo_id_and_folder_name
@@ -192,13 +241,18 @@ def hub_folder(release:str, # of sae-lens, or a repository of the hub
     return Path(file).parent if isinstance(file, str) else None
 
 # %% ../nbs/parts/saes.ipynb #09fedb01
-def _check_field(file,
-                 fields, # object of a configuration
-                 name, fits, # value -> bool
-                 wanted:str): # what would be right
+def _check_field(
+    file,
+    fields, # object of a configuration
+    name,
+    fits, # value -> bool
+    wanted:str, # what would be right
+):
     "Raise `ValueError`, naming the file, where a field is given and does not fit"
     value = fields.get(name)
-    if value is not None and not fits(value): raise ValueError(f'{file}: {name} is {value!r}, {wanted}')
+    if value is None: return
+    if not fits(value):
+        raise ValueError(f'{file}: {name} is {value!r}, {wanted}')
 
 def _is_truth(value) -> bool: return isinstance(value, bool)
 
@@ -207,17 +261,23 @@ def _is_object(value) -> bool: return isinstance(value, dict)
 def _is_count(value) -> bool: return type(value) is int and value > 0
 
 def _is_number(value) -> bool: # that fp32 can hold
-    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+    if type(value) not in (int, float): return False
+    return abs(value) <= torch.finfo(torch.float32).max
 
 def _is_size(value) -> bool: return _is_number(value) and value >= 0
 
 def _check_k(file, cfg, kind): # of a TopK SAE
-    inner = (cfg.get('activation_fn_kwargs') or {}).get('k')
-    k = inner if cfg.get('k') is None else cfg['k']
-    if not _is_count(k): raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
+    arguments = cfg.get('activation_fn_kwargs') or {}
+    inner = arguments.get('k')
+    outer = cfg.get('k')
+    k = inner if outer is None else outer
+    n = cfg['d_sae']
+    if not _is_count(k):
+        raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
     if inner not in (None, k):
         raise ValueError(f'{file}: k is {k}, and in its activation_fn_kwargs {inner!r}: only one of them can be right')
-    if k > cfg['d_sae']: raise ValueError(f"{file}: k is {k}, more than its {cfg['d_sae']} features")
+    if k > n:
+        raise ValueError(f'{file}: k is {k}, more than its {n} features')
 
 def _check_metadata(file, about): # the metadata, wherever it stands
     _check_field(file, about, 'model_from_pretrained_kwargs', _is_object, 'not an object')
@@ -226,8 +286,9 @@ def _check_metadata(file, about): # the metadata, wherever it stands
 
 def _check_fields(file, cfg): # those that any kind of SAE may have
     for name in ('d_in', 'd_sae'):
-        if not _is_count(cfg.get(name)):
-            raise ValueError(f'{file}: {name} is {cfg.get(name)!r}, not a number of dimensions')
+        size = cfg.get(name)
+        if not _is_count(size):
+            raise ValueError(f'{file}: {name} is {size!r}, not a number of dimensions')
     for name in ('metadata', 'activation_fn_kwargs'):
         _check_field(file, cfg, name, _is_object, 'not an object')
     for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm', 'stop_on_duplicate_support'):
@@ -240,11 +301,12 @@ def _check_fields(file, cfg): # those that any kind of SAE may have
 # %% ../nbs/parts/saes.ipynb #ec0baf01
 def _is_of_sparsify(cfg) -> bool: # has the fields of another library's format
     if 'num_latents' in cfg: return True
-    ours = {'hook_name', 'hook_point', 'architecture'}
-    return 'expansion_factor' in cfg and not ours & cfg.keys()
+    of_sae_lens = {'hook_name', 'hook_point', 'architecture'}
+    return 'expansion_factor' in cfg and not of_sae_lens & cfg.keys()
 
-def check_config(file:Path # a cfg.json in sae-lens' own format, of any version
-                ) -> str: # its architecture
+def check_config(
+    file:Path, # a cfg.json in sae-lens' own format, of any version
+) -> str: # its architecture
     "Raise `ValueError`, naming the file, for a configuration that is malformed or that sae-lens would misread"
     cfg = read_json(file)
     if _is_of_sparsify(cfg):
@@ -252,25 +314,30 @@ def check_config(file:Path # a cfg.json in sae-lens' own format, of any version
                          f"convert it to sae-lens' (cfg.json and {WEIGHTS})")
     _check_fields(file, cfg)
     function = cfg.get('activation_fn') or cfg.get('activation_fn_str') or 'relu'
-    kind = 'topk' if function == 'topk' else cfg.get('architecture') or 'standard'
+    named = cfg.get('architecture') or 'standard'
+    kind = 'topk' if function == 'topk' else named
     if function not in ('relu', 'topk'):
         raise ValueError(f'{file}: its activation function is {function!r}, which sae-lens no longer has: '
                          'it would be read as ReLU')
     if kind in ('topk', 'abstopk'): _check_k(file, cfg, kind)
-    if kind == 'standard' and cfg.get('k') is not None:
-        raise ValueError(f"{file}: k is {cfg['k']!r}, and a standard SAE has none: name its architecture, such as topk")
+    k = cfg.get('k')
+    if kind == 'standard' and k is not None:
+        raise ValueError(f"{file}: k is {k!r}, and a standard SAE has none: name its architecture, such as topk")
     _check_kind(kind)
     return kind
 
 # %% ../nbs/parts/saes.ipynb #7c9e7afc
-def _name_of(source) -> str: return ':'.join(source) if isinstance(source, tuple) else str(source)
+def _name_of(source) -> str:
+    if isinstance(source, tuple): return ':'.join(source)
+    return str(source)
 
 def _check_cached(source): # the files of an SAE that the hub's cache holds in sae-lens' own format
     try:
         folder = hub_folder(*source)
     except KeyError: return # an id that its release does not have
     if folder is None: return
-    if (folder/'cfg.json').exists(): check_config(folder/'cfg.json')
+    config = folder/'cfg.json'
+    if config.exists(): check_config(config)
     check_tensors(folder/WEIGHTS)
 
 @contextmanager
@@ -288,8 +355,9 @@ def _loading(source): # what sae-lens raises, as one line that names the SAE
 def _plain_config(cfg, overrides) -> dict: # as all versions of sae-lens read it
     "Return a configuration without nulls and empty settings, its metadata where every version looks for it"
     from sae_lens.loading.pretrained_sae_loaders import LLM_METADATA_KEYS
-    about = {name: value for name, value in (cfg.get('metadata') or {}).items() if name in LLM_METADATA_KEYS}
-    fields = {**cfg, **about, **(overrides or {})}
+    metadata = cfg.get('metadata') or {}
+    about = {name: value for name, value in metadata.items() if name in LLM_METADATA_KEYS}
+    fields = cfg | about | (overrides or {})
     if fields.get('activation_fn_kwargs') == {}: del fields['activation_fn_kwargs']
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -306,16 +374,19 @@ def _from_hub(cfg_overrides=None, **kwargs): # what sae-lens reads from a reposi
 # %% ../nbs/parts/saes.ipynb #277faa89
 def _check_numbers(sae, what): # raises `ValueError` for a tensor with NaN or infinity: `what` begins the line
     for name, tensor in sae.state_dict().items():
-        if not all(limit.isfinite() for limit in tensor.aminmax()):
+        least, most = tensor.aminmax()
+        if not (least.isfinite() and most.isfinite()):
             raise ValueError(f'{what} {name} is not finite: its activations would mean nothing')
 
 def _check_as_said(file, sae): # raises `ValueError` where sae-lens passes over what the file says
     cfg = read_json(file)
     kind = sae.cfg.architecture()
-    k = cfg.get('k') or (cfg.get('activation_fn_kwargs') or {}).get('k')
+    arguments = cfg.get('activation_fn_kwargs') or {}
+    k = cfg.get('k') or arguments.get('k')
     if kind in ('topk', 'abstopk') and sae.cfg.k != k:
         raise ValueError(f'{file}: k is {k} in its activation_fn_kwargs, and sae-lens reads {sae.cfg.k}: write it as k')
-    if cfg.get('rescale_acts_by_decoder_norm') and not getattr(sae.cfg, 'rescale_acts_by_decoder_norm', False):
+    rescales = getattr(sae.cfg, 'rescale_acts_by_decoder_norm', False)
+    if cfg.get('rescale_acts_by_decoder_norm') and not rescales:
         raise ValueError(f'{file}: rescale_acts_by_decoder_norm is true, which sae-lens does not do in a {kind} SAE: '
                          'fold it into the weights (save_inference_model)')
 
@@ -330,10 +401,11 @@ def _fold_scale(sae, file): # activation_scaler.json
 def _load_folder(folder, device): # the sae-lens SAE
     from sae_lens import SAE
     config = folder/'cfg.json'
+    weights = folder/WEIGHTS
     wanted = check_config(config)
-    if not (folder/WEIGHTS).exists():
+    if not weights.exists():
         raise FileNotFoundError(f'{folder} has a cfg.json and no {WEIGHTS}: its weights are missing')
-    check_tensors(folder/WEIGHTS)
+    check_tensors(weights)
     with _loading(folder):
         sae = SAE.load_from_disk(folder, device=str(device), dtype='float32', converter=_from_disk)
     kind = sae.cfg.architecture()
@@ -341,9 +413,10 @@ def _load_folder(folder, device): # the sae-lens SAE
         raise ValueError(f'{config} describes a {wanted} SAE, which sae-lens reads as {kind}: '
                          'its activations would be others')
     _check_as_said(config, sae)
-    _check_numbers(sae, f'{folder/WEIGHTS}:')
+    _check_numbers(sae, f'{weights}:')
     scale = folder/'activation_scaler.json'
-    if sae.cfg.normalize_activations == 'expected_average_only_in' and scale.exists(): _fold_scale(sae, scale)
+    is_scaled = sae.cfg.normalize_activations == 'expected_average_only_in'
+    if is_scaled and scale.exists(): _fold_scale(sae, scale)
     return sae
 
 def _load_release(source, device): # the sae-lens SAE of (release, sae_id)
@@ -354,33 +427,43 @@ def _load_release(source, device): # the sae-lens SAE of (release, sae_id)
         sae = SAE.from_pretrained(*source, device=str(device), dtype='float32', converter=converter)
     _check_cached(source)
     folder = hub_folder(*source)
-    if folder and (folder/'cfg.json').exists(): _check_as_said(folder/'cfg.json', sae)
-    _check_numbers(sae, f'{folder/WEIGHTS}:' if folder else f"the SAE '{_name_of(source)}':")
+    if folder is None:
+        _check_numbers(sae, f"the SAE '{_name_of(source)}':")
+        return sae
+    config = folder/'cfg.json'
+    if config.exists(): _check_as_said(config, sae)
+    _check_numbers(sae, f'{folder/WEIGHTS}:')
     return sae
 
-def load_sae(source:Path|tuple[str, str], # as `find_sae` returns it
-             device='cpu' # as torch takes it
-            ) -> Any: # the SAE of sae-lens: fp32, frozen, input scaling folded in
+# %% ../nbs/parts/saes.ipynb #d6ca2aff
+def load_sae(
+    source:Path|tuple[str, str], # as `find_sae` returns it
+    device='cpu', # as torch takes it
+) -> Any: # the SAE of sae-lens: fp32, frozen, input scaling folded in
     "Load an SAE with sae-lens; raise `ValueError` for a kind that cannot be read exactly, and for damaged files"
     sae = _load_release(source, device) if isinstance(source, tuple) else _load_folder(source, device)
     _check_kind(sae.cfg.architecture())
-    norm = sae.cfg.normalize_activations
-    if norm not in NORMALISED:
-        raise ValueError(f"this SAE expects inputs normalised by '{norm}' and does not bring the factor: "
+    normalised_by = sae.cfg.normalize_activations
+    if normalised_by not in NORMALISED:
+        raise ValueError(f"this SAE expects inputs normalised by '{normalised_by}' and does not bring the factor: "
                          'fold it into the weights before saving (sae-lens: fold_activation_norm_scaling_factor)')
-    if sae.cfg.reshape_activations != 'none':
-        raise ValueError(f'this SAE reshapes its input ({sae.cfg.reshape_activations}): '
+    reshaped_by = sae.cfg.reshape_activations
+    if reshaped_by != 'none':
+        raise ValueError(f'this SAE reshapes its input ({reshaped_by}): '
                          'it does not read the residual stream')
     return sae.eval().requires_grad_(False)
 
 # %% ../nbs/parts/saes.ipynb #05d39589
-def tensors_sha256(module:torch.nn.Module # in the order of the names of its tensors
-                  ) -> str:
+def tensors_sha256(
+    module:torch.nn.Module, # in the order of the names of its tensors
+) -> str:
     "Return the SHA-256 of weights that came without a safetensors file"
     digest = hashlib.sha256()
-    for name, t in sorted(module.state_dict().items()):
-        digest.update(f'{name} {tuple(t.shape)} {t.dtype}'.encode())
-        digest.update(memoryview(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    for name, tensor in sorted(module.state_dict().items()):
+        header = f'{name} {tuple(tensor.shape)} {tensor.dtype}'
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(header.encode())
+        digest.update(memoryview(values.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 # %% ../nbs/parts/saes.ipynb #104c8ea6
@@ -391,8 +474,9 @@ class LoadedSAE:
     card: dict|None = None # how it was made; `model_sha256` binds it to a model
     sha256: str|None = None # of its weights file; None: it came without one
 
-def place_of(sae # sae-lens SAE
-            ) -> tuple[int, str]: # layer, 'resid_post' or 'resid_pre'
+def place_of(
+    sae, # sae-lens SAE
+) -> tuple[int, str]: # layer, 'resid_post' or 'resid_pre'
     "Return where an SAE reads; raise `ValueError` for a place or a `prepend_bos` that cannot be read"
     about = sae.cfg.metadata
     place = parse_hook(about.hook_name or about.hf_hook_name)
@@ -417,20 +501,22 @@ def _with_card(source, sae) -> LoadedSAE: # source: as `find_sae` returns it
     if folder is None: return LoadedSAE(sae)
     file = folder/'card.json'
     card = read_json(file) if file.exists() else {}
-    if not isinstance(card.get('model_sha256', ''), str):
-        raise ValueError(f"{file}: model_sha256 is {card['model_sha256']!r}, not a hash")
+    bound_to = card.get('model_sha256', '')
+    if not isinstance(bound_to, str):
+        raise ValueError(f'{file}: model_sha256 is {bound_to!r}, not a hash')
     return LoadedSAE(sae, card, weights_sha256(folder, WEIGHTS))
 
-def open_sae(source, # a `Preset`; or as `find_sae` takes it
-             device='cpu', # as torch takes it
-             hook:str|None=None, # where it reads, instead of the metadata's
-             bos:bool|None=None, # whether texts begin with BOS
-             model:str|None=None # the name of its model
-            ) -> LoadedSAE:
+def open_sae(
+    source, # a `Preset`; or as `find_sae` takes it
+    device='cpu', # as torch takes it
+    hook:str|None=None, # where it reads, instead of the metadata's
+    bos:bool|None=None, # whether texts begin with BOS
+    model:str|None=None, # the name of its model
+) -> LoadedSAE:
     "Load an SAE and the `card.json` beside it; raise `FileNotFoundError` or `ValueError` with what is wrong"
     if isinstance(source, Preset):
         found = open_sae(source.sae, device, source.sae_hook, source.sae_bos, source.sae_model)
-        layer = place_of(found.sae)[0]
+        layer, _ = place_of(found.sae)
         if layer == source.layer: return found
         raise ValueError(f"the preset says layer {source.layer}, its SAE '{source.sae}' reads layer {layer}")
     source = find_sae(source)
@@ -443,12 +529,20 @@ def open_sae(source, # a `Preset`; or as `find_sae` takes it
         place_of(sae) # an error names the SAE
     return found
 
+# %% ../nbs/parts/saes.ipynb #414c8783
+def _check_exist(indices:torch.Tensor, n_features:int): # raises `ValueError`
+    is_wrong = (indices < 0) | (indices >= n_features)
+    if not is_wrong.any(): return
+    first = indices[is_wrong][0].item()
+    raise ValueError(f'there is no feature {first}: this SAE has features 0 to {n_features-1}')
+
 # %% ../nbs/parts/saes.ipynb #d10e023b
 class SAERows:
     "An SAE on rows of the residual stream: any device and dtype come in, fp32 is computed"
-    def __init__(self,
-                 sae # of sae-lens, fp32
-                ):
+    def __init__(
+        self,
+        sae, # of sae-lens, fp32
+    ):
         self.sae = sae
         kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
         self.centred = bool(kwargs.get('center_writing_weights')) # trained on vectors without their mean
@@ -460,21 +554,21 @@ class SAERows:
         elif found.ndim == 0: found = found.expand(rows)
         if rows is not None and len(found) != rows:
             raise ValueError(f'{rows} rows and {len(found)} features: one feature per row is needed')
-        n = self.sae.cfg.d_sae
-        wrong = found[(found < 0) | (found >= n)].tolist()
-        if wrong: raise ValueError(f'there is no feature {wrong[0]}: this SAE has features 0 to {n-1}')
+        _check_exist(found, self.sae.cfg.d_sae)
         return found
 
     def vectors(self, resid:torch.Tensor) -> torch.Tensor: # fp32, on the SAE's device
         "Return the residual stream as it is; raise `ValueError` for another width"
-        d = resid.shape[-1]
+        width = resid.shape[-1]
         wanted = self.sae.cfg.d_in
-        if d != wanted: raise ValueError(f'this SAE reads vectors of width {wanted}, got {d}: is it for another model?')
+        if width != wanted:
+            raise ValueError(f'this SAE reads vectors of width {wanted}, got {width}: is it for another model?')
         return resid.detach().to(self.sae.W_dec.device, torch.float32)
 
     def centre(self, x:torch.Tensor) -> torch.Tensor: # like x
         "Return vectors as the SAE was trained on them"
-        return x - x.mean(-1, keepdim=True) if self.centred else x
+        if not self.centred: return x
+        return x - x.mean(-1, keepdim=True)
 
     @torch.no_grad()
     def activations(self, x:torch.Tensor, features:torch.Tensor) -> torch.Tensor: # (n, t) or (n, t, m)
@@ -487,7 +581,8 @@ class SAERows:
     @torch.no_grad()
     def reconstruct(self, x:torch.Tensor) -> torch.Tensor: # like x
         "Return what the SAE makes of vectors: decode(encode(x))"
-        found = self.sae.decode(self.sae.encode(self.centre(x)))
+        acts = self.sae.encode(self.centre(x))
+        found = self.sae.decode(acts)
         return found + x.mean(-1, keepdim=True) if self.centred else found
 
     def clamp(self, x:torch.Tensor, features:torch.Tensor, values, # (n,), one per row
@@ -495,8 +590,9 @@ class SAERows:
         "Return vectors with feature i forced to `values[i]` in row i; spliced: those of the SAE's reconstruction"
         values = torch.as_tensor(values, device=x.device).float().reshape(-1, 1)
         change = values - self.activations(x, features)
+        step = decoder_step(self.sae, self.centre(x), features)
         begin = self.reconstruct(x) if spliced else x
-        return begin + change[..., None] * decoder_step(self.sae, self.centre(x), features)
+        return begin + change[..., None] * step
 
 # %% ../nbs/parts/saes.ipynb #9ed5b49e
 class FeatureReader:
@@ -511,11 +607,12 @@ class FeatureReader:
         self._rows = SAERows(sae)
 
     @classmethod
-    def load(cls,
-             source, # a `Preset`; or as `find_sae` takes it
-             device='cpu', # as torch takes it
-             hook:str|None=None, bos:bool|None=None, model:str|None=None # instead of what the metadata says
-            ) -> 'FeatureReader':
+    def load(
+        cls,
+        source, # a `Preset`; or as `find_sae` takes it
+        device='cpu', # as torch takes it
+        hook:str|None=None, bos:bool|None=None, model:str|None=None, # instead of what the metadata says
+    ) -> 'FeatureReader':
         "Load the SAE and the `card.json` beside it; raise `FileNotFoundError` or `ValueError` with what is wrong"
         found = open_sae(source, device, hook, bos, model)
         return cls(found.sae, found.card, found.sha256)
@@ -533,12 +630,14 @@ class FeatureReader:
 
     def directions(self, features:Features) -> torch.Tensor: # (n, d) fp32
         "Return decoder directions, as the SAE stores them; raise `ValueError` where one is zero or not finite"
-        return check_directions(self.sae.W_dec[self._rows.indices(features)].clone(), self.d_model)
+        rows = self.sae.W_dec[self._rows.indices(features)]
+        return check_directions(rows.clone(), self.d_model)
 
     @torch.no_grad()
     def encode(self, resid:torch.Tensor) -> torch.Tensor: # (..., d) -> (..., n_features)
         "Return all activations, by sae-lens' own encode"
-        return self.sae.encode(self._rows.centre(self._rows.vectors(resid)))
+        x = self._rows.vectors(resid)
+        return self.sae.encode(self._rows.centre(x))
 
     def activations(self, resid:torch.Tensor, features:Features) -> torch.Tensor: # (n, t, d) -> (n, t) or (n, t, m)
         "Return activations of feature i, or of all m features in row i, on every token of row i"

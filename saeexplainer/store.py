@@ -76,7 +76,7 @@ class StoreFile:
 
     @property
     def is_sqlite(self) -> bool:
-        "Whether the file begins as SQLite's do"
+        "True where the file begins as SQLite's do"
         with open(self.path, 'rb') as file:
             return file.read(16) == b'SQLite format 3\0'
 
@@ -420,7 +420,7 @@ class Facts(Tables):
 
 # %% ../nbs/parts/store.ipynb #8f0bf9b1
 class Stages(Tables):
-    "Which stages of a run are done"
+    "Progress of a run, stage by stage"
     def __init__(self,
                  path # of the file
                 ):
@@ -583,7 +583,7 @@ def end_attempt(db:sqlite3.Connection, # in a transaction
 
 # %% ../nbs/parts/store.ipynb #a097f2c9
 class Replies(Tables):
-    "What was asked of writers and what came back"
+    "Requests to writers, and their replies"
     def put_replies(self,
                     rows, # [(key, Request, Reply)]
                     writer:str='',

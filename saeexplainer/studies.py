@@ -25,19 +25,23 @@ from .run import Run, execute
 from .training import same_settings
 
 # %% ../nbs/parts/studies.ipynb #ca04138c
-VARIANTS = { # of the embedded preset, and what each changes
+_SLOW = (5e-6, 3e-6) # learning rates of the first round and the second
+_MEDIUM = (5e-5, 3e-5)
+_FAST = (2e-4, 1e-4)
+_LIKE_PAPER = dict(reward='max', negative='hard', dpo_loss='sigmoid', dpo_sft_weight=0.)
+_PER_TOKEN = dict(reward='mean', negative='worst', dpo_loss='sigmoid_norm', dpo_sft_weight=.2)
+
+VARIANTS:dict[str, dict] = { # of the embedded preset, and what each changes
     'sft': {},
-    'paper': dict(reward='max', negative='hard', dpo_loss='sigmoid', dpo_sft_weight=0., dpo_lr=(5e-6, 3e-6)),
-    'rate': dict(reward='max', negative='hard', dpo_loss='sigmoid', dpo_sft_weight=0., dpo_lr=(5e-5, 3e-5)),
-    'mean': dict(reward='mean', negative='hard', dpo_loss='sigmoid', dpo_sft_weight=0., dpo_lr=(5e-5, 3e-5)),
-    'worst': dict(reward='mean', negative='worst', dpo_loss='sigmoid', dpo_sft_weight=0., dpo_lr=(5e-5, 3e-5)),
-    'per-token': dict(reward='mean', negative='worst', dpo_loss='sigmoid_norm', dpo_sft_weight=.2, dpo_lr=(5e-5, 3e-5)),
-    'per-token-hard': dict(reward='mean', negative='hard', dpo_loss='sigmoid_norm', dpo_sft_weight=.2,
-                           dpo_lr=(5e-5, 3e-5)),
-    'clear': dict(reward='mean', negative='worst', margin=.5, dpo_loss='sigmoid_norm', dpo_sft_weight=.2,
-                  dpo_lr=(5e-5, 3e-5)),
-    'fast': dict(reward='mean', negative='worst', dpo_loss='sigmoid_norm', dpo_sft_weight=.2, dpo_lr=(2e-4, 1e-4)),
-    'imitate': dict(reward='mean', negative='worst', dpo_loss='sft', dpo_sft_weight=0., dpo_lr=(2e-4, 1e-4))}
+    'paper': _LIKE_PAPER | dict(dpo_lr=_SLOW),
+    'rate': _LIKE_PAPER | dict(dpo_lr=_MEDIUM),
+    'mean': _LIKE_PAPER | dict(reward='mean', dpo_lr=_MEDIUM),
+    'worst': _LIKE_PAPER | dict(reward='mean', negative='worst', dpo_lr=_MEDIUM),
+    'per-token': _PER_TOKEN | dict(dpo_lr=_MEDIUM),
+    'per-token-hard': _PER_TOKEN | dict(negative='hard', dpo_lr=_MEDIUM),
+    'clear': _PER_TOKEN | dict(margin=.5, dpo_lr=_MEDIUM),
+    'fast': _PER_TOKEN | dict(dpo_lr=_FAST),
+    'imitate': _PER_TOKEN | dict(dpo_loss='sft', dpo_sft_weight=0., dpo_lr=_FAST)}
 
 # %% ../nbs/parts/studies.ipynb #f32e8664
 @dataclass(frozen=True)
@@ -47,57 +51,83 @@ class Explained:
     k: int # 0: greedy; then those drawn
     text: str
 
-def screen_row(explained:Explained,
-               verified:Verified, # its texts
-               max_act:float, # the feature's strongest known activation
-               success:float # a text counts above this share of it
-              ) -> dict: # feature, k, text, score, reached
+def screen_row(
+    explained:Explained,
+    verified:Verified, # its texts
+    max_act:float, # the feature's strongest known activation
+    success:float, # a text counts above this share of it
+) -> dict: # feature, k, text, score, reached
     "Return what a screening keeps of an explanation; without a text to judge by, the score is NaN"
-    judged = explained.text.strip() and verified.best is not None
-    score = float(np.nanmean(verified.scores))/max_act if judged else np.nan
+    is_judged = explained.text.strip() and verified.best is not None
+    score = np.nan
+    if is_judged: score = float(np.nanmean(verified.scores))/max_act
     return dict(vars(explained), score=score, reached=verified.reached(max_act, success))
 
 # %% ../nbs/parts/studies.ipynb #f32e8663
 def _trained_variant(run, preset, held_out, out, progress) -> Path: # the adapter's folder
-    threshold = threshold_of(preset, [run.features[f] for f in run.splits['sft']])
+    features = [run.features[index] for index in run.splits['sft']]
+    threshold = threshold_of(preset, features)
     pairs = choose_pairs(run.store, preset, 1, threshold)
-    kept = pairs[~pairs['feature'].isin(held_out)]
-    return train_dpo(preset, kept, run.reader, run.trained('sft'), out, progress=progress).folder
+    is_held_out = pairs['feature'].isin(held_out)
+    kept = pairs[~is_held_out]
+    checkpoint = train_dpo(preset, kept, run.reader, run.trained('sft'), out, progress=progress)
+    return checkpoint.folder
 
-def _explained(run, adapter, preset, held_out, samples) -> list[Explained]:
-    explainer = load_explainer(adapter, preset, run.reader)
+def _explained(run, explainer, preset, held_out, samples) -> list[Explained]:
     directions = run.reader.directions(held_out)
-    how = dict(max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size)
+    generation = dict(max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size)
     sampling = preset.candidate_sampling
-    drawn = explainer.sample(directions, samples, sampling.temperature, sampling.top_p,
-                             seed=seed_for(preset.seed, 'screen'), **how)
-    greedy = explainer.explain(directions, **how)
-    return [Explained(feature, k, text) for feature, first, more in zip(held_out, greedy, drawn)
-            for k, text in enumerate([first, *more])]
+    drawn = explainer.sample(
+        directions,
+        samples,
+        sampling.temperature,
+        sampling.top_p,
+        seed=seed_for(preset.seed, 'screen'),
+        **generation)
+    greedy = explainer.explain(directions, **generation)
+    found = []
+    for feature, first, others in zip(held_out, greedy, drawn):
+        texts = [first, *others]
+        found += [Explained(feature, k, text) for k, text in enumerate(texts)]
+    return found
 
-def screen(run, # `Run` with a finished first round of preferences
-           name:str, # of the variant; 'sft': the explainer before DPO
-           preset, # the variant's `Preset`
-           held_out, # features of that round: measured, not trained on
-           samples:int=3, # explanations drawn besides the greedy one
-           n:int=6, # texts of each
-           progress:bool=False
-          ) -> pd.DataFrame: # feature, k, text, score, reached; kept in the run's folder `screening`
+def _screened(run, preset, explained:list[Explained], n:int, progress:bool) -> pd.DataFrame:
+    writer = run.writer('evaluation_writer')
+    claims = [(one.feature, one.text) for one in explained]
+    verified = verify(run.target, writer, claims, preset, n, progress)
+    rows = []
+    for one, texts in zip(explained, verified):
+        max_act = run.features[one.feature].max_act
+        rows.append(screen_row(one, texts, max_act, preset.success))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/parts/studies.ipynb #598279ce
+def screen(
+    run, # `Run` with a finished first round of preferences
+    name:str, # of the variant; 'sft': the explainer before DPO
+    preset, # the variant's `Preset`
+    held_out, # features of that round: measured, not trained on
+    samples:int=3, # explanations drawn besides the greedy one
+    n:int=6, # texts of each
+    progress:bool=False,
+) -> pd.DataFrame: # feature, k, text, score, reached; kept in the run's folder `screening`
     "Train one round of DPO by another rule, and measure it"
     folder = run.folder/'screening'/name
+    file = folder/'screen.parquet'
     adapter = run.trained('sft')
     held_out = list(held_out)
-    if run.store.meta('commit_screening') is None: run.store.put_meta(commit_screening=git_commit())
-    settings = dict(changes=diff(run.preset, preset, fixed=True), held_out=held_out, samples=samples, n=n)
-    if (file := folder/'screen.parquet').exists():
+    if run.store.meta('commit_screening') is None:
+        run.store.put_meta(commit_screening=git_commit())
+    changes = diff(run.preset, preset, fixed=True)
+    settings = dict(changes=changes, held_out=held_out, samples=samples, n=n)
+    if file.exists():
         same_settings(read_json(folder/'screen.json'), settings, f'{folder} holds another screening')
         return read_table(file).to_pandas()
-    if name != 'sft': adapter = _trained_variant(run, preset, held_out, folder/'explainer', progress)
-    explained = _explained(run, adapter, preset, held_out, samples)
-    writer = run.writer('evaluation_writer')
-    verified = verify(run.target, writer, [(one.feature, one.text) for one in explained], preset, n, progress)
-    rows = pd.DataFrame([screen_row(one, texts, run.features[one.feature].max_act, preset.success)
-                         for one, texts in zip(explained, verified)])
+    if name != 'sft':
+        adapter = _trained_variant(run, preset, held_out, folder/'explainer', progress)
+    explainer = load_explainer(adapter, preset, run.reader)
+    explained = _explained(run, explainer, preset, held_out, samples)
+    rows = _screened(run, preset, explained, n, progress)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(settings, folder/'screen.json', indent=None)
     write_table(rows, file)
@@ -105,31 +135,48 @@ def screen(run, # `Run` with a finished first round of preferences
 
 # %% ../nbs/parts/studies.ipynb #76ded7bd
 def _about_variant(folder, name) -> dict: # settings, pairs and seconds
-    made = read_json(folder/name/'explainer'/'training.json') if name != 'sft' else {}
-    return read_json(folder/name/'screen.json') | {key: made.get(key) for key in ('pairs', 'seconds')}
+    about = read_json(folder/name/'screen.json')
+    made = {}
+    if name != 'sft': made = read_json(folder/name/'explainer'/'training.json')
+    return about | dict(pairs=made.get('pairs'), seconds=made.get('seconds'))
 
-def collect_screening(run, # `Run`
-                      names, # of variants
-                      out # folder; screening.parquet, screening_scores.parquet and screening.json are written there
-                     ) -> None:
+def collect_screening(
+    run, # `Run`
+    names, # of variants
+    out, # folder; screening.parquet, screening_scores.parquet and screening.json are written there
+) -> None:
     "Write what a screening found, the scores that its pairs were made of, and what made it"
     folder = run.folder/'screening'
     out = Path(out)
     about = {name: _about_variant(folder, name) for name in names}
-    rows = [read_table(folder/name/'screen.parquet').to_pandas().assign(variant=name) for name in names]
-    write_table(pd.concat(rows, ignore_index=True), out/'screening.parquet')
-    scores = run.store.texts('round1', 'preference')[['feature', 'k', 'j', 'score']].astype({'score': 'float32'})
+    parts = []
+    for name in names:
+        rows = read_table(folder/name/'screen.parquet').to_pandas()
+        parts.append(rows.assign(variant=name))
+    write_table(pd.concat(parts, ignore_index=True), out/'screening.parquet')
+    texts = run.store.texts('round1', 'preference')
+    scores = texts[['feature', 'k', 'j', 'score']].astype({'score': 'float32'})
     write_table(scores, out/'screening_scores.parquet')
-    made = dict(preset=run.preset.name, n_pref=run.preset.n_pref, seed=run.preset.seed,
-                commit=run.store.meta('commit_screening'), variants=about)
+    preset = run.preset
+    made = dict(
+        preset=preset.name,
+        n_pref=preset.n_pref,
+        seed=preset.seed,
+        commit=run.store.meta('commit_screening'),
+        variants=about)
     write_json(made, out/'screening.json')
 
 # %% ../nbs/parts/studies.ipynb #86b1446e
-SMALLER: dict = dict(n_pref=150, n_test=100, n_output=100, dpo_rounds=1, # than the recorded run
-               baselines=(), baseline_labels=())
+SMALLER:dict = dict( # than the recorded run
+    n_pref=150,
+    n_test=100,
+    n_output=100,
+    dpo_rounds=1,
+    baselines=(),
+    baseline_labels=())
 LAYERS = (3, 9, 15, 21, 27)
 
-ARMS: dict[str, dict] = { # what each changes
+ARMS:dict[str, dict] = { # what each changes
     'pool-2': dict(n_candidates=2),
     'pool-6': dict(n_candidates=6),
     'pool-10': dict(n_candidates=10),
@@ -138,47 +185,64 @@ ARMS: dict[str, dict] = { # what each changes
     'peak-words': dict(label_model='peak words'),
     **{f'layer-{layer}': dict(label_model='peak words', n_sft=300, n_pref=100, n_output=60) for layer in LAYERS}}
 
-def arm_preset(name:str, # of the arm
-               root='runs' # folder in which the recipe of the layers' SAEs has put them, as layer_saes/
-              ) -> Preset: # of the size `full`
+def arm_preset(
+    name:str, # of the arm
+    root='runs', # folder in which the recipe of the layers' SAEs has put them, as layer_saes/
+) -> Preset: # of the size `full`
     "Return the preset of an arm"
-    layered = name.startswith('layer-')
-    base = Path(root)/'layer_saes'/name.replace('-', '')/'preset.yaml' if layered else 'smollm2-135m'
-    return load_preset(base, size='full', **SMALLER | ARMS[name])
+    base:str|Path = 'smollm2-135m'
+    if name.startswith('layer-'):
+        folder = name.replace('-', '')
+        base = Path(root)/'layer_saes'/folder/'preset.yaml'
+    changes = SMALLER | ARMS[name]
+    return load_preset(base, size='full', **changes)
 
 # %% ../nbs/parts/studies.ipynb #86b1446f
-def run_arms(names=ARMS, # of arms
-             root='runs', # folder of the runs
-             like:str|None=None, # a run under `root` to take over from
-             say=print # is given a line for each stage
-            ) -> None:
+def run_arms(
+    names=ARMS, # of arms
+    root='runs', # folder of the runs
+    like:str|None=None, # a run under `root` to take over from
+    say=print, # is given a line for each stage
+) -> None:
     "Do what is left of the arms, one after another"
+    taken_over = Path(root)/like if like else None
     for name in names:
         say(f'{name}:')
-        taken_over = Path(root)/like if like else None
-        with Run(Path(root)/name, arm_preset(name, root), like=taken_over) as run: execute(run, say)
+        preset = arm_preset(name, root)
+        with Run(Path(root)/name, preset, like=taken_over) as run: execute(run, say)
 
 # %% ../nbs/parts/studies.ipynb #685dcad0
 ARM_COLUMNS = ['arm', 'stage', 'feature', 'metric', 'value']
 
 def _pairs_by_round(pairs) -> list[dict]: # of the table `pairs`: how many, and their mean scores
-    kept = pairs[pairs['dropped'].isna()].groupby('round')
-    return [dict(round=int(number), pairs=len(rows), chosen=rows['chosen_score'].mean(),
-                 rejected=rows['rejected_score'].mean()) for number, rows in kept]
+    kept = pairs[pairs['dropped'].isna()]
+    rounds = []
+    for number, rows in kept.groupby('round'):
+        rounds.append(dict(
+            round=int(number),
+            pairs=len(rows),
+            chosen=rows['chosen_score'].mean(),
+            rejected=rows['rejected_score'].mean()))
+    return rounds
 
-def collect_arms(names, # of finished arms
-                 root, # folder of their runs
-                 out # folder; arms.parquet and arms.json are written there
-                ) -> None:
+def collect_arms(
+    names, # of finished arms
+    root, # folder of their runs
+    out, # folder; arms.parquet and arms.json are written there
+) -> None:
     "Write the metrics of arms, what made each, and the pairs of its rounds; other arms that are there stay"
     table = Path(out)/'arms.parquet'
     about = Path(out)/'arms.json'
     results = {name: Results(Path(root)/name/'report') for name in names}
-    rows = [result['metrics'].assign(arm=name)[ARM_COLUMNS] for name, result in results.items()]
+    rows = []
+    made = read_json(about) if about.exists() else {}
     if table.exists():
         there = read_table(table).to_pandas()
-        rows.insert(0, there[~there['arm'].isin(list(results))])
-    made = read_json(about) if about.exists() else {}
-    made |= {name: result.made | dict(pairs=_pairs_by_round(result['pairs'])) for name, result in results.items()}
+        is_new = there['arm'].isin(list(results))
+        rows.append(there[~is_new])
+    for name, result in results.items():
+        metrics = result['metrics'].assign(arm=name)
+        rows.append(metrics[ARM_COLUMNS])
+        made[name] = result.made | dict(pairs=_pairs_by_round(result['pairs']))
     write_table(pd.concat(rows, ignore_index=True), table)
     write_json(made, about)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 # %% ../nbs/parts/target.ipynb #accddb1f
 from .lm.hooks import check_stream, context_length, decoder_layers, residual_stream
@@ -27,6 +26,7 @@ from .lm.models import EMBEDDED, embedded_model_dir, load_model, model_source, w
 from .lm.sampling import batches, check_new, pad, sample, seed_for
 from .presets import Preset, load_preset
 from .saes import FeatureReader, Features, feature_indices
+from .show import progress_bar
 from saeexplainer.steering import (
     CleanRun, SteeringValue, check_kls, check_reference, clamp_values, clean_run, each, find_steering_values,
     steered_kls, steering, steering_scale, unsteered,
@@ -327,7 +327,7 @@ class TextReader:
         indices = [[i for some in asked.values() for i in some] for asked in texts]
         first = [tokens[some[0]] for some in indices]
         total = sum(map(len, indices))
-        with tqdm(total=total, desc='reading texts', unit='text', disable=not progress) as bar:
+        with progress_bar(total, 'reading texts', progress, 'text') as bar:
             for rows in self.batcher.batches(first):
                 resid = self.batcher.residual_stream([first[r] for r in rows])
                 acts = read_features(self.batcher.reader, resid, [list(texts[r]) for r in rows])

@@ -20,6 +20,7 @@ from .explainer import CARD, ExplainerCard, save_adapter
 from .files import read_json, write_json
 from .lm.hooks import context_length
 from .presets import Schedule
+from .show import progress_bar
 
 # %% ../nbs/parts/training.ipynb #f199d1a2
 _LIST = 'files.json' # of a complete checkpoint: name -> [size, hash]; in runs begun earlier, name -> size
@@ -68,8 +69,7 @@ class TrainingBar(TrainerCallback):
         self.bar = None # until the training begins
 
     def on_train_begin(self, args, state, control, **kwargs):
-        from tqdm.auto import tqdm
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.description, unit='step')
+        self.bar = progress_bar(state.max_steps, self.description, unit='step', done=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)

@@ -16,10 +16,11 @@ import pandas as pd
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #dc396c7d
 from .steering import steered_sets
-from .texts import Claim, claims_of, explanation_by_stage, progress_bar
+from .texts import Claim, claims_of, explanation_by_stage
 from ..lm.sampling import seed_for
 from ..presets import Steering, is_local
 from ..replies import Request
+from ..show import progress_bar
 from ..writers.parsing import answers
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #14857a4d

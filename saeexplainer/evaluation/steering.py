@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #aab01a80
-from .texts import progress_bar
 from ..lm.sampling import seed_for
 from ..presets import Steering
+from ..show import progress_bar
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #e511c76c
 def control_features(feature:int, # explained

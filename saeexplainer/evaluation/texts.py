@@ -6,19 +6,19 @@
 __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE', 'NEUTRAL_ONE', 'SUBJECTS', 'SINGLE_PROMPTS',
            'KINDS', 'LIST_NAMES', 'TOGETHER', 'neutral_subject', 'whole_characters', 'Claim', 'claims_of', 'Place',
            'TextRequest', 'TextRequests', 'TextKey', 'StoredText', 'explanation_by_stage', 'stored_texts',
-           'copied_rows', 'missing_requests', 'progress_bar', 'texts_at', 'write_evaluation_texts', 'score_texts',
-           'max_acts', 'Verified', 'verify']
+           'copied_rows', 'missing_requests', 'texts_at', 'write_evaluation_texts', 'score_texts', 'max_acts',
+           'Verified', 'verify']
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #afd98404
 import hashlib, re
 from dataclasses import dataclass, field
-from typing import Any
 import numpy as np
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #ba186d59
 from ..lm.sampling import seed_for
 from ..presets import Sampling, TextCounts
 from ..replies import Request
+from ..show import progress_bar
 from ..writers.parsing import answers, texts_of
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #c5e627c6
@@ -240,11 +240,6 @@ def missing_requests(how:TextRequests,
     return asked
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #5ede123d
-def progress_bar(total:int, description:str, shown:bool) -> Any: # a bar of tqdm
-    "Return a bar with rate and time left"
-    from tqdm.auto import tqdm
-    return tqdm(total=total, desc=description, disable=not shown)
-
 def texts_at(reply, # Reply
              places, # that it was to fill
              sizes:dict|None # as asked; None: the reply is one plain text

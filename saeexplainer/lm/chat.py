@@ -53,9 +53,11 @@ def control_tokens(tokenizer # of transformers
                   ) -> list[str]: # longest first
     "Return the tokens that no text may contain: special ones, and added ones that the chat template writes"
     template = str(tokenizer.chat_template or '')
-    def is_control(token): return token.special or (token.content in template and not token.content.isspace())
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if is_control(token)}
-    return sorted(added | set(tokenizer.all_special_tokens), key=lambda token: (-len(token), token))
+    found = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        is_written = token.content in template and not token.content.isspace()
+        if token.special or is_written: found.add(token.content)
+    return sorted(found, key=lambda text: (-len(text), text))
 
 def as_text(tokenizer, # of transformers
             text:str # that a person or a model wrote
@@ -74,14 +76,21 @@ def _plain_ids(tokenizer, text) -> list[int]: # without added tokens
     if backend is None: return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     if backend.normalizer is not None: text = backend.normalizer.normalize_str(text)
     parts = [text]
-    if backend.pre_tokenizer is not None: parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
-    return [token.id for part in parts for token in backend.model.tokenize(part)]
+    if backend.pre_tokenizer is not None:
+        parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    ids = []
+    for part in parts:
+        ids += [token.id for token in backend.model.tokenize(part)]
+    return ids
 
 def _with_specials(tokenizer, ids) -> list[int]: # what the tokenizer puts around a text, around these
     bare = tokenizer('x', add_special_tokens=False)['input_ids']
     whole = tokenizer('x', add_special_tokens=True)['input_ids']
-    at = next(i for i in range(len(whole)) if whole[i:i+len(bare)] == bare)
-    return whole[:at] + ids + whole[at+len(bare):]
+    n = len(bare)
+    start = next(i for i in range(len(whole)) if whole[i:i+n] == bare)
+    before = whole[:start]
+    after = whole[start+n:]
+    return before + ids + after
 
 def encode(tokenizer, # of transformers
            text:str, # as a template or `as_text` wrote it
@@ -122,8 +131,9 @@ def frame(tokenizer, # of transformers, with a chat template
     turns = common_prefix(asked, render(tokenizer, messages)) # without what opens the answer
     whole = render(tokenizer, [*messages, dict(role='assistant', content=_ANSWER)])
     before, found, after = whole.rpartition(_ANSWER)
-    once = whole.count(_ANSWER) == 1 + sum(m['content'].count(_ANSWER) for m in messages)
-    if found and once and before.startswith(turns): return Frame(before, after)
+    in_messages = sum(message['content'].count(_ANSWER) for message in messages)
+    is_once = whole.count(_ANSWER) == 1 + in_messages
+    if found and is_once and before.startswith(turns): return Frame(before, after)
     return Frame(asked, None) # the template shows no answer, or puts it in the place of the question
 
 # %% ../../nbs/parts/lm/chat.ipynb #ce5e5a47

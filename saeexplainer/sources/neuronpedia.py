@@ -30,6 +30,7 @@ from saeexplainer.features import (
 )
 from ..files import making, parse_json, read_table, whole, write_json
 from ..presets import _near
+from ..show import progress_bar
 
 # %% ../../nbs/parts/sources/neuronpedia.ipynb #d92fca4a
 def row_index(
@@ -522,19 +523,23 @@ class _Fetcher:
     n_contexts: int
     progress: bool
 
+    def _reason(self, file) -> str|None: # why a file could not be read; None: its shard is there
+        if _is_fetched(file): return None
+        return _fetch(self.session, f'{self.store}/{quote(file.key)}', file, self.n_contexts)
+
     def fetch(self, files): # those without a shard; raises `ConnectionError` where some stay missing
-        from tqdm.auto import tqdm
         wrong = []
         unreached = 0
-        for file in tqdm(files, unit='file', desc='Neuronpedia', disable=not self.progress):
-            if _is_fetched(file): continue
-            try:
-                reason = _fetch(self.session, f'{self.store}/{quote(file.key)}', file, self.n_contexts)
-                if reason: wrong.append(f'{file.key}: {reason}')
-            except ConnectionError as error:
-                wrong.append(str(error))
-                unreached += 1
-            if unreached == 3: break
+        with progress_bar(len(files), 'Neuronpedia', self.progress, 'file') as bar:
+            for file in files:
+                try:
+                    reason = self._reason(file)
+                    if reason: wrong.append(f'{file.key}: {reason}')
+                except ConnectionError as error:
+                    wrong.append(str(error))
+                    unreached += 1
+                if unreached == 3: break
+                bar.update()
         if wrong:
             raise ConnectionError(f"{'; '.join(wrong)}; all other files that were read are kept in {self.folder}, and "
                                   'the same call asks only for what is missing')

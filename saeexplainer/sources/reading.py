@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 # %% ../../nbs/parts/sources/reading.ipynb #8aab4e9c
 from ..features import BEFORE, DENSE, LENGTH, MOST_HALF, Context, features_file, save_features, unused
@@ -29,7 +28,7 @@ from ..lm.models import cache_dir
 from ..lm.sampling import batches, pad
 from .corpus import SOURCES, balanced_cap, documents, part_of, split_text
 from ..target import Target
-from ..show import first_line
+from ..show import first_line, progress_bar
 
 # %% ../../nbs/parts/sources/reading.ipynb #8135589b
 NO_TEXT = (
@@ -558,8 +557,7 @@ def read_corpus( # noqa: PLR0913
     if reading.finished: return reading
     vocabulary = token_strings(target.tokenizer)
     saved = time.monotonic()
-    about = dict(unit='tok', unit_scale=True, desc='reading', disable=not progress)
-    with tqdm(total=tokens, initial=reading.n_tokens, **about) as bar:
+    with progress_bar(tokens, 'reading', progress, 'tok', done=reading.n_tokens, scaled=True) as bar:
         for batch in document_batches(docs, reading, target.tokenizer):
             before = reading.n_tokens
             read_batch(target, reading, batch, vocabulary)
@@ -648,6 +646,26 @@ def word_label(
     return 'words such as ' + ', '.join(f"'{word}'" for word in words), words
 
 # %% ../../nbs/parts/sources/reading.ipynb #7c21bee9
+def _feature_row(reading, feature:int, vocabulary, dense:float, n_contexts:int) -> dict: # of features.parquet
+    max_act = reading.max_act[feature]
+    fired = reading.fired[feature]
+    density = fired/reading.n_tokens
+    contexts = contexts_of(reading, feature, vocabulary)
+    status = 'dense' if density > dense else 'ok'
+    if not fired: status = 'dead'
+    label, words = word_label(contexts, reading.words) if status == 'ok' else (None, ())
+    if status == 'ok' and label is None: status = 'unlabelled'
+    return dict(
+        index=feature,
+        density=float(density),
+        max_act=float(max_act),
+        status=status,
+        explanation=label,
+        words=list(words),
+        explanations=[dict(text=label, model='peak words', type='words')] if label else [],
+        contexts=[context.row() for context in contexts[:n_contexts]],
+    )
+
 def feature_table(
     reading:CorpusReading,
     tokenizer, # of the target
@@ -657,25 +675,11 @@ def feature_table(
 ) -> Iterator[dict]: # rows of features.parquet
     "Yield a row for each feature"
     vocabulary = token_strings(tokenizer)
-    counts = list(zip(reading.fired, reading.max_act))
-    bar = tqdm(counts, desc='labelling', unit='feature', disable=not progress)
-    for feature, (fired, max_act) in enumerate(bar):
-        density = fired/reading.n_tokens
-        contexts = contexts_of(reading, feature, vocabulary)
-        status = 'dense' if density > dense else 'ok'
-        if not fired: status = 'dead'
-        label, words = word_label(contexts, reading.words) if status == 'ok' else (None, ())
-        if status == 'ok' and label is None: status = 'unlabelled'
-        yield dict(
-            index=feature,
-            density=float(density),
-            max_act=float(max_act),
-            status=status,
-            explanation=label,
-            words=list(words),
-            explanations=[dict(text=label, model='peak words', type='words')] if label else [],
-            contexts=[context.row() for context in contexts[:n_contexts]],
-        )
+    n = len(reading.fired)
+    with progress_bar(n, 'labelling', progress, 'feature') as bar:
+        for feature in range(n):
+            yield _feature_row(reading, feature, vocabulary, dense, n_contexts)
+            bar.update()
 
 # %% ../../nbs/parts/sources/reading.ipynb #3374ee0b
 def _origins(reading:CorpusReading, corpus:str) -> list[dict]: # one a source: name, where it is from, tokens

@@ -22,6 +22,7 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from ..files import hold, read_json, read_tensors, write_json
 from ..lm.hooks import residual_hook, residual_stream
 from ..lm.models import EMBEDDED, load_tokenizer
+from ..show import progress_bar
 from ..training import same_settings
 
 # %% ../../nbs/parts/sources/sae_training.ipynb #f8955d12
@@ -93,7 +94,6 @@ def cache_residuals(model, # a causal LM
                     progress:bool=True # with a bar
                    ) -> dict: # layer -> array (n, size, d) fp16, on disk
     "Write the residual stream of all windows; go on where it was stopped, refuse a folder of others with `ValueError`"
-    from tqdm.auto import tqdm
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = _origin(model, rows, layers, bos)
@@ -103,7 +103,7 @@ def cache_residuals(model, # a causal LM
         shape = (*rows.shape, model.config.hidden_size)
         mode = 'r+' if start else 'w+'
         arrays[layer] = np.lib.format.open_memmap(folder/f'layer{layer}.npy', mode, np.float16, shape)
-    with tqdm(total=len(rows), initial=start, desc='activations', unit='window', disable=not progress) as bar:
+    with progress_bar(len(rows), 'activations', progress, 'window', done=start) as bar:
         for i in range(start, len(rows), batch):
             part = rows[i:i+batch]
             for layer, resid in layer_residuals(model, part, layers, bos).items():

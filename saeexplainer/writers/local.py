@@ -26,6 +26,7 @@ from saeexplainer.lm.sampling import (
     shared_prefix,
 )
 from ..replies import Reply, Request, reply_key
+from ..show import progress_bar
 from .parsing import list_sizes, parse_reply, whole_sentences, without_thinking
 
 # %% ../../nbs/parts/writers/local.ipynb #a57bbdec
@@ -161,7 +162,6 @@ class Likelihoods:
     @torch.no_grad()
     def log_probs(self, contexts:list, texts:list, progress:bool=False) -> np.ndarray: # (n,) float64
         "Return log P(text | context), summed over tokens; 0 for an empty text, NaN beyond the model's context"
-        from tqdm.auto import tqdm
         if len(contexts) != len(texts): raise ValueError(f'{len(contexts)} contexts but {len(texts)} continuations')
         after = [encode(self.tokenizer, as_text(self.tokenizer, text)) for text in texts]
         before = [tuple(context_ids(self.tokenizer, context)) for context in contexts]
@@ -169,7 +169,7 @@ class Likelihoods:
         groups = grouped_contexts(before, fitting, most=16 if can_share(self.model) else 1)
         out = np.full(len(texts), np.nan)
         lengths = [len(group.ids) + max(map(len, group.of(after))) for group in groups]
-        bar = tqdm(total=len(texts), disable=not progress, desc='log-probabilities', unit='text')
+        bar = progress_bar(len(texts), 'log-probabilities', progress, 'text')
         with bar, in_float32(self.model): # or they would depend on what else is in the batch
             for batch in batches(lengths, self.batch_size):
                 part = [groups[b] for b in batch]
@@ -491,10 +491,9 @@ class LocalWriter:
     def stream(self, requests:Iterable, schema:dict|None=None, choices:list|None=None, stage:str='',
                total:int|None=None, progress:bool=False) -> Iterator[Reply]:
         "Yield replies in the order of the requests, which are read eight batches ahead"
-        from tqdm.auto import tqdm
         if total is None and isinstance(requests, Sized): total = len(requests)
         left = iter(requests)
-        with tqdm(total=total, disable=not progress, desc=stage or self.name, unit='text') as bar:
+        with progress_bar(total, stage or self.name, progress, 'text') as bar:
             while window := list(islice(left, 8*self.batch_size)):
                 yield from self._replies(window, schema, choices, stage, bar)
 

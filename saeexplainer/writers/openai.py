@@ -18,7 +18,7 @@ from typing import Any
 # %% ../../nbs/parts/writers/openai.ipynb #b085986d
 from ..files import hold
 from ..replies import Reply, Request, reply_key
-from ..show import say
+from ..show import progress_bar, say
 from ..store import RunStore
 from .asking import Attempts, Exchange, Line, Wanted, at_fault
 from .budget import Amount, Budget, BudgetSpent, Ledger
@@ -36,13 +36,12 @@ class Progress:
         shown:bool, # whether there is a bar
         title:str,
     ):
-        from tqdm.auto import tqdm
         self.ledger = ledger
         self.total = total
         self.shown = shown
         self.odd:dict = {} # outcome -> requests that ended so, without a text
         self.done = 0 # requests that were answered, by the server or the store
-        self.bar = tqdm(total=total, disable=not shown, desc=title, unit='reply')
+        self.bar = progress_bar(total, title, shown, 'reply')
 
     def answered(self, outcome:str) -> None: # one of `OUTCOMES`
         "Count a reply of the server"

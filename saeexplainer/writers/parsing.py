@@ -85,19 +85,24 @@ _MARKS = re.compile(rf"""
 _QUOTES = {'"': '"', "'": "'", '`': '`', '“': '”', '‘': '’', '«': '»'}
 
 def _quoted(text, mark) -> bool: # whether it stands in quotes of its own, as in: ends with "</think>".
-    before = text[max(0, mark.start() - 2):mark.start()]
-    after = text[mark.end():mark.end() + 2]
+    start, end = mark.span()
+    before = text[max(0, start - 2):start]
+    after = text[end:end + 2]
     if _QUOTES.get(before[-1:]) != after[:1]: return False
-    return not before[:-1].strip(' \n(') and not after[1:].isalnum()
+    if before[:-1].strip(' \n('): return False
+    return not after[1:].isalnum()
 
 def _meant(text, pattern) -> list: # its matches, but for those that the text quotes
     marks = list(pattern.finditer(text))
-    spans = [span[:2] for span in json_values(text)] if marks else []
+    if not marks: return []
+    spans = [(start, end) for start, end, _ in json_values(text)]
     starts = [start for start, _ in spans]
-    def within(mark):
-        before = spans[:bisect_right(starts, mark.start())]
-        return any(mark.start() < end for _, end in before[-1:])
-    return [mark for mark in marks if not within(mark) and not _quoted(text, mark)]
+    def is_within(mark): # the last JSON value that begins before it
+        n_before = bisect_right(starts, mark.start())
+        if not n_before: return False
+        _, end = spans[n_before - 1]
+        return mark.start() < end
+    return [mark for mark in marks if not is_within(mark) and not _quoted(text, mark)]
 
 # %% ../../nbs/parts/writers/parsing.ipynb #efcbe250
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ class _Mark:
 def _closes(mark) -> bool: # whether it ends thoughts
     if mark['final'] or mark['channel']: return bool(mark['final'])
     if not mark['tag']: return '/' in mark[0]
-    return '/' in mark['lead'] + mark['tail'] or 'end' in re.split('[:_-]', mark['name'].lower())
+    has_slash = '/' in mark['lead'] + mark['tail']
+    words = re.split('[:_-]', mark['name'].lower())
+    return has_slash or 'end' in words
 
 def _marks(text) -> list: # of `_Mark`
     found = []
@@ -127,11 +134,17 @@ def _unwrapped(text) -> str: # without the tags of an answer, where one begins o
     tags = _meant(text, _WRAP)
     opening = [tag for tag in tags if not tag[1]]
     closing = [tag for tag in tags if tag[1]]
-    if opening and closing and tags[-1] is closing[-1] and not text[closing[-1].end():].strip():
-        return text[opening[-1].end():closing[-1].start()].strip()
-    if opening and tags[0] is opening[0] and not text[:opening[0].start()].strip():
+    if not opening: return text
+    if closing and tags[-1] is closing[-1]:
+        start = opening[-1].end()
+        end = closing[-1].start()
+        behind = text[closing[-1].end():]
+        if not behind.strip(): return text[start:end].strip()
+    if tags[0] is opening[0]:
+        start = opening[0].end()
         end = closing[0].start() if closing else len(text)
-        return text[opening[0].end():end].strip()
+        before = text[:opening[0].start()]
+        if not before.strip(): return text[start:end].strip()
     return text
 
 def _outside(text) -> list|None: # the stretches that are no thoughts, the last one last; None: thinking never ends
@@ -233,20 +246,27 @@ def _is_a(kind, value) -> bool:
 
 def _object_error(value, schema, where) -> str|None:
     properties = schema.get('properties', {})
-    if lost := [key for key in schema.get('required', []) if key not in value]: return f'{where} lacks {lost[0]!r}'
-    more = [key for key in value if key not in properties]
-    if more and schema.get('additionalProperties') is False: return f'{where} has {more[0]!r} too'
+    is_closed = schema.get('additionalProperties') is False
+    for key in schema.get('required', []):
+        if key not in value: return f'{where} lacks {key!r}'
+    for key in value:
+        if is_closed and key not in properties: return f'{where} has {key!r} too'
     for key, part in properties.items():
-        if key in value and (error := schema_error(value[key], part, f'{where}.{key}')): return error
+        if key not in value: continue
+        error = schema_error(value[key], part, f'{where}.{key}')
+        if error: return error
     return None
 
 def _list_error(value, schema, where) -> str|None:
+    n = len(value)
     least = schema.get('minItems', 0)
-    most = schema.get('maxItems', len(value))
-    if len(value) < least: return f'{where} has {len(value)} items, not {least} or more'
-    if len(value) > most: return f'{where} has {len(value)} items, not {most} or fewer'
+    most = schema.get('maxItems', n)
+    if n < least: return f'{where} has {n} items, not {least} or more'
+    if n > most: return f'{where} has {n} items, not {most} or fewer'
+    of_items = schema.get('items', {})
     for i, item in enumerate(value):
-        if error := schema_error(item, schema.get('items', {}), f'{where}[{i}]'): return error
+        error = schema_error(item, of_items, f'{where}[{i}]')
+        if error: return error
     return None
 
 # %% ../../nbs/parts/writers/parsing.ipynb #21f30113
@@ -259,12 +279,16 @@ class _Found:
 
 def _best(text, schema) -> _Found|None: # the JSON that is taken; None: there is none
     best = None
+    highest = (False, False, 0)
     for start, end, value in json_values(text):
         fits = schema is not None and schema_error(value, schema) is None
-        near = schema is not None and schema_error(value, uncounted(schema)) is None
-        rank = fits, near, 0 if fits else end - start
-        if best is None or rank >= best[0]: best = rank, _Found(start, end, value) # of equals, the last
-    return best[1] if best else None
+        is_near = schema is not None and schema_error(value, uncounted(schema)) is None
+        length = 0 if fits else end - start
+        rank = (fits, is_near, length)
+        if rank < highest: continue # of equals, the last
+        highest = rank
+        best = _Found(start, end, value)
+    return best
 
 def longest_json(
     text:str,
@@ -348,25 +372,33 @@ def _unparsed(why, cut) -> Reply:
     return Reply(outcome='unparsed', error=why, cut=cut)
 
 def _parse_choice(text, cut, choices) -> Reply:
-    found = _best(text, choice_schema(choices) | {'additionalProperties': True})
+    schema = choice_schema(choices) | {'additionalProperties': True}
+    found = _best(text, schema)
     if cut and found and maybe_draft(text, found.start, found.end):
         return _unparsed('cut, and its JSON may be a draft', cut)
     chosen = text.strip(' .:()"\'*')
     if found and isinstance(found.value, dict): chosen = found.value.get('choice')
     if chosen in choices: return Reply(text=chosen, cut=cut)
-    return _unparsed(f'none of the choices {", ".join(choices)}', cut)
+    named = ', '.join(choices)
+    return _unparsed(f'none of the choices {named}', cut)
 
 def _parse_json(text, cut, schema) -> Reply:
     found = _best(text, schema)
-    if not found: return _unparsed('cut before the JSON was complete' if cut else 'not JSON', cut)
-    if cut and maybe_draft(text, found.start, found.end): return _unparsed('cut, and its JSON may be a draft', cut)
+    if not found:
+        why = 'cut before the JSON was complete' if cut else 'not JSON'
+        return _unparsed(why, cut)
+    if cut and maybe_draft(text, found.start, found.end):
+        return _unparsed('cut, and its JSON may be a draft', cut)
     sizes = list_sizes(schema)
-    if why := schema_error(found.value, uncounted(schema) if sizes else schema):
-        return _unparsed(f'not the JSON that was asked for: {why}', cut)
+    wanted = uncounted(schema) if sizes else schema
+    error = schema_error(found.value, wanted)
+    if error:
+        return _unparsed(f'not the JSON that was asked for: {error}', cut)
     value, counts = tidy_lists(found.value, sizes)
     if sizes and not any(value[name] for name in sizes):
         return Reply(outcome='empty', error='empty', cut=cut, counts=counts)
-    return Reply(text=valid_text(json.dumps(value, ensure_ascii=False)), cut=cut, counts=counts or None)
+    written = json.dumps(value, ensure_ascii=False)
+    return Reply(text=valid_text(written), cut=cut, counts=counts or None)
 
 # %% ../../nbs/parts/writers/parsing.ipynb #9d157e0c
 def texts_of(
@@ -374,18 +406,21 @@ def texts_of(
     sizes:dict|None, # list name -> texts wanted
 ) -> dict: # list name -> [(text or None, error or None)]; None -> [(text, error)] of a plain text
     "Return the texts of a reply; what is missing is an error"
-    if sizes is None: return {None: [(reply.text, None) if reply.text else (None, reply.error or 'empty')]}
+    if sizes is None:
+        plain = (reply.text, None) if reply.text else (None, reply.error or 'empty')
+        return {None: [plain]}
     found = reply
     if reply.text is not None: found = parse_reply(reply.text, reply.cut, text_schema(sizes))
-    missing = None, found.error or 'no reply'
+    missing = (None, found.error or 'no reply')
     if found.text is None: return {name: [missing]*n for name, n in sizes.items()}
     lists = json.loads(found.text)
     return {name: _filled(lists[name], n) for name, n in sizes.items()}
 
 def _filled(texts, n) -> list: # of n (text, error)
     there = [(text, None) for text in texts[:n]]
-    missing = None, f'{len(texts)} of {n} texts in the reply'
-    return there + [missing]*(n - len(texts))
+    missing = (None, f'{len(texts)} of {n} texts in the reply')
+    n_missing = n - len(texts)
+    return there + [missing]*n_missing
 
 # %% ../../nbs/parts/writers/parsing.ipynb #433414f5
 def answers(
