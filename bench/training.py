@@ -1,15 +1,15 @@
 """A training step of the explainer with the injection, against the same step without it.
 
-    python bench/training.py [--preset smollm2-135m] [--batch 8] [--repeats 12] [--json FILE]
+    python bench/training.py [--preset smollm2-135m] [--batch 8] [--repeats 12] [--cpu-time] [--json FILE]
 
 One step is trl's: forward, completion-only loss, backward and optimizer, LoRA on all linear layers. Both kinds take
-turns in one process, on the same batch; the ratio is that of the medians. Fails where the injection costs more than 3%.
+turns in one process, on the same batch. Recorded is the ratio of median seconds, without the injection to with it.
+Fails where the injection costs more than 3%.
 """
-import argparse, statistics, sys, tempfile, time
-from pathlib import Path
+import statistics, sys, tempfile
 from types import SimpleNamespace
 import torch
-from record import finish, row
+from record import finish, model_options, row, timed
 from saeexplainer.explainer import Explainer
 from saeexplainer.injection import Injector
 from saeexplainer.presets import load_preset
@@ -17,7 +17,8 @@ from saeexplainer.sft import sft_dataset, sft_trainer
 from saeexplainer.training import labels_only
 
 
-class Directions: # stands for an SAE: random unit vectors of the model's width
+class Directions:
+    "Stands for an SAE: random vectors of the model's width"
     layer = 9
     sha256 = '0'*64
 
@@ -28,18 +29,15 @@ class Directions: # stands for an SAE: random unit vectors of the model's width
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--preset', default='smollm2-135m')
-    p.add_argument('--width', type=int, default=576, help="the explainer's hidden size")
-    p.add_argument('--batch', type=int, default=8)
-    p.add_argument('--repeats', type=int, default=12)
-    p.add_argument('--json', type=Path, help='append the row here')
-    p.add_argument('--cpu-time', action='store_true',
-                   help='count processor time instead of wall time, on a machine that does other work too')
-    return p.parse_args()
+    parser = model_options(__doc__)
+    parser.add_argument('--width', type=int, default=576, help="the explainer's hidden size")
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--repeats', type=int, default=12)
+    return parser.parse_args()
 
 
-def make_trainer(name, width, batch): # on `batch` features with the same label
+def make_trainer(name, width, batch): # -> (trainer, card of its explainer)
+    "Return what `train_sft` trains with, on `batch` features with the same label"
     preset = load_preset(name, sft_batch=batch, sft_accumulation=1)
     reader = Directions(width)
     label = "words such as 'pass', 'passing', 'passed'"
@@ -53,38 +51,35 @@ def make_trainer(name, width, batch): # on `batch` features with the same label
     return trainer, explainer.card
 
 
-def timed_step(trainer, batch, clock): # seconds
-    start = clock()
-    with labels_only(): trainer.training_step(trainer.model, dict(batch)) # as train_sft runs it
+def step(trainer, batch):
+    "Train one step, as train_sft runs it"
+    with labels_only(): trainer.training_step(trainer.model, dict(batch))
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    if batch['input_ids'].is_cuda: torch.cuda.synchronize()
-    return clock() - start
 
 
 def main():
-    a = arguments()
-    clock = time.process_time if a.cpu_time else time.perf_counter
-    trainer, card = make_trainer(a.preset, a.width, a.batch)
+    args = arguments()
+    trainer, card = make_trainer(args.preset, args.width, args.batch)
     injected = next(iter(trainer.get_train_dataloader()))
     bare = {name: value for name, value in injected.items() if name != 'feature_vector'}
     batches = {'with injection': injected, 'without': bare}
     body = trainer.model.get_base_model().base_model
     token = trainer.data_collator.placeholder_id
     times = {name: [] for name in batches}
-    for i in range(a.repeats + 1): # the first round warms up
+    for i in range(args.repeats + 1): # the first round warms up
         for name in sorted(batches, reverse=i % 2):
             if body.injector: body.injector.remove()
             if name == 'with injection': Injector(trainer.model, token, card.layer, card.coefficient)
-            seconds = timed_step(trainer, batches[name], clock)
+            seconds, _ = timed(lambda name=name: step(trainer, batches[name]), args.clock)
             if i: times[name].append(seconds)
     tokens = injected['attention_mask'].sum().item()
     with_injection = statistics.median(times['with injection'])
     without = statistics.median(times['without'])
-    print(f'training step, batch {a.batch}, {tokens} tokens: {with_injection:.3f} s with injection '
+    print(f'training step, batch {args.batch}, {tokens} tokens: {with_injection:.3f} s with injection '
           f'({tokens/with_injection:.0f} tok/s), {without:.3f} s without')
     result = row('training step with the injection', 'the same step without it', without/with_injection, .97)
-    return finish([result], a.json)
+    return finish([result], args.json)
 
 
 if __name__ == '__main__': sys.exit(main())
