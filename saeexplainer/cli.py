@@ -10,12 +10,12 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
            'features_line', 'cost_lines', 'budget_line', 'plan_lines', 'show_plan', 'begun_before', 'next_command',
            'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
-           'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_command', 'judged',
-           'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained', 'explain_some',
-           'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out',
-           'show_measuring', 'measure', 'evaluate_command', 'doctor_command', 'file_at_fault', 'first_error',
-           'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line', 'library_line',
-           'one_line', 'kept', 'arguments', 'main']
+           'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'judging_contexts', 'features_command',
+           'judged', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained',
+           'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file',
+           'left_out', 'show_measuring', 'measure', 'evaluate_command', 'doctor_command', 'file_at_fault',
+           'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line',
+           'library_line', 'one_line', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -710,8 +710,19 @@ def ensure_features(
         raise ValueError(f'{file} is there already: --corpus and --tokens read anew with --anew')
     if anew or (not there and (reads or not names)): print(make_features(preset), file=sys.stderr)
 
+def judging_contexts(
+    preset:'Preset',
+    corpus:str|None, # None: the one that the features were read from
+    tokens:int|None # None: a million
+) -> str: # what came of it, to print
+    "Give a preset's file of features its test contexts"
+    from saeexplainer.sources.contexts import TEST_TOKENS, add_test_contexts
+    return add_test_contexts(preset, corpus, tokens or TEST_TOKENS)
+
 # %% ../nbs/parts/cli.ipynb #1a31ea2f
 _NAMES = 'a preset, then names or indices of features; none: a summary'
+_TEST_CONTEXTS = ('add excerpts to judge explanations by, from documents that the features were not read from: those of '
+                  '--corpus, up to --tokens')
 _CORPUS = "read the SAE on these texts: 'embedded', text files, or a dataset; default: the preset's, or Neuronpedia"
 
 @app.command('features', cls=_Command, epilog=_examples(
@@ -726,6 +737,7 @@ def features_command( # noqa: PLR0913
     corpus: Annotated[Optional[str], typer.Option(help=_CORPUS)] = None,
     tokens: Annotated[Optional[int], typer.Option(min=1, help='tokens of the corpus to read')] = None,
     anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False,
+    test_contexts: Annotated[bool, typer.Option('--test-contexts', help=_TEST_CONTEXTS)] = False,
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
@@ -735,7 +747,8 @@ def features_command( # noqa: PLR0913
     given = {'corpus': corpus, 'corpus_tokens': tokens}
     read: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     chosen = resolve(name, settings=settings, **read)
-    ensure_features(chosen, names, bool(read), anew)
+    ensure_features(chosen, names, bool(read) and not test_contexts, anew)
+    if test_contexts: print(judging_contexts(chosen, corpus, tokens), file=sys.stderr)
     features = known_features(chosen, names)
     shown = chosen_features(chosen, names, random, seed, features)
     if not shown: return show_counts(features, as_json)

@@ -58,9 +58,11 @@ def _not_valid(
     worst:float, # s_min
     threshold:float, # tau
     spread:float,
+    inclusive:bool=False, # s_max >= tau
 ) -> str|None: # reason; None: the feature is valid
     "Return why a feature is not among the valid ones: s_max > tau and (s_max - s_min)/s_max > spread (Eq. 8)"
-    if not best > threshold: return 'below_threshold'
+    reached = best >= threshold if inclusive else best > threshold
+    if not reached: return 'below_threshold'
     if best <= 0: return 'low_spread'
     if not (best - worst)/best > spread: return 'low_spread'
     return None
@@ -79,10 +81,14 @@ def below_margin(
 # %% ../nbs/02_prefs.ipynb #2df164bb
 def _by_score(candidate): return candidate.score
 
+def _lower_half(scored) -> list[_Scored]: # of 6 the last 3, of 5 the last 2
+    ranked = sorted(scored, key=_by_score, reverse=True)
+    return ranked[len(ranked) - len(ranked)//2:]
+
 def _rejected(others, best, margin, negative) -> _Scored|None: # Eq. 10; None: 'worst', and none is clearly worse
     clearly_worse = [candidate for candidate in others if below_margin(candidate.score, best, margin)]
     if negative == 'worst' and not clearly_worse: return None
-    if negative == 'hard' and clearly_worse: return max(clearly_worse, key=_by_score)
+    if negative != 'worst' and clearly_worse: return max(clearly_worse, key=_by_score)
     return min(others, key=_by_score)
 
 def select_pair(
@@ -91,7 +97,8 @@ def select_pair(
     threshold:float, # tau of Eq. 8, in units of the activation
     spread:float=.10, # Eq. 8: (s_max - s_min) / s_max must be larger
     margin:float=.15, # Eq. 9: relative distance of a clearly worse candidate, see `below_margin`
-    negative:str='hard', # 'hard': Eq. 9-10; 'worst': the worst candidate, if it is clearly worse
+    negative:str='hard', # 'hard': Eq. 9-10; 'lower half': so, of these; 'worst': the worst, if clearly worse
+    inclusive:bool=False, # Eq. 8: True: s_max >= tau, as the published code has it
 ) -> Pair|Dropped:
     "Choose the best candidate, and reject the best of those clearly worse, or the worst (Eq. 8-10)"
     scored = _scored(candidates, scores)
@@ -99,9 +106,12 @@ def select_pair(
     chosen = max(scored, key=_by_score) # of equals the first
     worst = min(scored, key=_by_score)
     best = chosen.score
-    reason = _not_valid(best, worst.score, threshold, spread)
+    reason = _not_valid(best, worst.score, threshold, spread, inclusive)
     if reason: return Dropped(reason)
     others = [candidate for candidate in scored if candidate.text != chosen.text and candidate.score < best]
+    if negative == 'lower half':
+        lower = _lower_half(scored)
+        others = [candidate for candidate in others if candidate in lower]
     if not others: return Dropped('low_spread')
     rejected = _rejected(others, best, margin, negative)
     if rejected is None: return Dropped('low_spread')
@@ -321,7 +331,7 @@ def choose_pairs(
     for feature, candidates in candidate_rewards(store, preset, round).groupby('feature'):
         texts = candidates['text'].tolist()
         rewards = candidates['reward'].tolist()
-        result = select_pair(texts, rewards, threshold, rule.spread, rule.margin, rule.negative)
+        result = select_pair(texts, rewards, threshold, rule.spread, rule.margin, rule.negative, rule.inclusive)
         rows.append(_pair_row(round, int(feature), result))
     return pd.DataFrame(rows, columns=list(COLUMNS['pairs']))
 
@@ -367,7 +377,7 @@ def _verdicts(makers, judges, rule:PairRule) -> Iterator[_Verdict]: # of each pa
         judge = judges.loc[feature] if feature in judges.index else {}
         ks = [k for k in scores.index.get_level_values(1) if k in judge]
         made = [scores[feature, k] for k in ks]
-        pair = select_pair(ks, made, threshold, rule.spread, rule.margin, rule.negative)
+        pair = select_pair(ks, made, threshold, rule.spread, rule.margin, rule.negative, rule.inclusive)
         if isinstance(pair, Dropped): continue
         chosen = judge[pair.chosen]
         rejected = judge[pair.rejected]

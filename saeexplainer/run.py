@@ -27,12 +27,13 @@ from .files import hold, whole
 from .labels import autointerp
 from .lm.hooks import context_length
 from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
+from .lookups import look_up
 from .metrics import Evaluation, evaluate
 from saeexplainer.prefs import (
     build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_candidates, threshold_of,
     write_texts,
 )
-from .presets import Preset, evaluated_stages, explainer_stages, is_local, validation_size
+from .presets import LOOKUPS, Preset, evaluated_stages, explainer_stages, is_local, validation_size
 from .replies import Request
 from .report import write_report
 from .results import git_commit, machine, write_results
@@ -64,7 +65,7 @@ _MADE_WITH = (
     _MadeWith('texts', "kind = 'preference'",
               'writer text_form n_texts text_tokens text_temperature text_top_p dtype batch_size device'),
     _MadeWith('texts', 'score IS NOT NULL', 'dtype batch_tokens device'),
-    _MadeWith('pairs', 'dropped IS NULL', 'reward threshold spread margin negative'),
+    _MadeWith('pairs', 'dropped IS NULL', 'reward threshold spread margin negative rules'),
     _MadeWith('progress', "stage GLOB 'dpo[0-9]*' AND finished IS NOT NULL",
               'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight max_length'),
     _MadeWith('explanations', "stage = 'sft'", 'n_test dpo_rounds explanation_tokens batch_size device'),
@@ -77,7 +78,7 @@ _MADE_WITH = (
     _MadeWith('steering', '1', 'n_controls steering_prompts steering_kl steering_reference dtype device'),
     _MadeWith('steered_texts', '1', 'steering_tokens steering_temperature batch_size'),
     _MadeWith('judgements', '1', 'n_output evaluation_writer'),
-    _MadeWith('metrics', '1', 'success'),
+    _MadeWith('metrics', '1', 'success rules'),
     _MadeWith('progress', "stage = 'evaluate' AND finished IS NOT NULL", 'baselines baseline_labels ao_adapter'))
 
 def _settled(store) -> set[str]: # fields that can no longer change: something in the store depends on them
@@ -730,7 +731,19 @@ def _by_contexts(run:Run, test:list[int]) -> dict[int, str]: # of a writer that 
         max_tokens=run.preset.explanation_tokens, progress=run.progress)
     return {i: '' if text == NO_PATTERN else text for i, text in said.items()}
 
+def _looked_up(run:Run, name:str, test:list[int]) -> dict[int, str]: # with the labels of SFT features alone
+    features = [run.features[i] for i in run.splits['sft']]
+    labels = {feature.index: feature.explanation for feature in features if feature.explanation}
+    stored = run.store.explanations(name)
+    known = dict(zip(stored['feature'].tolist(), stored['text']))
+    missing = [feature for feature in test if feature not in known]
+    if not missing: return known
+    found = look_up(name, run.preset, run.target, missing, labels, run.progress)
+    run.store.put_explanations([(name, feature, 0, text) for feature, text in found.items()])
+    return known | found
+
 def _baseline(run:Run, name:str, test:list[int]) -> dict[int, str]:
+    if name in LOOKUPS: return _looked_up(run, name, test)
     if name == 'untrained': return _explained_by(run, name, test)
     if name == 'best': return best_candidates(run, test)
     return _by_contexts(run, test)

@@ -361,7 +361,7 @@ class TextReader:
         read = [i for i, t in enumerate(tokens) if i not in errors and t.counts.any()]
         wanted = feature_indices(features).tolist()
         out = np.full((len(tokens), len(wanted)), np.nan, np.float32)
-        with tqdm(total=len(read), desc='reading texts', unit='text', disable=not progress) as bar:
+        with progress_bar(len(read), 'reading texts', progress, unit='text') as bar:
             for rows in self.batcher.batches([tokens[i] for i in read]):
                 batch = [tokens[read[row]] for row in rows]
                 resid = self.batcher.residual_stream(batch)
