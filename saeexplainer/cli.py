@@ -13,9 +13,9 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'judging_contexts', 'features_command',
            'judged', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained',
            'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file',
-           'left_out', 'show_measuring', 'measure', 'evaluate_command', 'doctor_command', 'file_at_fault',
-           'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line',
-           'library_line', 'one_line', 'kept', 'arguments', 'main']
+           'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'benchmark_command',
+           'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line',
+           'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -721,7 +721,7 @@ def judging_contexts(
 
 # %% ../nbs/parts/cli.ipynb #1a31ea2f
 _NAMES = 'a preset, then names or indices of features; none: a summary'
-_TEST_CONTEXTS = ('add excerpts to judge explanations by, from documents that the features were not read from: those of '
+_TEST_CONTEXTS = ('add excerpts to judge explanations by, from documents that the features were not read from; of '
                   '--corpus, up to --tokens')
 _CORPUS = "read the SAE on these texts: 'embedded', text files, or a dataset; default: the preset's, or Neuronpedia"
 
@@ -1068,6 +1068,57 @@ def evaluate_command( # noqa: PLR0913
     if as_json: return print(table.reset_index().to_json(orient='records'))
     show_summary(table, chance_of(chosen))
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
+
+# %% ../nbs/parts/cli.ipynb #2e2ceb47
+_BENCH = 'the frozen features, excerpts and settings to measure on'
+
+def texts_of(
+    file:Path, # of explanations
+    features:Iterable['Feature'] # of the preset
+) -> dict[int, str]: # feature -> explanation
+    "Return the explanations of a file, those of features that can be measured, and say how many are left out"
+    from saeexplainer.measuring import measurable, named_either_way
+    features = list(features)
+    rows = rows_to_measure(file)
+    if lost := left_out(rows['feature'], features): print(f'{file}: {lost}', file=sys.stderr)
+    known = named_either_way(features)
+    rows = rows[measurable(rows['feature'], features)]
+    return {known[name].index: text for name, text in zip(rows['feature'], rows['explanation'])}
+
+def show_ranking(
+    table:'pd.DataFrame', # of `ranking_table`
+    own:Iterable[str] # methods to mark
+) -> None:
+    "Print a ranking, with one's own methods marked"
+    own = set(own)
+    shown = Table('', 'method', *table.columns[1:], box=None)
+    for method, (rank, *values) in zip(table.index, table.itertuples(index=False)):
+        shown.add_row(str(rank), Text(method), *values, style='bold' if method in own else None)
+    out.print(shown)
+
+@app.command('benchmark', cls=_Command, epilog=_examples(
+    'saeexplainer benchmark mine.csv',
+    'saeexplainer benchmark mine.csv theirs.parquet --json'))
+def benchmark_command(
+    files: Annotated[list[Path], typer.Argument(help=_TO_MEASURE)],
+    bench: Annotated[str, typer.Option(help=_BENCH)] = 'bench-1',
+    name: Annotated[Optional[str], typer.Option(help=_NAME)] = None,
+    root: Root = Path('runs'),
+    as_json: JSON = False,
+) -> None:
+    "Rank explanations from whatever method among those that are built in"
+    import pandas as pd
+    from saeexplainer.benchmark import Bench, benchmark, built_in, completed, ranking, ranking_table
+    from saeexplainer.features import load_features
+    chosen = Bench.load(bench)
+    features = load_features(chosen.resolved())
+    methods = {stage_of(file): texts_of(file, features) for file in files}
+    if len(methods) < len(files): raise ValueError('two files have the same name: a method is called like its file')
+    values = benchmark(chosen, methods, root/check_name(name or f'{bench}-{next(iter(methods))}'))
+    compared = completed(pd.concat([built_in(chosen), values]), chosen.features)
+    if as_json: return print(ranking(compared).reset_index().to_json(orient='records'))
+    show_ranking(ranking_table(compared), methods)
+    tell(f'{len(chosen.features)} features of {bench}; means with 95% intervals; what is missing counts as nothing.')
 
 # %% ../nbs/parts/cli.ipynb #00fa6513
 _SIGNS = {True: ('ok', 'green'), None: (' -', 'dim'), False: ('NO', 'bold red')} # of a check, with their style

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../nbs/parts/measuring.ipynb #bd3d4a68
-from .evaluation.tables import METRICS, summary
+from .evaluation.tables import BEYOND, METRICS, summary
 from .features import Feature
 from .files import whole
 from .presets import Preset, load_preset
@@ -94,7 +94,7 @@ def values_table(
 ) -> pd.DataFrame: # stage, feature, explanation, one column for each metric
     "Return the values of every explanation that was measured"
     metrics = store.metrics()
-    names = [name for name in METRICS if name in set(metrics['metric'])]
+    names = [name for name in (*METRICS, *BEYOND) if name in set(metrics['metric'])]
     rows = metrics[metrics['metric'].isin(names)]
     values = rows.pivot(index=['stage', 'feature'], columns='metric', values='value')
     values = values.reindex(columns=names).reset_index()

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/04_metrics.ipynb #4e722492
-from .evaluation.beyond import beyond_values
+from .evaluation.beyond import beyond_values, reader_for
 from .evaluation.judge import judge, judge_controls
 from .evaluation.steering import steer, usable_targets
 from .evaluation.tables import BEYOND, COUNTS, FAILURES, METRICS, summary
@@ -337,11 +337,12 @@ def _without_values(texts, wanted, stored) -> dict: # {feature: text} of feature
 
 def _measured_beyond(run, explanations, competing, metrics, progress) -> list[MetricValue]: # that the store has not yet
     wanted = [name for name in BEYOND if name in metrics]
+    reader = reader_for(run.judge, run.preset.seed)
     rows = []
     for stage, texts in explanations.items():
         left = _without_values(texts, wanted, run.store.metrics([stage]))
         if not left: continue
-        found = beyond_values(run, stage, left, competing, wanted, progress)
+        found = beyond_values(run, stage, left, competing, wanted, reader, progress)
         for name in wanted:
             rows += [MetricValue(stage, feature, name, found[name].get(feature, np.nan)) for feature in left]
     return rows
@@ -438,7 +439,8 @@ def _explained_features(run, explanations) -> list[int]: # in the order of the e
 def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute: of `METRICS` and `BEYOND`
-             progress:bool=True
+             progress:bool=True,
+             competing=None # features among which retrieval looks for the right one; None: all that are explained
             ) -> pd.DataFrame: # `summary`: n, mean, interval and failures for each (stage, metric)
     """Measure explanations, from whatever method; what is stored is not made again.
 
@@ -462,6 +464,6 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     store.note('measured by', settings)
     values = _measured(run, explanations, with_output, metrics)
     store.put_metrics(values)
-    store.put_metrics(_measured_beyond(run, explanations, features, metrics, progress))
+    store.put_metrics(_measured_beyond(run, explanations, competing or features, metrics, progress))
     asked = explanations | {'control': with_output}
     return _summary_of(store, asked, metrics)

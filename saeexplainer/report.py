@@ -230,6 +230,12 @@ MEANINGS = { # of the columns of a summary
     'gap': 'high less low (Eq. 18)',
     'names_word': 'share of explanations that name a word at the strongest activations of their feature',
     'names_other': 'the same for the words of other features: what names_word would be by chance',
+    'coverage': 'share of the strongest contexts of a feature whose word at the peak is named',
+    'detection': 'area under the ROC curve with which a reader sorts excerpts that fire from others; chance is 50%',
+    'balanced': 'balanced accuracy of that reader; chance is 50%',
+    'retrieval': 'share of features that their texts set off more than any other of those explained',
+    'retrieval_5': 'share of features among the five that their texts set off most',
+    'self_activation': "activation on the explanation's own words, as a share of the strongest known one",
 }
 
 class Meaning(NamedTuple):

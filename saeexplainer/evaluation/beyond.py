@@ -63,6 +63,7 @@ def beyond_values( # noqa: PLR0913
     texts:Mapping[int, str], # its explanations, by feature
     competing:Sequence[int], # features among which retrieval looks for the right one
     metrics, # some of `BEYOND`
+    reader:Reader, # that sorts excerpts
     progress:bool=False,
 ) -> dict[str, dict[int, float]]: # metric -> a value for each feature that has one
     "Return the measures of a method beyond the paper's"
@@ -80,5 +81,5 @@ def beyond_values( # noqa: PLR0913
         own = {index: text for index, text in said.items() if index in alive}
         found['self_activation'] = self_activation(run.target, own, alive, progress)
     if {'detection', 'balanced'} & set(metrics):
-        found |= detection_values(reader_for(run.judge, run.preset.seed), said, features, progress)
+        found |= detection_values(reader, said, features, progress)
     return {metric: values for metric, values in found.items() if metric in metrics}

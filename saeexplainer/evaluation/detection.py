@@ -10,7 +10,7 @@ __all__ = ['DETECTION', 'FUZZING', 'REFERENCES', 'auroc', 'balanced_accuracy', '
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 import numpy as np
 
@@ -142,8 +142,8 @@ class ListReader:
                 found[place][shown] = float(number in numbers)
         return found
 
-# %% ../../nbs/parts/evaluation/detection.ipynb #ea687d22
-REFERENCES = ("the word 'time'", 'names of people and places', 'lines of Python code', 'numbers, dates and amounts')
+# %% ../../nbs/parts/evaluation/detection.ipynb #59d1b54b
+REFERENCES = ("the word 'time'", 'lines of Python code') # explanations of no feature in particular
 
 def evidence(
     own:Sequence, # log-probability of each token behind the explanation
@@ -158,6 +158,7 @@ class LikelihoodReader:
     "A local model that reads an excerpt behind the explanation, and behind others"
     writer: object # `LocalWriter`
     threshold: float = 0.
+    known: dict = field(default_factory=dict) # excerpt -> log-probabilities behind each reference, (R, tokens)
 
     def prompt(
         self,
@@ -172,13 +173,19 @@ class LikelihoodReader:
         contexts = [prompts[explanation] for explanation in explanations]
         return self.writer.token_log_probs(contexts, texts, progress)
 
+    def _read_references(self, texts, progress) -> None: # those that are not known
+        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        rows = [self._behind([reference]*len(new), new, progress) for reference in REFERENCES]
+        self.known.update(zip(new, map(np.stack, zip(*rows))))
+
     def scores(self, sheets:Sequence[Sheet], progress:bool=False) -> list[np.ndarray]: # above 0: the upper half
         "Return the evidence of each excerpt, less the median of its sheet"
-        pairs = [(sheet.claim.text, str(context)) for sheet in sheets for context in sheet.contexts]
-        distinct = list(dict.fromkeys(text for _, text in pairs))
-        own = self._behind([explanation for explanation, _ in pairs], [text for _, text in pairs], progress)
-        of_reference = [dict(zip(distinct, self._behind([reference]*len(distinct), distinct, progress)))
-                        for reference in REFERENCES]
-        found = iter([evidence(gains, [known[text] for known in of_reference]) for gains, (_, text) in zip(own, pairs)])
-        by_sheet = [np.array([next(found) for _ in sheet.contexts]) for sheet in sheets]
+        if not sheets: return []
+        explanations = [sheet.claim.text for sheet in sheets for _ in sheet.contexts]
+        texts = [str(context) for sheet in sheets for context in sheet.contexts]
+        self._read_references(texts, progress)
+        own = self._behind(explanations, texts, progress)
+        found = [evidence(gains, self.known[text]) for gains, text in zip(own, texts)]
+        sizes = [len(sheet.contexts) for sheet in sheets]
+        by_sheet = np.split(np.array(found), np.cumsum(sizes)[:-1])
         return [scores - np.median(scores) for scores in by_sheet]

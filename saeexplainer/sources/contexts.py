@@ -197,9 +197,9 @@ LEVELS = ((.5, np.inf), (.25, .5), (.1, .25)) # shares of the strongest activati
 @dataclass(frozen=True)
 class ContextCounts:
     "How many test contexts of each kind a feature gets"
-    fires: int = 10
-    hard: int = 5
-    random: int = 5
+    fires: int = 6
+    hard: int = 3
+    random: int = 3
 
     def at_level(
         self,
@@ -363,7 +363,7 @@ def add_test_contexts(
             corpus=corpus,
             documents=len(set(pool.document.tolist())),
             excerpts=len(pool.tokens),
-            drawn='per feature up to 10 that fire, at three levels, 5 hard and 5 random ones; see sources.contexts')
+            drawn='per feature up to 6 that fire, at three levels, 3 hard and 3 random ones; see sources.contexts')
         write_json(card | {'test_contexts': facts}, file.with_suffix('.json'))
     kinds = Counter(context['kind'] for contexts in column.to_pylist() for context in contexts)
     counts = ', '.join(f'{n:,} {kind}' for kind, n in kinds.most_common())
