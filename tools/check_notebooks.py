@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 from compare import cell_difference
 from snapshot import ROOT, snapshot
 
@@ -77,6 +76,11 @@ def merge(old, new):
 def read(path): return json.loads(path.read_text(encoding='utf-8'))
 
 
+def write(nb, path):
+    "Write a notebook as nbformat and nbdev do; to import nbformat takes a second"
+    path.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
 @dataclass
 class Report:
     "What became of a notebook"
@@ -105,7 +109,7 @@ def checked(path, root, target, args):
     if failure := run(path, root, target, args): return Report(failure)
     new = read(target)
     stale = merge(old, new)
-    if args.update: nbformat.write(nbformat.from_dict(new), path)
+    if args.update: write(new, path)
     return Report(None, stale, args.update)
 
 

@@ -10,6 +10,9 @@ import signal
 import sys
 from pathlib import Path
 
+# jsonschema, with which nbformat checks notebooks, builds the grammar of RFC 3987 when it is imported, where there is a
+# package for that: four fifths of the time that this process needs to start, and no schema of a notebook asks for it
+sys.modules.setdefault('rfc3987_syntax', None)
 import nbformat
 from fastcore.ansi import strip_ansi
 from nbclient import NotebookClient
