@@ -31,7 +31,8 @@ def explorer():
     "The shipped features and models, loaded; what they write is short"
     preset = load_preset('smollm2-135m', explanation_tokens=12, text_tokens=16)
     lab = Lab(preset)
-    assert lab.explainer and lab.writer
+    assert lab.explainer
+    assert lab.writer
     return FeatureExplorer(lab, feature=13)
 
 
@@ -189,7 +190,8 @@ def test_the_buttons_stay_within_what_is_found(far):
 def test_the_view_goes_to_what_is_picked_and_stays_there(far):
     "Another search with the same hits does not move it, and from the last one the buttons go round"
     view = far.view
-    found, query = the(view, 'Select'), the(view, 'Text', 'Search')
+    found = the(view, 'Select')
+    query = the(view, 'Text', 'Search')
     query.value = 'future'
     last = found.options[-1][1]
     found.value = last

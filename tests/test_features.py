@@ -169,7 +169,8 @@ def test_a_file_without_explanations_still_loads(file):
 
 
 def test_half_precision_has_a_largest_number(tmp_path):
-    [feature] = load_features(saved(tmp_path, [{**row(0, 'x'), 'contexts': [Context('t', ('a',), (1e6,), 0)]}]))
+    strong = Context('t', ('a',), (1e6,), 0)
+    [feature] = load_features(saved(tmp_path, [{**row(0, 'x'), 'contexts': [strong]}]))
     assert feature.contexts[0].values == (65504.,)
 
 
@@ -266,31 +267,41 @@ def test_a_copy_of_contexts_holds_them_alone(column, contexts):
     assert copy.deepcopy(contexts) == contexts
 
 
-N, PER_FEATURE, LENGTH = 5_000, 16, 32
+N = 5_000
+PER_FEATURE = 16 # contexts
+LENGTH = 32 # tokens
 
 
 def lists(values, each):
     "An array of lists of `each` values"
-    return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, each, dtype=np.int32)), values)
+    begins = np.arange(0, len(values) + 1, each, dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(begins), values)
 
 
 def many_contexts():
     "A column of `N` features with `PER_FEATURE` contexts of `LENGTH` tokens, made without Python objects"
     n = N*PER_FEATURE
     known = pa.array([f' word{i}' for i in range(97)])
-    tokens = pa.DictionaryArray.from_arrays(pa.array(np.arange(n*LENGTH, dtype=np.int32) % 97), known)
+    which = np.arange(n*LENGTH, dtype=np.int32) % 97
+    tokens = pa.DictionaryArray.from_arrays(pa.array(which), known)
     values = pa.array(np.tile(np.float16(np.arange(LENGTH)), n))
     peaks = pa.array(np.full(n, LENGTH - 1, np.int16))
-    parts = [pa.array(['t']*n), lists(tokens.dictionary_decode(), LENGTH), lists(values, LENGTH), peaks]
-    return lists(pa.StructArray.from_arrays(parts, fields=list(CONTEXTS_TYPE.value_type)), PER_FEATURE)
+    parts = [
+        pa.array(['t']*n),
+        lists(tokens.dictionary_decode(), LENGTH),
+        lists(values, LENGTH),
+        peaks]
+    contexts = pa.StructArray.from_arrays(parts, fields=list(CONTEXTS_TYPE.value_type))
+    return lists(contexts, PER_FEATURE)
 
 
 @pytest.fixture
 def large(file):
     "A preset with a file of several row groups"
-    rows = dict(index=range(N), density=[.1]*N, max_act=[31.]*N, status=['ok']*N, explanation=['x']*N, words=[[]]*N)
-    rows['explanations'] = [[dict(text='x', model='m', type='')]]*N
-    columns = [pa.array(values, FEATURES_SCHEMA.field(name).type) for name, values in rows.items()]
+    same = dict(density=.1, max_act=31., status='ok', explanation='x', words=[])
+    same['explanations'] = [dict(text='x', model='m', type='')]
+    values = dict(index=range(N)) | {name: [value]*N for name, value in same.items()}
+    columns = [pa.array(column, FEATURES_SCHEMA.field(name).type) for name, column in values.items()]
     table = pa.table([*columns, many_contexts()], schema=FEATURES_SCHEMA)
     pq.write_table(table, file, row_group_size=1024, compression='none')
     return preset_with(file)
@@ -368,8 +379,9 @@ BROKEN = [
 
 @pytest.mark.parametrize('columns, says', BROKEN, ids=[says[:40] for _, says in BROKEN])
 def test_a_table_that_others_wrote_is_checked(file, columns, says):
-    right = dict(index=[0, 1], density=[.1, .1], max_act=[8., 8.], status=['ok', 'ok'], explanation=['x', 'y'])
-    right |= dict(words=[[], []], contexts=[[context_of()]]*2)
+    same = dict(density=.1, max_act=8., status='ok', words=[], contexts=[context_of()])
+    right = dict(index=[0, 1], explanation=['x', 'y'])
+    right |= {name: [value]*2 for name, value in same.items()}
     pd.DataFrame(right).to_parquet(file)
     assert [feature.explanation for feature in load_features(preset_with(file))] == ['x', 'y']
     pd.DataFrame(right | columns).to_parquet(file)
@@ -380,10 +392,18 @@ def test_a_table_that_others_wrote_is_checked(file, columns, says):
 
 def test_what_is_missing_in_a_table(file):
     "Blank labels are none, unknown activations are NaN, whoever is not named is unnamed"
-    labels = [dict(text='a', model=None, type=None), dict(text=None, model='m', type='t')]
-    labels += [dict(text='  ', model='m', type='t')]
-    columns = dict(index=[0, 1, 2], density=[.1, None, .1], max_act=[8., np.nan, 1.], explanation=['a', '  ', None])
-    columns |= dict(words=[[], [], None], explanations=[labels, [], None], contexts=[[], [], None])
+    labels = [
+        dict(text='a', model=None, type=None),
+        dict(text=None, model='m', type='t'),
+        dict(text='  ', model='m', type='t')]
+    columns = dict(
+        index=[0, 1, 2],
+        density=[.1, None, .1],
+        max_act=[8., np.nan, 1.],
+        explanation=['a', '  ', None],
+        words=[[], [], None],
+        explanations=[labels, [], None],
+        contexts=[[], [], None])
     pd.DataFrame(columns).assign(status='ok').to_parquet(file)
     whole, blank, missing = load_features(preset_with(file))
     assert whole.explanations == (Explanation('a', 'unnamed'),)
@@ -437,7 +457,8 @@ UNFIT = [
 
 @pytest.mark.parametrize('columns, says', UNFIT, ids=[str(columns)[:60] for columns, _ in UNFIT])
 def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path, file, columns, says):
-    with pytest.raises(ValueError, match=says) as raised: save_features([row(0), {**row(1), **columns}], file)
+    rows = [row(0), {**row(1), **columns}]
+    with pytest.raises(ValueError, match=says) as raised: save_features(rows, file)
     assert f'{tmp_path}/features.parquet cannot be written: ' in str(raised.value)
     assert '\n' not in str(raised.value)
     assert not list(tmp_path.iterdir())
@@ -454,9 +475,9 @@ def test_no_feature_is_written_twice(file):
 
 
 def test_what_pandas_leaves_empty_is_written_as_missing(tmp_path):
-    empty = dict(max_act=None, density=math.nan, words=None, contexts=math.nan, explanations=None)
+    empty = dict(index=np.float64(2), max_act=None, density=math.nan, words=None, contexts=math.nan, explanations=None)
     blank = dict(words=[' ', 'a'], contexts=[context_of(source=None)])
-    unknown, known = load_features(saved(tmp_path, [row(2) | empty | dict(index=np.float64(2)), row(3) | blank]))
+    unknown, known = load_features(saved(tmp_path, [row(2) | empty, row(3) | blank]))
     assert unknown.index == 2
     assert (unknown.words, len(unknown.contexts), unknown.explanations) == ((), 0, ())
     assert math.isnan(unknown.max_act)
@@ -495,8 +516,11 @@ def test_blank_labels_are_none_and_an_unknown_author_is_unnamed(with_labels):
 
 
 def test_an_empty_table_and_a_label_that_is_there_already_add_nothing(with_labels):
-    assert with_labels(dict(index=[], text=[], model=[]))[0] == (Explanation('x', 'm'),)
-    assert with_labels(dict(index=[0, 0], text=['x', 'x'], model='m'))[0] == (Explanation('x', 'm'),)
+    known = (Explanation('x', 'm'),)
+    empty = dict(index=[], text=[], model=[])
+    assert with_labels(empty)[0] == known
+    again = dict(index=[0, 0], text=['x', 'x'], model='m')
+    assert with_labels(again)[0] == known
 
 
 def test_labels_of_features_that_the_file_does_not_hold_are_left_out(with_labels, capsys):

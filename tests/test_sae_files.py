@@ -262,8 +262,10 @@ def test_missing_weights(folder):
 
 
 def test_weights_that_may_not_be_read(folder, monkeypatch):
-    access, closed = os.access, str(folder/'sae_weights.safetensors')
-    monkeypatch.setattr(os, 'access', lambda file, mode: str(file) != closed and access(file, mode))
+    closed = str(folder/'sae_weights.safetensors')
+    access = os.access
+    def allowed(file, mode): return str(file) != closed and access(file, mode)
+    monkeypatch.setattr(os, 'access', allowed)
     with pytest.raises(PermissionError, match=f'{closed} may not be read by this user'): FeatureReader.load(folder)
 
 

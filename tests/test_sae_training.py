@@ -41,7 +41,8 @@ def endless(acts, stop=None):
 
 
 def steps_of(curve):
-    with open(curve) as lines: return [json.loads(line)['step'] for line in lines]
+    lines = Path(curve).read_text().splitlines()
+    return [json.loads(line)['step'] for line in lines]
 
 
 # ---- activations

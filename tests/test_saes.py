@@ -61,7 +61,8 @@ def worst(found, wanted): # largest difference, in units of the largest activati
 def test_equals_sae_lens(tmp_path, resid, kind, norm, cfg, largest_error):
     reader = read(tmp_path, kind, normalize_activations=norm, **cfg)
     sae = reader.sae
-    features, values = active_features(sae, resid), torch.tensor([5., -2., 0.])
+    features = active_features(sae, resid)
+    values = torch.tensor([5., -2., 0.])
     full = sae.encode(resid)
     assert (full != 0).any()
     assert torch.allclose(reader.encode(resid), full)
@@ -317,6 +318,19 @@ def test_what_is_no_index_is_refused(reader, resid, features):
 
 
 MASKS = [torch.zeros(512) > 1, np.zeros(512, bool), [True, False]]
+
+
+TRUTHS = [[True, 2], [1, np.bool_(False)], (torch.tensor(True), torch.tensor(2))] # among indices
+
+
+@pytest.mark.parametrize('features', TRUTHS, ids=str)
+def test_truth_values_among_indices(reader, features):
+    with pytest.raises(ValueError, match='is no list of features'): reader.directions(features)
+
+
+def test_a_number_that_is_not_whole_is_no_feature(reader):
+    half = torch.tensor([1.], dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match='is no feature'): reader.directions(half)
 
 
 @pytest.mark.parametrize('mask', MASKS, ids=['torch', 'numpy', 'list'])

@@ -61,7 +61,8 @@ def the_long_way(target, features, values, mask):
 @pytest.mark.parametrize('place', PLACES)
 def test_steered_generation_equals_the_long_way(lms, tokenizer, readers, arch, place):
     target = Target(lms[arch], tokenizer, readers[place])
-    features, values = lively(target, n=3), [20., -20., 0.]
+    features = lively(target, n=3)
+    values = [20., -20., 0.]
     how = dict(max_new_tokens=12, seeds=[1, 2, 3])
     steered = target.generate(PROMPTS, features, values, **how)
     batch = batch_of(PROMPTS, tokenizer)
@@ -94,10 +95,11 @@ def count_hooks(model):
 
 
 def test_a_row_is_its_own(llama):
-    features, seeds = lively(llama, n=3), [5, 6, 7]
+    features = lively(llama, n=3)
+    seeds = [5, 6, 7]
     together = llama.generate(PROMPTS, features, [9., 9., 9.], seeds=seeds, max_new_tokens=8)
-    rows = zip(PROMPTS, features, seeds)
-    assert together == [llama.generate([p], f, 9., seeds=[s], max_new_tokens=8)[0] for p, f, s in rows]
+    for text, prompt, feature, seed in zip(together, PROMPTS, features, seeds):
+        assert llama.generate([prompt], feature, 9., seeds=[seed], max_new_tokens=8) == [text]
     small = Target(llama.model, llama.tokenizer, llama.reader, batch_size=2)
     assert small.generate(PROMPTS, features, 9., seeds=seeds, max_new_tokens=8) == together
 
@@ -119,8 +121,10 @@ def test_default_seeds_are_the_same_each_time(llama):
 
 def test_one_feature_and_value_for_all_prompts(llama):
     one = llama.generate(PROMPTS, 3, 2., max_new_tokens=4)
-    assert llama.generate(PROMPTS, [3], torch.tensor([2.]), max_new_tokens=4) == one
-    assert llama.generate(PROMPTS, np.array([3, 3, 3]), (2, 2, 2), max_new_tokens=4) == one
+    in_lists = llama.generate(PROMPTS, [3], torch.tensor([2.]), max_new_tokens=4)
+    assert in_lists == one
+    one_each = llama.generate(PROMPTS, np.array([3, 3, 3]), (2, 2, 2), max_new_tokens=4)
+    assert one_each == one
 
 
 def test_no_prompts(llama):
@@ -173,8 +177,9 @@ LIMITS = dict(llama='max_position_embeddings', gpt2='n_positions')
 @pytest.fixture(scope='module', params=LIMITS)
 def narrow(request, tokenizer, readers):
     "A target with a short context"
-    arch, name = request.param, LIMITS[request.param]
-    return Target(tiny_model(arch, **{name: CONTEXT}), tokenizer, readers['resid_post', 2])
+    arch = request.param
+    model = tiny_model(arch, **{LIMITS[arch]: CONTEXT})
+    return Target(model, tokenizer, readers['resid_post', 2])
 
 
 def test_prompts_that_are_too_long(narrow):
@@ -262,7 +267,8 @@ def slow_kl(target, reference):
     clean = log_probs(target, rewritten(target, reference))
     def kl(feature, value):
         steered = log_probs(target, rewritten(target, reference, feature, value))
-        return np.mean([(p.exp()*(p - q)).sum(-1).mean().item() for p, q in zip(clean, steered)])
+        kls = [(p.exp()*(p - q)).sum(-1).mean() for p, q in zip(clean, steered)]
+        return torch.stack(kls).mean().item()
     return kl
 
 
@@ -296,7 +302,8 @@ def test_texts_depend_on_the_reference(llama, feature):
     assert len(set(map(tuple, texts))) == 4
     [first] = tokenise(llama.tokenizer, PROMPTS[:1])
     with residual_hook(llama.model, 2, 'resid_post', llama.reader.reconstruct):
-        assert sample(llama.model, llama.tokenizer, **pad([first.ids], 0), **how) == texts[1][:1]
+        reconstructed = sample(llama.model, llama.tokenizer, **pad([first.ids], 0), **how)
+    assert reconstructed == texts[1][:1]
 
 
 @pytest.fixture

@@ -29,19 +29,30 @@ def lms(): return {arch: tiny_model(arch) for arch in ARCHITECTURES}
 @pytest.fixture(scope='module')
 def readers(tmp_path_factory):
     "An SAE for each place"
-    places = [(hook, layer) for hook in ('resid_post', 'resid_pre') for layer in (0, 2, 3)]
-    return {place: reader_at(tmp_path_factory.mktemp('sae'), *place) for place in places}
+    return {place: reader_at(tmp_path_factory.mktemp('sae'), *place) for place in PLACES}
 
 
 @pytest.fixture(scope='module')
 def llama(lms, tokenizer, readers): return Target(lms['llama'], tokenizer, readers['resid_post', 2])
 
 
+def encoded(target, ids):
+    "All activations on the tokens of a text"
+    place = dict(layer=target.reader.layer, hook=target.reader.hook)
+    ids = torch.tensor([ids])
+    stream = residual_stream(target.model, ids, torch.ones_like(ids), **place)
+    return target.reader.encode(stream)[0]
+
+
+def assert_close(found, wanted): np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
 # ---- early exit
 
 def hidden_states(model, ids):
     "What the model says of its own residual stream: before each layer, and behind the final norm"
-    with torch.no_grad(): return model(ids, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        return model(ids, output_hidden_states=True).hidden_states
 
 
 @pytest.mark.parametrize('arch', ARCHITECTURES)
@@ -68,7 +79,7 @@ def test_last_layer_is_read_before_the_final_norm(lms, tokenizer, arch):
     assert torch.allclose(norm(stream), last, atol=1e-5)
 
 
-PLACES = [('resid_pre', 0), ('resid_post', 0), ('resid_pre', 2), ('resid_post', 2), ('resid_pre', 3), ('resid_post', 3)]
+PLACES = [(hook, layer) for layer in (0, 2, 3) for hook in ('resid_pre', 'resid_post')]
 
 
 def full_forward(model, row, hook, layer):
@@ -152,9 +163,10 @@ def test_bos_is_fed_once_even_if_the_tokenizer_adds_it():
 def stream_of(target, text):
     "The residual stream that an SAE reads, as the model itself gives it; only behind the last layer by early exit"
     ids = torch.tensor([[1] + target.tokenizer(text, add_special_tokens=False)['input_ids']])
-    hook, layer = target.reader.hook, target.reader.layer
-    if (hook, layer) == ('resid_post', 3): return residual_stream(target.model, ids, torch.ones_like(ids), 3)
-    return hidden_states(target.model, ids)[layer + (hook == 'resid_post')]
+    after = target.reader.hook == 'resid_post'
+    layer = target.reader.layer
+    if after and layer == 3: return residual_stream(target.model, ids, torch.ones_like(ids), 3)
+    return hidden_states(target.model, ids)[layer + after]
 
 
 @pytest.mark.parametrize('arch', ARCHITECTURES)
@@ -165,7 +177,8 @@ def test_activations_equal_sae_lens(lms, tokenizer, readers, arch, place, larges
         readings = target.activations(TEXTS, feature)
         for text, reading in zip(TEXTS, readings):
             full = target.reader.sae.encode(stream_of(target, text))[0, 1:, feature].numpy()
-            error = np.abs(reading.values - full).max(initial=0)/max(1., full.max(initial=0))
+            difference = np.abs(reading.values - full).max(initial=0)
+            error = difference/max(1., full.max(initial=0))
             assert largest_error('early exit + one column', error) <= 1e-4
             assert ''.join(reading.tokens) == text
             assert reading.values.dtype == np.float32
@@ -179,10 +192,12 @@ def test_batch_and_order_do_not_matter(lms, tokenizer, readers):
     wanted = many.max_acts(TEXTS, features)
     one_by_one = Target(*parts, batch_size=1)
     tight = Target(*parts, max_tokens=20)
-    np.testing.assert_allclose(one_by_one.max_acts(TEXTS, features), wanted, atol=1e-4)
-    np.testing.assert_allclose(tight.max_acts(TEXTS, features), wanted, atol=1e-4)
-    np.testing.assert_allclose(many.max_acts(TEXTS[::-1], features[::-1])[::-1], wanted, atol=1e-4)
-    np.testing.assert_allclose([reading.max for reading in many.activations(TEXTS, features)], wanted, atol=1e-4)
+    assert_close(one_by_one.max_acts(TEXTS, features), wanted)
+    assert_close(tight.max_acts(TEXTS, features), wanted)
+    backwards = many.max_acts(TEXTS[::-1], features[::-1])
+    assert_close(backwards[::-1], wanted)
+    readings = many.activations(TEXTS, features)
+    assert_close([reading.max for reading in readings], wanted)
 
 
 REPEATED = ['The cat sat.', 'A', 'The cat sat.', 'The cat sat.', '', 'A']
@@ -204,7 +219,7 @@ def test_texts_are_run_once(llama, monkeypatch, at_once):
         return residual_stream(model, input_ids, *args, **kwargs)
     monkeypatch.setattr(target_module, 'residual_stream', counted)
     if at_once: monkeypatch.setattr(target_module, 'FEATURES_AT_ONCE', at_once)
-    np.testing.assert_allclose(llama.max_acts(REPEATED, features), wanted, atol=1e-4)
+    assert_close(llama.max_acts(REPEATED, features), wanted)
     assert sum(rows) == 2
 
 
@@ -212,8 +227,8 @@ def test_all_features_of_a_text(llama, monkeypatch):
     monkeypatch.setattr(target_module, 'FEATURES_AT_ONCE', 1)
     readings = llama.activations(['The cat sat.']*512, range(512))
     [tokens] = tokenise(llama.tokenizer, ['The cat sat.'])
-    wanted = llama.reader.encode(residual_stream(llama.model, **pad([tokens.ids], 0), layer=2))[0, 1:]
-    np.testing.assert_allclose(np.stack([reading.values for reading in readings], 1), wanted.numpy(), atol=1e-4)
+    wanted = encoded(llama, tokens.ids)[1:].numpy()
+    assert_close(np.stack([reading.values for reading in readings], 1), wanted)
 
 
 @pytest.mark.parametrize('arch', ARCHITECTURES)
@@ -255,17 +270,18 @@ def test_no_texts(llama):
 def test_bos_and_special_tokens_never_count(lms, tokenizer, tmp_path):
     "With a feature that BOS would win everywhere if it counted"
     target = Target(lms['llama'], tokenizer, reader_at(tmp_path))
-    on_bos = target.reader.encode(residual_stream(target.model, torch.tensor([[1]]), torch.ones(1, 1), 2))[0, 0]
+    [on_bos] = encoded(target, [1])
     feature = int(on_bos.argmax())
     assert on_bos[feature] > 0
     assert len(target.activations(['A'], feature)[0].tokens) == 1
     target.reader.sae.W_enc.data[:, feature] *= 1e3
-    ids = torch.tensor([tokenise(tokenizer, ['The cat<|im_end|> sat'])[0].ids])
-    acts = target.reader.encode(residual_stream(target.model, ids, torch.ones_like(ids), 2))[0, :, feature]
-    [reading] = target.activations(['The cat<|im_end|> sat'], feature)
+    text = 'The cat<|im_end|> sat'
+    [tokens] = tokenise(tokenizer, [text])
+    acts = encoded(target, tokens.ids)[:, feature]
+    [reading] = target.activations([text], feature)
     assert ''.join(reading.tokens) == 'The cat sat'
-    assert len(reading.values) == len(ids[0]) - 2
-    counted = [i for i, token in enumerate(ids[0].tolist()) if token not in (1, 4)]
+    assert len(reading.values) == len(tokens.ids) - 2
+    counted = [i for i, token in enumerate(tokens.ids) if token not in (1, 4)]
     np.testing.assert_allclose(reading.values, acts[counted].numpy(), rtol=1e-4, atol=1e-3)
 
 
@@ -326,9 +342,10 @@ def larger_tokenizer():
 
 @pytest.mark.parametrize('arch', ('llama', 'gpt2'))
 def test_a_token_beyond_the_vocabulary_is_its_own_error(lms, tokenizer, readers, arch):
-    [alone] = Target(lms[arch], tokenizer, readers['resid_post', 2]).max_acts(['The cat'], 3).tolist()
+    reader = readers['resid_post', 2]
+    [alone] = Target(lms[arch], tokenizer, reader).max_acts(['The cat'], 3).tolist()
     larger, unknown = larger_tokenizer()
-    target = Target(lms[arch], larger, readers['resid_post', 2])
+    target = Target(lms[arch], larger, reader)
     assert target.scores([f'The cat {unknown}', 'The cat'], 3) == ['unknown token', pytest.approx(alone)]
     with pytest.raises(ValueError, match='text 0 has token 512, the model knows 512'):
         target.max_acts([f'The cat {unknown}'], 3)
@@ -364,7 +381,8 @@ def test_a_damaged_sae_is_an_error(lms, tokenizer, tmp_path):
 @pytest.fixture(scope='module')
 def table():
     "Three of the texts, each with a feature"
-    return pd.DataFrame(dict(text=TEXTS, feature=[1, 2, 3, 4, 5])).iloc[[0, 2, 4]]
+    whole = pd.DataFrame(dict(text=TEXTS, feature=range(1, 6)))
+    return whole.iloc[[0, 2, 4]]
 
 
 FORMS = {
@@ -406,7 +424,15 @@ def test_what_is_no_list_of_texts_is_refused(llama, texts):
     with pytest.raises(ValueError, match=says): llama.steering_value(5, .1, texts)
 
 
-NO_FEATURES = [1.7, '5', np.zeros(512, bool), [True, False], [1., 2.], None, [[1, 2], [3, 4]]]
+NO_FEATURES = [
+    1.7,
+    '5',
+    np.zeros(512, bool),
+    [True, False],
+    [1., 2.],
+    None,
+    [[1, 2], [3, 4]],
+]
 
 
 @pytest.mark.parametrize('features', NO_FEATURES, ids=str)

@@ -50,7 +50,9 @@ def test_the_text_model_is_the_published_one(world):
     model, tokenizer = world.load()
     ids = ids_of(tokenizer, TEXTS[0])
     with torch.no_grad():
-        assert torch.allclose(model(input_ids=ids).logits, world.whole(input_ids=ids).logits, atol=1e-5)
+        found = model(input_ids=ids).logits
+        wanted = world.whole(input_ids=ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
     assert len(decoder_layers(model)) == 4
     assert not any('vision' in name for name, _ in model.named_parameters())
     assert model.base_model is not model
@@ -75,7 +77,8 @@ def test_target(world, target):
     wanted = []
     for stream, of_model in streams(target):
         if of_model.ndim == 3: assert torch.equal(of_model, stream)
-        wanted.append(world.reader.sae.encode(stream)[0, 1:, 3].max().item())
+        acts = world.reader.sae.encode(stream)[0, 1:, 3]
+        wanted.append(acts.max().item())
     assert target.max_acts(TEXTS, 3).tolist() == pytest.approx(wanted, abs=1e-4)
 
 
@@ -90,13 +93,14 @@ def test_steering(world, target):
     ids = ids_of(target.tokenizer, TEXTS[0])
     stream = residual_stream(target.model, ids, torch.ones_like(ids), 2)
     feature = int(world.reader.encode(stream)[0, -1].argmax())
-    prompts, seeds = ['The cat', 'I think that'], [1, 2]
+    prompts = ['The cat', 'I think that']
     found = target.steering_value(feature, .1, prompts)
     assert found.reached
-    clamp = (feature, found.value)
-    together = target.generate(prompts, *clamp, max_new_tokens=5, seeds=seeds)
-    alone = [target.generate([p], *clamp, max_new_tokens=5, seeds=[s])[0] for p, s in zip(prompts, seeds)]
-    assert together == alone
+    def generate(prompts, seeds):
+        return target.generate(prompts, feature, found.value, max_new_tokens=5, seeds=seeds)
+    first = generate(prompts[:1], [1])
+    second = generate(prompts[1:], [2])
+    assert generate(prompts, [1, 2]) == first + second
 
 
 # ---- as explainers
@@ -119,10 +123,12 @@ def test_explainer(world):
     explainer.injector.remove()
     plain, plain_logits = run(explainer, ids)
     wanted = plain.clone()
-    wanted[:, at] += wanted[:, at].norm(dim=-1, keepdim=True)*F.normalize(directions, dim=-1)
+    length = plain[:, at].norm(dim=-1, keepdim=True)
+    wanted[:, at] += length*F.normalize(directions, dim=-1)
     assert torch.allclose(injected, wanted, atol=1e-5)
     assert torch.allclose(logits[:, :at], plain_logits[:, :at], atol=1e-5)
-    assert (logits[:, at:] - plain_logits[:, at:]).abs().max() > .01
+    moved = (logits - plain_logits)[:, at:]
+    assert moved.abs().max() > .01
 
 
 @pytest.fixture
