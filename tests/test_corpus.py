@@ -88,4 +88,5 @@ def test_a_package_without_the_file_that_is_read(tmp_path):
     with zipfile.ZipFile(tmp_path/'some-1.0.whl', 'w') as archive: archive.writestr('a.txt', 'x')
     [wikitext] = [source for source in SOURCES if source.name == 'wikitext']
     says = 'some-1.0.whl holds no file that ends in wikitext-2-raw-v1/validation.parquet'
-    with pytest.raises(ValueError, match=says): documents(source_of('pypi', wikitext.read), tmp_path)
+    with pytest.raises(ValueError, match=says):
+        documents(source_of('pypi', wikitext.read), tmp_path)

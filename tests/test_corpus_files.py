@@ -155,7 +155,8 @@ def test_two_columns_may_hold_the_text_though_one_is_empty_at_first(rows):
 @pytest.mark.parametrize('value', ['["a", "b"]', '5', '{"a": "b"}', 'true'])
 def test_a_value_that_is_no_text(rows, value):
     rows.write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
-    with pytest.raises(ValueError, match='rows.jsonl, row 2: its text is .*, not a text'): documents(rows)
+    with pytest.raises(ValueError, match='rows.jsonl, row 2: its text is .*, not a text'):
+        documents(rows)
 
 
 def test_bytes_are_no_text(tmp_path):
@@ -208,7 +209,8 @@ def test_tables_in_a_folder_are_said(tmp_path, capsys):
 
 @pytest.mark.parametrize('name', ['no-such-file.txt', '/no/folder/*.txt', 'rows.jsonl', 'folder/rows.jsonl', 'embeded'])
 def test_no_such_corpus(name):
-    with pytest.raises(FileNotFoundError, match="no corpus .*: it is 'embedded', a text file"): documents(name)
+    with pytest.raises(FileNotFoundError, match="no corpus .*: it is 'embedded', a text file"):
+        documents(name)
 
 
 def test_a_dataset_of_the_hub_that_cannot_be_read(): # offline

@@ -395,8 +395,10 @@ def test_texts_that_were_not_written_are_told_beside_those_that_were(explorer):
 def test_one_line_for_what_cannot_be_shown(explorer, tmp_path):
     with pytest.raises(ValueError, match='there is no feature 99999 that fires: smollm2-135m/9-res-4k has'):
         FeatureExplorer(feature=99999)
-    with pytest.raises(ValueError, match='write model/source/index'): FeatureExplorer(explorer.lab, feature='a/b')
-    with pytest.raises(ValueError, match='holds no results'): FeatureExplorer(explorer.lab, results=tmp_path)
+    with pytest.raises(ValueError, match='write model/source/index'):
+        FeatureExplorer(explorer.lab, feature='a/b')
+    with pytest.raises(ValueError, match='holds no results'):
+        FeatureExplorer(explorer.lab, results=tmp_path)
     with pytest.raises(ValueError, match='nothing to verify'): explorer.verify(' ')
 
 
@@ -404,7 +406,8 @@ def test_a_feature_of_another_source_is_refused(explorer):
     other = 'gemma-2-9b/20-gemmascope-res-16k'
     says = f'{other}/8 is a feature of {other}, the preset smollm2-135m explains smollm2-135m/9-res-4k: name the preset'
     with pytest.raises(ValueError, match=says): explorer.of(f'{other}/8')
-    with pytest.raises(ValueError, match=says): FeatureExplorer(explorer.lab, feature=f'{other}/8')
+    with pytest.raises(ValueError, match=says):
+        FeatureExplorer(explorer.lab, feature=f'{other}/8')
 
 
 def test_a_feature_has_a_number_and_a_name(explorer):
@@ -418,12 +421,14 @@ def test_what_names_no_feature(explorer, name):
 
 @pytest.mark.parametrize('kl', [math.nan, math.inf])
 def test_steering_by_no_number(explorer, kl):
-    with pytest.raises(ValueError, match=f'the steering is {kl} nats'): explorer.steer('The', kl)
+    with pytest.raises(ValueError, match=f'the steering is {kl} nats'):
+        explorer.steer('The', kl)
 
 
 def test_draws_that_mean_nothing(explorer):
     with pytest.raises(ValueError, match='0 explanations cannot be drawn'): explorer.draw(0)
-    with pytest.raises(ValueError, match='temperature is nan'): explorer.draw(1, temperature=math.nan)
+    with pytest.raises(ValueError, match='temperature is nan'):
+        explorer.draw(1, temperature=math.nan)
 
 
 def test_results_of_another_sae_are_not_shown(explorer):
@@ -460,4 +465,5 @@ def test_a_target_with_a_smaller_sae_is_refused(three, other_target):
 
 
 def test_a_feature_that_never_fires_is_not_shown(three):
-    with pytest.raises(ValueError, match='there is no feature 3 that fires'): FeatureExplorer(three, feature=3)
+    with pytest.raises(ValueError, match='there is no feature 3 that fires'):
+        FeatureExplorer(three, feature=3)

@@ -126,7 +126,8 @@ def test_features_of_another_source_are_not_taken(tmp_path, folders):
     other = load_preset(mine, source='smollm2-135m/5-res')
     assert features_file(other) == tmp_path/'cache/features/smollm2-135m/5-res/features.parquet'
     says = 'holds features of smollm2-135m/9-res-4k, the preset explains smollm2-135m/5-res: set its field features'
-    with pytest.raises(ValueError, match=says): load_features(load_preset(other, features=str(shipped)))
+    with pytest.raises(ValueError, match=says):
+        load_features(load_preset(other, features=str(shipped)))
 
 
 # ---- written and read again
@@ -137,7 +138,8 @@ ROWS = [row(3, 'parks', said=SAID), row(7, None, 'dense')]
 
 def frame(rows):
     "Rows as a DataFrame, whose contexts are dicts"
-    return pd.DataFrame([{**row, 'contexts': [context.row() for context in row['contexts']]} for row in rows])
+    contexts = [[context.row() for context in row['contexts']] for row in rows]
+    return pd.DataFrame(rows).assign(contexts=contexts)
 
 
 @pytest.mark.parametrize('form', [list, iter, frame], ids=['list', 'iterator', 'DataFrame'])
@@ -170,15 +172,17 @@ def test_a_file_without_explanations_still_loads(file):
 
 def test_half_precision_has_a_largest_number(tmp_path):
     strong = Context('t', ('a',), (1e6,), 0)
-    [feature] = load_features(saved(tmp_path, [{**row(0, 'x'), 'contexts': [strong]}]))
+    rows = [row(0, 'x') | dict(contexts=[strong])]
+    [feature] = load_features(saved(tmp_path, rows))
     assert feature.contexts[0].values == (65504.,)
 
 
 def test_words_at_the_peaks_stay_whatever_the_label(file):
     said = [Explanation("the word 'x'", 'words'), Explanation('y', 'gpt-5')]
     save_features([{**row(0, "the word 'x'", said=said), 'words': ['x']}], file)
-    words = [load_features(preset_with(file, label_model=model))[0].words for model in (None, 'words', 'gpt-5')]
-    assert words == [('x',)]*3
+    for model in (None, 'words', 'gpt-5'):
+        [feature] = load_features(preset_with(file, label_model=model))
+        assert feature.words == ('x',)
 
 
 # ---- whose label counts
@@ -214,7 +218,8 @@ def test_label_model_chooses_the_label(labelled, model, wanted):
 
 def test_a_label_model_that_labelled_nothing(labelled):
     says = r"features.parquet has no labels of 'gpt-4': it has those of gpt-5 \(5\), gpt-4o-mini \(2\)"
-    with pytest.raises(ValueError, match=says): load_features(preset_with(labelled, label_model='gpt-4'))
+    with pytest.raises(ValueError, match=says):
+        load_features(preset_with(labelled, label_model='gpt-4'))
 
 
 def test_labels_of_a_model_are_those_of_all_features(labelled):
@@ -224,7 +229,10 @@ def test_labels_of_a_model_are_those_of_all_features(labelled):
 
 # ---- contexts
 
-MADE = tuple(Context('t', ('a', f'b{i}'), (0., float(i)), 1) for i in range(3))
+MADE = (
+    Context('t', ('a', 'b0'), (0., 0.), 1),
+    Context('t', ('a', 'b1'), (0., 1.), 1),
+    Context('t', ('a', 'b2'), (0., 2.), 1))
 
 
 @pytest.fixture(scope='module')
@@ -327,7 +335,8 @@ def test_contexts_stay_in_arrow(large):
 
 def test_what_is_no_table_of_features(file):
     file.write_text('not parquet')
-    with pytest.raises(ValueError, match='is not a readable feature table'): load_features(preset_with(file))
+    with pytest.raises(ValueError, match='is not a readable feature table'):
+        load_features(preset_with(file))
     pq.write_table(pa.table({'index': [0], 'label': ['x']}), file)
     says = 'is not a feature table: it lacks the columns density, max_act, status, explanation, words, contexts'
     with pytest.raises(ValueError, match=says): load_features(preset_with(file))
@@ -416,7 +425,8 @@ def test_what_is_missing_in_a_table(file):
 
 
 def test_a_feature_that_never_fires_is_dead(tmp_path):
-    features = load_features(saved(tmp_path, [row(0, 'a'), {**row(1, 'b'), 'max_act': 0.}]))
+    rows = [row(0, 'a'), row(1, 'b') | dict(max_act=0.)]
+    features = load_features(saved(tmp_path, rows))
     assert [feature.status for feature in features] == ['ok', 'dead']
 
 
@@ -465,7 +475,8 @@ def test_a_row_that_could_not_be_read_again_is_not_written(tmp_path, file, colum
 
 
 def test_a_row_without_its_columns_is_not_written(file):
-    with pytest.raises(ValueError, match="a feature's row lacks density, max_act"): save_features([dict(index=1)], file)
+    with pytest.raises(ValueError, match="a feature's row lacks density, max_act"):
+        save_features([dict(index=1)], file)
     assert not file.exists()
 
 
@@ -477,7 +488,8 @@ def test_no_feature_is_written_twice(file):
 def test_what_pandas_leaves_empty_is_written_as_missing(tmp_path):
     empty = dict(index=np.float64(2), max_act=None, density=math.nan, words=None, contexts=math.nan, explanations=None)
     blank = dict(words=[' ', 'a'], contexts=[context_of(source=None)])
-    unknown, known = load_features(saved(tmp_path, [row(2) | empty, row(3) | blank]))
+    rows = [row(2) | empty, row(3) | blank]
+    unknown, known = load_features(saved(tmp_path, rows))
     assert unknown.index == 2
     assert (unknown.words, len(unknown.contexts), unknown.explanations) == ((), 0, ())
     assert math.isnan(unknown.max_act)
@@ -488,7 +500,8 @@ def test_what_pandas_leaves_empty_is_written_as_missing(tmp_path):
 
 def test_half_an_emoji_is_written_as_a_question_mark(tmp_path):
     half = 'half \ud83d'
-    [feature] = load_features(saved(tmp_path, [row(1, half, said=[Explanation(half, 'm')])]))
+    rows = [row(1, half, said=[Explanation(half, 'm')])]
+    [feature] = load_features(saved(tmp_path, rows))
     assert feature.explanation == 'half ?'
 
 
@@ -505,14 +518,17 @@ def with_labels(tmp_path, file):
 
 
 def test_labels_that_others_wrote_are_added(with_labels):
-    first, other = with_labels(dict(index=[0, 1], text=['a', 'b'], model='mine'), 'mine') # without a type
+    without_type = dict(index=[0, 1], text=['a', 'b'], model='mine')
+    first, other = with_labels(without_type, 'mine')
     assert first == (Explanation('x', 'm'), Explanation('a', 'mine'))
     assert other == (Explanation('b', 'mine'),)
 
 
 def test_blank_labels_are_none_and_an_unknown_author_is_unnamed(with_labels):
     columns = dict(index=[0, 1, 1], text=['  ', None, 'b'], model=['mine', 'mine', None], type='t')
-    assert with_labels(columns) == [(Explanation('x', 'm'),), (Explanation('b', 'unnamed', 't'),)]
+    first, other = with_labels(columns)
+    assert first == (Explanation('x', 'm'),)
+    assert other == (Explanation('b', 'unnamed', 't'),)
 
 
 def test_an_empty_table_and_a_label_that_is_there_already_add_nothing(with_labels):
@@ -569,7 +585,8 @@ def test_a_card_that_is_none(tmp_path, file, text):
 def trained_again(tmp_path, file):
     "A preset whose features were read from an SAE that is another one now"
     tiny_sae(tmp_path/'sae')
-    preset = preset_with(save_features([row(0, 'x')], file), sae=str(tmp_path/'sae'))
+    save_features([row(0, 'x')], file)
+    preset = preset_with(file, sae=str(tmp_path/'sae'))
     check_sae_of(preset) # no card: nothing is known of it
     card = dict(sae_sha256=FeatureReader.load(tmp_path/'sae').sha256)
     (tmp_path/'features.json').write_text(json.dumps(card))
@@ -582,7 +599,8 @@ def trained_again(tmp_path, file):
 def test_an_sae_that_was_trained_again_is_noticed(trained_again, look):
     "Its features are those of the old one, also where nothing but the table is looked at"
     says = 'features.parquet was read from an SAE with hash .*, this one has .*: make it again'
-    with pytest.raises(ValueError, match=f'{says} with `saeexplainer features PRESET --anew`'): look(trained_again)
+    with pytest.raises(ValueError, match=f'{says} with `saeexplainer features PRESET --anew`'):
+        look(trained_again)
 
 
 def test_an_sae_that_is_not_here_is_not_compared(trained_again):

@@ -463,13 +463,15 @@ def test_the_nearest_names_are_said_where_a_source_is_unknown(tmp_path, model, n
     names = [f'{i}-gemmascope-res-16k' for i in range(20)] + ['20-gemmascope-res-131k']
     files = {f'v1/gemma-2-9b/{known}/features/batch-0.jsonl.gz': [stats(0)] for known in names}
     with Neuronpedia(files, page=3) as server:
-        with pytest.raises(ValueError, match=says): neuronpedia_export(model, name, store=server.url, folder=tmp_path)
+        with pytest.raises(ValueError, match=says):
+            neuronpedia_export(model, name, store=server.url, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_store_without_sources(tmp_path):
     with Neuronpedia() as server:
-        with pytest.raises(ValueError, match='has no sources at all: set NEURONPEDIA_STORE'): export(server, tmp_path)
+        with pytest.raises(ValueError, match='has no sources at all: set NEURONPEDIA_STORE'):
+            export(server, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -503,13 +505,15 @@ def test_a_file_that_stays_broken_holds_up_no_other(tmp_path, fault):
 
 def test_a_store_that_fails_throughout_is_soon_given_up(tmp_path):
     with Neuronpedia(source(), faults={key: itertools.repeat((500, {})) for key in source()}) as server:
-        with pytest.raises(ConnectionError, match='too many 500 error responses'): export(server, tmp_path)
+        with pytest.raises(ConnectionError, match='too many 500 error responses'):
+            export(server, tmp_path)
     assert len(set(server.asked())) == 3
 
 
 def test_without_a_network_the_export_ends(tmp_path):
     with Neuronpedia() as server: pass # it has ended
-    with pytest.raises(ConnectionError, match='cannot be read: .*Connection refused'): export(server, tmp_path)
+    with pytest.raises(ConnectionError, match='cannot be read: .*Connection refused'):
+        export(server, tmp_path)
 
 
 def test_an_export_is_found_where_it_stood_before():
@@ -728,7 +732,8 @@ def test_one_feature_with_fewer_contexts(api):
 
 
 def test_a_feature_that_neuronpedia_does_not_have(api):
-    with pytest.raises(ValueError, match='Neuronpedia has no feature m/s/10'): neuronpedia_feature('m/s/10')
+    with pytest.raises(ValueError, match='Neuronpedia has no feature m/s/10'):
+        neuronpedia_feature('m/s/10')
 
 
 def test_without_a_key_none_is_sent(api):

@@ -83,10 +83,11 @@ def brute_force(target, n, window, first):
     fired = []
     peaks = []
     for feature in range(target.reader.n_features):
-        columns = [(acts[:, feature], ids) for acts, ids in documents]
-        found = [peak_of(acts, ids, d) for d, (acts, ids) in enumerate(columns) if acts.max(initial=0) > 0]
-        fired.append(sum(int((acts != 0).sum()) for acts, _ in columns))
-        peaks.append(sorted(found, key=lambda peak: (-peak.value, peak.document))[:n])
+        columns = [(acts[:, feature], ids, document) for document, (acts, ids) in enumerate(documents)]
+        found = [peak_of(*column) for column in columns if column[0].max(initial=0) > 0]
+        found.sort(key=lambda peak: (-peak.value, peak.document))
+        fired.append(sum((acts != 0).sum() for acts, *_ in columns))
+        peaks.append(found[:n])
     return Wanted(fired, peaks, sum(len(ids) for _, ids in documents))
 
 

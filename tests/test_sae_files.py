@@ -79,7 +79,8 @@ def test_malformed_configurations(folder, values, says):
 ])
 def test_what_sae_lens_refuses_is_one_line(folder, values, says):
     edit(folder, **values)
-    with pytest.raises(ValueError, match=says.format(folder=folder)) as raised: FeatureReader.load(folder)
+    with pytest.raises(ValueError, match=says.format(folder=folder)) as raised:
+        FeatureReader.load(folder)
     assert '\n' not in str(raised.value)
 
 
@@ -114,7 +115,8 @@ def kwargs(value):
 def test_settings_that_mean_nothing(tmp_path, kind, values, says):
     folder = tiny_sae(tmp_path/'sae', kind)
     edit(folder, **values)
-    with pytest.raises(ValueError, match=f'{folder}/cfg.json: {says}'): FeatureReader.load(folder)
+    with pytest.raises(ValueError, match=f'{folder}/cfg.json: {says}'):
+        FeatureReader.load(folder)
 
 
 @pytest.mark.parametrize('values, says', [
@@ -127,7 +129,8 @@ def test_settings_that_mean_nothing(tmp_path, kind, values, says):
 ])
 def test_what_is_wrong_names_the_sae(folder, values, says):
     edit(folder, **values)
-    with pytest.raises(ValueError, match=f"the SAE '{folder}': .*{says}"): FeatureReader.load(folder)
+    with pytest.raises(ValueError, match=f"the SAE '{folder}': .*{says}"):
+        FeatureReader.load(folder)
 
 
 @pytest.mark.parametrize('value', ['false', 0, 1, []])
@@ -266,14 +269,16 @@ def test_weights_that_may_not_be_read(folder, monkeypatch):
     access = os.access
     def allowed(file, mode): return str(file) != closed and access(file, mode)
     monkeypatch.setattr(os, 'access', allowed)
-    with pytest.raises(PermissionError, match=f'{closed} may not be read by this user'): FeatureReader.load(folder)
+    with pytest.raises(PermissionError, match=f'{closed} may not be read by this user'):
+        FeatureReader.load(folder)
 
 
 def test_weights_that_are_a_folder(folder):
     file = folder/'sae_weights.safetensors'
     file.unlink()
     file.mkdir()
-    with pytest.raises(IsADirectoryError, match=f'{file} is a folder, not a file'): FeatureReader.load(folder)
+    with pytest.raises(IsADirectoryError, match=f'{file} is a folder, not a file'):
+        FeatureReader.load(folder)
 
 
 TENSORS = {
@@ -359,7 +364,8 @@ def test_release_from_the_hub(cached, resid, source):
 
 
 def test_a_release_that_is_nowhere(cached):
-    with pytest.raises(ValueError, match='Release nothing not found'): FeatureReader.load('nothing:here')
+    with pytest.raises(ValueError, match='Release nothing not found'):
+        FeatureReader.load('nothing:here')
 
 
 @pytest.mark.parametrize('source', ['gpt2-small-res-jb:nowhere', 'two words:x'])
@@ -370,12 +376,14 @@ def test_what_the_hub_does_not_have_is_one_line(cached, source):
 
 def test_an_unknown_activation_function_in_the_hub_cache(cached):
     edit(cached, activation_fn='tanh-relu')
-    with pytest.raises(ValueError, match="cfg.json: its activation function is 'tanh-relu'"): FeatureReader.load(HUB)
+    with pytest.raises(ValueError, match="cfg.json: its activation function is 'tanh-relu'"):
+        FeatureReader.load(HUB)
 
 
 def test_damaged_files_in_the_hub_cache(cached):
     (cached/'sae_weights.safetensors').write_bytes(b'')
-    with pytest.raises(ValueError, match='sae_weights.safetensors is empty: fetch it again'): FeatureReader.load(HUB)
+    with pytest.raises(ValueError, match='sae_weights.safetensors is empty: fetch it again'):
+        FeatureReader.load(HUB)
     (cached/'cfg.json').write_text('{"d_in": ')
     with pytest.raises(ValueError, match='cfg.json is not JSON'): FeatureReader.load(HUB)
 

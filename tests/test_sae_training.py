@@ -95,7 +95,8 @@ def acts(): return tokens(32*300)
 def work(acts, tmp_path_factory):
     "A training that was killed between the two renames of a checkpoint, and gone on with"
     folder = tmp_path_factory.mktemp('sae')
-    with pytest.raises(KeyboardInterrupt): train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), folder)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), folder)
     assert (folder/'last').exists()
     assert not (folder/'sae').exists()
     (folder/'begun').write_text(json.dumps(steps_of(folder/'curve.jsonl')))

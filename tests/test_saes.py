@@ -335,7 +335,8 @@ def test_a_number_that_is_not_whole_is_no_feature(reader):
 
 @pytest.mark.parametrize('mask', MASKS, ids=['torch', 'numpy', 'list'])
 def test_a_mask_is_no_list_of_features(reader, mask):
-    with pytest.raises(ValueError, match='a mask of True and False is no list of features'): reader.directions(mask)
+    with pytest.raises(ValueError, match='a mask of True and False is no list of features'):
+        reader.directions(mask)
 
 
 COLUMN = pd.DataFrame(dict(feature=range(10, 20))).iloc[7:].feature # with an index of its own
@@ -374,14 +375,16 @@ def test_wrong_widths(reader):
 
 
 def test_as_many_features_as_rows(reader):
-    with pytest.raises(ValueError, match='3 rows and 2 features'): reader.activations(torch.ones(3, 2, 64), [1, 2])
+    with pytest.raises(ValueError, match='3 rows and 2 features'):
+        reader.activations(torch.ones(3, 2, 64), [1, 2])
 
 
 def test_directions_of_dead_and_damaged_features(tmp_path):
     reader = read(tmp_path)
     reader.sae.W_dec.data[7] = 0.
     reader.sae.W_dec.data[8, 3] = torch.nan
-    with pytest.raises(ValueError, match=r'direction 1 of 2 is zero \(a dead feature\)'): reader.directions([6, 7])
+    with pytest.raises(ValueError, match=r'direction 1 of 2 is zero \(a dead feature\)'):
+        reader.directions([6, 7])
     with pytest.raises(ValueError, match='direction 0 of 1 is not finite'): reader.directions(8)
 
 

@@ -83,15 +83,18 @@ def test_steered_logits_with_and_without_cache(lms, tokenizer, readers, arch):
     with steering(model, *clamps, batch['attention_mask']):
         cached = model.generate(**batch, **greedy, output_logits=True, return_dict_in_generate=True)
     mask = torch.cat([batch['attention_mask'], torch.ones(3, 6, dtype=torch.long)], 1)
-    places = dict(attention_mask=mask, position_ids=(mask.cumsum(-1)-1).clamp(min=0))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad(), steering(model, *clamps, mask):
-        logits = model(cached.sequences, **places, use_cache=False).logits # all of it once more
+        again = dict(attention_mask=mask, position_ids=positions, use_cache=False)
+        logits = model(cached.sequences, **again).logits
     for step in range(6):
-        assert (cached.logits[step] - logits[:, step-7]).abs().max() < 2e-4
+        difference = cached.logits[step] - logits[:, step-7]
+        assert difference.abs().max() < 2e-4
 
 
 def count_hooks(model):
-    return [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.model.layers]
+    hooks = [(layer._forward_hooks, layer._forward_pre_hooks) for layer in model.model.layers]
+    return [len(behind) + len(before) for behind, before in hooks]
 
 
 def test_a_row_is_its_own(llama):
@@ -142,7 +145,8 @@ def test_steering_needs_a_feature_and_a_value(llama, clamp):
 
 
 def test_as_many_seeds_as_prompts(llama):
-    with pytest.raises(ValueError, match='3 prompts and 1 seeds'): llama.generate(PROMPTS, seeds=[1])
+    with pytest.raises(ValueError, match='3 prompts and 1 seeds'):
+        llama.generate(PROMPTS, seeds=[1])
 
 
 @pytest.mark.parametrize('features, values, says', [
@@ -157,7 +161,8 @@ def test_one_or_as_many_as_prompts(llama, features, values, says):
 
 
 def test_a_feature_that_the_sae_does_not_have(llama):
-    with pytest.raises(ValueError, match='there is no feature 900'): llama.generate(PROMPTS, 900, 1.)
+    with pytest.raises(ValueError, match='there is no feature 900'):
+        llama.generate(PROMPTS, 900, 1.)
 
 
 def test_an_empty_prompt_needs_bos(llama):
@@ -192,7 +197,8 @@ def test_prompts_that_are_too_long(narrow):
 def test_a_continuation_may_fill_the_context(narrow, tokenizer):
     left = CONTEXT - 1 - len(tokenizer('We')['input_ids']) # of BOS and the prompt
     assert len(narrow.generate(['We'], max_new_tokens=left, temperature=0)) == 1
-    with pytest.raises(ValueError, match='prompt 0 has'): narrow.generate(['We'], max_new_tokens=CONTEXT)
+    with pytest.raises(ValueError, match='prompt 0 has'):
+        narrow.generate(['We'], max_new_tokens=CONTEXT)
 
 
 @pytest.mark.parametrize('clamp', [(), (3, 1.)], ids=['plain', 'steered'])
@@ -256,10 +262,16 @@ def log_probs(target, edit):
     "Log-probabilities of next tokens of each prompt alone, without padding and without those behind BOS"
     found = []
     for row in tokenise(target.tokenizer, PROMPTS):
-        with torch.no_grad(), residual_hook(target.model, target.reader.layer, target.reader.hook, edit):
+        place = (target.reader.layer, target.reader.hook)
+        with torch.no_grad(), residual_hook(target.model, *place, edit):
             logits = target.model(**pad([row.ids], 0)).logits
         found.append(logits[0, 1:].log_softmax(-1))
     return found
+
+
+def mean_kl(clean, steered): # of log-probabilities, over tokens
+    kls = (clean.exp()*(clean - steered)).sum(-1)
+    return kls.mean().item()
 
 
 def slow_kl(target, reference):
@@ -267,8 +279,8 @@ def slow_kl(target, reference):
     clean = log_probs(target, rewritten(target, reference))
     def kl(feature, value):
         steered = log_probs(target, rewritten(target, reference, feature, value))
-        kls = [(p.exp()*(p - q)).sum(-1).mean() for p, q in zip(clean, steered)]
-        return torch.stack(kls).mean().item()
+        kls = [mean_kl(*of_prompt) for of_prompt in zip(clean, steered)]
+        return sum(kls)/len(kls)
     return kl
 
 
@@ -290,7 +302,8 @@ def test_steering_values_have_the_kl_they_say(lms, tokenizer, readers, arch, ref
 
 
 def test_the_kl_depends_on_the_reference(llama, feature):
-    raw, reconstructed = (slow_kl(llama, reference)(feature, 5.) for reference in ('raw', 'sae'))
+    raw = slow_kl(llama, 'raw')(feature, 5.)
+    reconstructed = slow_kl(llama, 'sae')(feature, 5.)
     assert raw != pytest.approx(reconstructed, rel=.01)
 
 
@@ -342,7 +355,8 @@ def test_steering_that_cannot_reach_its_kl_says_so(llama, feature):
 def test_dead_feature_cannot_steer(lms, tokenizer, tmp_path):
     target = Target(lms['llama'], tokenizer, reader_at(tmp_path))
     target.reader.sae.W_dec.data[9] = 0
-    with pytest.raises(ValueError, match=r'is zero \(a dead feature\)'): target.steering_value(9, .1, PROMPTS)
+    with pytest.raises(ValueError, match=r'is zero \(a dead feature\)'):
+        target.steering_value(9, .1, PROMPTS)
 
 
 # ---- the search alone, on curves
@@ -418,7 +432,8 @@ def test_kls_that_cannot_be_reached(llama, kl):
 
 
 def test_a_kl_of_nothing_is_said(llama):
-    with pytest.raises(ValueError, match='the KL to reach is 0'): llama.steering_value(1, 0., PROMPTS)
+    with pytest.raises(ValueError, match='the KL to reach is 0'):
+        llama.steering_value(1, 0., PROMPTS)
 
 
 @pytest.mark.parametrize('tolerance', [math.nan, 0, -.1, math.inf, '5%'])
@@ -434,4 +449,5 @@ def test_tolerances_that_are_none(llama, tolerance):
     (3, PROMPTS, dict(reference='bogus'), "the reference is 'bogus'"),
 ])
 def test_a_search_for_nothing(llama, feature, prompts, more, says):
-    with pytest.raises(ValueError, match=says): llama.steering_value(feature, .5, prompts, **more)
+    with pytest.raises(ValueError, match=says):
+        llama.steering_value(feature, .5, prompts, **more)

@@ -82,10 +82,14 @@ def test_last_layer_is_read_before_the_final_norm(lms, tokenizer, arch):
 PLACES = [(hook, layer) for layer in (0, 2, 3) for hook in ('resid_pre', 'resid_post')]
 
 
+def largest(values): return values.abs().max().item()
+
+
 def full_forward(model, row, hook, layer):
     "The residual stream of a row alone, from a forward pass of all layers and the head"
     seen = []
-    with torch.no_grad(), residual_hook(model, layer, hook, seen.append): model(torch.tensor([row]))
+    with torch.no_grad(), residual_hook(model, layer, hook, seen.append):
+        model(torch.tensor([row]))
     return seen[0][0]
 
 
@@ -100,8 +104,8 @@ def test_padding_on_either_side(lms, tokenizer, arch, left, place, largest_error
     together = residual_stream(lms[arch], **batch, layer=layer, hook=hook)
     for row, stream, mask in zip(rows, together, batch['attention_mask']):
         alone = full_forward(lms[arch], row, hook, layer)
-        difference = (stream[mask.bool()] - alone).abs().max().item()
-        error = difference/max(1., alone.abs().max().item())
+        difference = stream[mask.bool()] - alone
+        error = largest(difference)/max(1., largest(alone))
         assert largest_error('early exit in a padded batch, against the full forward', error) < 2e-5
 
 
@@ -121,7 +125,8 @@ def test_later_layers_are_not_run(ids, hook, wanted):
 
 def test_no_hook_stays(ids):
     model = tiny_model()
-    for hook in ('resid_post', 'resid_pre'): residual_stream(model, ids, torch.ones_like(ids), 1, hook)
+    for hook in ('resid_post', 'resid_pre'):
+        residual_stream(model, ids, torch.ones_like(ids), 1, hook)
     assert not any(layer._forward_hooks for layer in model.model.layers)
     assert not any(layer._forward_pre_hooks for layer in model.model.layers)
 
@@ -155,14 +160,17 @@ def test_bos_is_fed_once_even_if_the_tokenizer_adds_it():
     adds = tiny_tokenizer(add_bos=True)
     assert adds('The cat')['input_ids'][0] == 1
     assert plain('The cat')['input_ids'][0] != 1
-    assert tokenise(adds, ['The cat'])[0].ids == tokenise(plain, ['The cat'])[0].ids
+    [found] = tokenise(adds, ['The cat'])
+    [wanted] = tokenise(plain, ['The cat'])
+    assert found.ids == wanted.ids
 
 
 # ---- activations
 
 def stream_of(target, text):
     "The residual stream that an SAE reads, as the model itself gives it; only behind the last layer by early exit"
-    ids = torch.tensor([[1] + target.tokenizer(text, add_special_tokens=False)['input_ids']])
+    tokens = target.tokenizer(text, add_special_tokens=False)['input_ids']
+    ids = torch.tensor([[1, *tokens]])
     after = target.reader.hook == 'resid_post'
     layer = target.reader.layer
     if after and layer == 3: return residual_stream(target.model, ids, torch.ones_like(ids), 3)
@@ -176,7 +184,8 @@ def test_activations_equal_sae_lens(lms, tokenizer, readers, arch, place, larges
     for feature in lively(target):
         readings = target.activations(TEXTS, feature)
         for text, reading in zip(TEXTS, readings):
-            full = target.reader.sae.encode(stream_of(target, text))[0, 1:, feature].numpy()
+            acts = target.reader.sae.encode(stream_of(target, text))
+            full = acts[0, 1:, feature].numpy()
             difference = np.abs(reading.values - full).max(initial=0)
             error = difference/max(1., full.max(initial=0))
             assert largest_error('early exit + one column', error) <= 1e-4
@@ -206,7 +215,8 @@ REPEATED = ['The cat sat.', 'A', 'The cat sat.', 'The cat sat.', '', 'A']
 def test_distinct_texts_know_who_asks_for_them(llama):
     features = [*lively(llama), 3, 5]
     asked = distinct_texts(tokenise(llama.tokenizer, REPEATED), features)
-    assert [sum(map(len, text.values())) for text in asked] == [3, 2]
+    times = [sum(map(len, features.values())) for features in asked]
+    assert times == [3, 2]
 
 
 @pytest.mark.parametrize('at_once', [None, 1], ids=['features together', 'one feature at a time'])
@@ -238,14 +248,16 @@ def test_half_precision_model_read_in_fp32(tokenizer, readers, arch, hook, devic
     "The same bf16 residual stream, encoded in fp32"
     model = tiny_model(arch).to(device, torch.bfloat16)
     reader = FeatureReader(copy.deepcopy(readers[hook, 2].sae).to(device))
-    ids = torch.tensor([tokenise(tokenizer, TEXTS[:1])[0].ids], device=device)
-    stream = hidden_states(model, ids)[2 + (hook == 'resid_post')]
-    full = reader.sae.encode(stream.float())[0, 1:].cpu()
+    [text] = tokenise(tokenizer, TEXTS[:1])
+    states = hidden_states(model, torch.tensor([text.ids], device=device))
+    stream = states[2 + (hook == 'resid_post')]
     assert stream.dtype == torch.bfloat16
+    full = reader.sae.encode(stream.float())[0, 1:].cpu()
     assert (full > 0).any()
-    readings = Target(model, tokenizer, reader).activations(TEXTS[:1]*512, range(512))
+    target = Target(model, tokenizer, reader)
+    readings = target.activations(TEXTS[:1]*512, range(512))
     found = torch.tensor(np.stack([reading.values for reading in readings], 1))
-    error = ((found - full).abs().max()/max(1., full.max())).item()
+    error = largest(found - full)/max(1., largest(full))
     assert largest_error('reading a bf16 model', error) <= 1e-4
 
 
@@ -286,7 +298,8 @@ def test_bos_and_special_tokens_never_count(lms, tokenizer, tmp_path):
 
 
 def test_saes_trained_without_bos(lms, tokenizer, tmp_path):
-    target = Target(lms['llama'], tokenizer, reader_at(tmp_path, metadata={'prepend_bos': False}))
+    reader = reader_at(tmp_path, metadata={'prepend_bos': False})
+    target = Target(lms['llama'], tokenizer, reader)
     assert not target.bos
     assert len(target.activations(['A'], 1)[0].tokens) == 1
 
@@ -317,15 +330,18 @@ def test_a_text_that_cannot_be_read_is_its_own_error(lms, tokenizer, readers, ar
     first, last = target.max_acts(['The cat', 'park'], 3).tolist()
     wanted = [pytest.approx(first), 'too long', 'empty', pytest.approx(last), 'empty']
     assert target.scores(texts, 3) == wanted
-    assert target.scores(pd.Series(texts, index=range(5, 10)), [3]*5) == wanted
+    column = pd.Series(texts, index=range(5, 10))
+    assert target.scores(column, [3]*5) == wanted
     assert target.scores(texts[1:3], 3) == ['too long', 'empty']
 
 
 @pytest.mark.parametrize('arch', ('llama', 'gpt2'))
 def test_a_text_may_fill_the_context(lms, tokenizer, readers, arch):
     target = Target(lms[arch], tokenizer, readers['resid_post', 2])
-    fits = tokenizer.decode([tokenizer('a')['input_ids'][0]]*511) # and BOS
-    assert len(tokenise(tokenizer, [fits])[0].ids) == 512
+    [letter] = tokenizer('a')['input_ids']
+    fits = tokenizer.decode([letter]*511)
+    [tokens] = tokenise(tokenizer, [fits])
+    assert len(tokens.ids) == 512 # with BOS
     [score] = target.scores([fits], 3)
     assert isinstance(score, float)
     assert target.scores([fits + 'a'], 3) == ['too long']
@@ -335,7 +351,8 @@ def larger_tokenizer():
     "A tokenizer with a token that the tiny models do not know, and that token"
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(['<extra>'], special_tokens=True)
-    while len(tokenizer) <= 512: tokenizer.add_tokens([f'<extra{len(tokenizer)}>'])
+    while len(tokenizer) <= 512:
+        tokenizer.add_tokens([f'<extra{len(tokenizer)}>'])
     [unknown] = [token for token, i in tokenizer.get_added_vocab().items() if i == 512]
     return tokenizer, unknown
 
@@ -343,10 +360,11 @@ def larger_tokenizer():
 @pytest.mark.parametrize('arch', ('llama', 'gpt2'))
 def test_a_token_beyond_the_vocabulary_is_its_own_error(lms, tokenizer, readers, arch):
     reader = readers['resid_post', 2]
-    [alone] = Target(lms[arch], tokenizer, reader).max_acts(['The cat'], 3).tolist()
+    [alone] = Target(lms[arch], tokenizer, reader).max_acts(['The cat'], 3)
     larger, unknown = larger_tokenizer()
     target = Target(lms[arch], larger, reader)
-    assert target.scores([f'The cat {unknown}', 'The cat'], 3) == ['unknown token', pytest.approx(alone)]
+    scores = target.scores([f'The cat {unknown}', 'The cat'], 3)
+    assert scores == ['unknown token', pytest.approx(float(alone))]
     with pytest.raises(ValueError, match='text 0 has token 512, the model knows 512'):
         target.max_acts([f'The cat {unknown}'], 3)
 
@@ -400,8 +418,9 @@ def test_texts_and_features_of_pandas_and_numpy(llama, table, form):
 
 
 def test_readings_of_a_column_are_those_of_a_list(llama, table):
-    of_column = [reading.tokens for reading in llama.activations(table.text, 3)]
-    assert of_column == [reading.tokens for reading in llama.activations(list(table.text), 3)]
+    of_column = llama.activations(table.text, 3)
+    of_list = llama.activations(list(table.text), 3)
+    assert [reading.tokens for reading in of_column] == [reading.tokens for reading in of_list]
 
 
 NO_TEXTS = [
