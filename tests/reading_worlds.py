@@ -27,7 +27,7 @@ def slowly(docs):
     for doc in docs[:-5]:
         yield doc
         time.sleep(.02)
-    time.sleep(600)
+    time.sleep(120)
 
 
 def read_slowly(folder):

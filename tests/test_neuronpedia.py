@@ -216,12 +216,12 @@ def store():
 
 @pytest.fixture(scope='module')
 def exported(tmp_path_factory):
-    "The small source, exported with two contexts each: (folder, `Export`, URL, files that were asked for)"
+    "The small source, exported with two contexts each: folder, export, URL and files that were asked for"
     folder = tmp_path_factory.mktemp('exported')
     with pytest.MonkeyPatch.context() as patch, Neuronpedia(source()) as server:
         patch.setenv('NO_PROXY', '127.0.0.1')
-        export_ = export(server, folder, n_contexts=2)
-    return SimpleNamespace(folder=folder, export=export_, url=server.url, asked=server.asked())
+        found = export(server, folder, n_contexts=2)
+    return SimpleNamespace(folder=folder, export=found, url=server.url, asked=server.asked())
 
 
 def test_each_file_is_fetched_once(exported):
@@ -401,16 +401,16 @@ def test_half_characters_cost_themselves(tmp_path):
     files = source()
     files[LABELS][2]['description'] = 'cut \ud83d'
     files[LABELS][3]['description'] = 'whole \U0001f600'
-    found = files[f'{AT}activations/batch-0.jsonl.gz']
-    found[1]['tokens'][50] = '\udfff'
-    found.append('["deep", ' + '['*100_000)
-    with Neuronpedia(files) as server: exported = export(server, tmp_path)
+    activations = files[f'{AT}activations/batch-0.jsonl.gz']
+    activations[1]['tokens'][50] = '\udfff'
+    activations.append('["deep", ' + '['*100_000)
+    with Neuronpedia(files) as server: found = export(server, tmp_path)
     features = loaded(tmp_path)
     assert features[ORDER[2]].explanation == 'cut ?'
     assert features[ORDER[3]].explanation == 'whole \U0001f600'
     assert features[0].contexts[0].tokens[20] == '?'
-    assert (exported.n_features, exported.mended_rows, exported.bad_rows) == (13, 2, 1)
-    assert "2 lines with half a character, read as '?'" in str(exported)
+    assert (found.n_features, found.mended_rows, found.bad_rows) == (13, 2, 1)
+    assert "2 lines with half a character, read as '?'" in str(found)
     assert json.loads((tmp_path/'features.json').read_text())['mended_rows'] == 2
 
 

@@ -320,8 +320,8 @@ def peak_memory(target, n, state):
 
 def test_ten_times_the_text_takes_no_more_memory(target, tmp_path):
     peak_memory(target, 14, tmp_path/'first.npz') # what is made once
-    small = peak_memory(target, 50, tmp_path/'small.npz')
-    large = peak_memory(target, 500, tmp_path/'large.npz')
+    small = peak_memory(target, 30, tmp_path/'small.npz')
+    large = peak_memory(target, 300, tmp_path/'large.npz')
     assert large < small + state_bytes(64, N_TOP)/4
 
 
