@@ -434,7 +434,7 @@ def test_draws_that_mean_nothing(explorer):
 def test_results_of_another_sae_are_not_shown(explorer):
     preset = load_preset('smollm2-135m', sae='/elsewhere/sae')
     x = FeatureExplorer(preset, feature=13, target=explorer.target)
-    assert x.told is None
+    assert x.of_runs == {}
     assert [who for who in x.said() if not who.startswith('label')] == []
     with pytest.raises(ValueError, match='explains features of'):
         FeatureExplorer(preset, results=data_dir()/'smollm2-135m'/'results')
