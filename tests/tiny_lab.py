@@ -94,7 +94,7 @@ def feature_row(index):
 def make_lab(folder, **fields) -> TinyLab:
     "Write a lab into a folder; the fields are those of its preset that differ"
     lab = TinyLab(Path(folder))
-    tiny_model(n_layers=2).save_pretrained(lab.model)
+    tiny_model(n_layers=3).save_pretrained(lab.model)
     tiny_tokenizer().save_pretrained(lab.model)
     tiny_sae(lab.sae, **SAE)
     pq.write_table(pa.Table.from_pylist([feature_row(i) for i in range(N_FEATURES)]), lab.features)
