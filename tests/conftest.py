@@ -55,7 +55,8 @@ def pytest_terminal_summary(terminalreporter):
 SLOW = {
     'test_cli', 'test_dictionaries', 'test_dpo', 'test_explorer_browser', 'test_fuzz', 'test_kills', 'test_leaks',
     'test_llama_server', 'test_models', 'test_odd_servers', 'test_paper_presets', 'test_remote', 'test_run',
-    'test_run_begun', 'test_run_killed', 'test_run_like', 'test_sft', 'test_site', 'test_tools', 'test_wheel'}
+    'test_run_begun', 'test_run_killed', 'test_run_like', 'test_sft', 'test_site', 'test_studies', 'test_tools',
+    'test_wheel'}
 
 
 def pytest_collection_modifyitems(items):
@@ -97,6 +98,13 @@ def explained_lab(tmp_path_factory):
     "A lab with an explainer, and features without a direction: to be read, not changed"
     from tiny_lab import make_explained_lab
     return make_explained_lab(tmp_path_factory.mktemp('explained'))
+
+
+@pytest.fixture(scope='session')
+def forks(tmp_path_factory):
+    "A process that has imported all of the package, to run code in its forks"
+    from forks import forks_in
+    with forks_in(tmp_path_factory.mktemp('forks')) as forks: yield forks
 
 
 # ---- a real server with a real model

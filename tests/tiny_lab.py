@@ -1,6 +1,8 @@
 "All that a run needs, made in a folder: a tiny model, its SAE, a table of its features and the preset that names them"
 import json
-from contextlib import contextmanager
+import shutil
+import sqlite3
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from saeexplainer.lm.models import load_model
 from saeexplainer.presets import Preset, load_preset
 from saeexplainer.run import Run, execute
 from saeexplainer.saes import FeatureReader
+from saeexplainer.store import KEYS
 
 WORDS = ('cat dog mat fire sea shells rain nation park large '
          'area land model feature word natural state hello range print').split()
@@ -119,3 +122,47 @@ def make_explained_lab(folder) -> TinyLab:
         model, _ = load_model(lab.preset().explainer, device='cpu')
         save_adapter(get_peft_model(model, lora), card, lab.explainer)
     return lab
+
+
+# ---- what a run leaves, to be compared and damaged
+
+UNCOMPARED = ('progress', 'meta', 'replies') # tables of a store: clocks, notes, and what a server was asked
+
+
+def tables_compared():
+    "Tables of a store: (name, columns of its key)"
+    return [(table, keys) for table, keys in KEYS.items() if table not in UNCOMPARED]
+
+
+def table_rows(db, table, keys) -> dict: # key -> the other columns
+    "Read a table, in which no key may stand twice"
+    cursor = db.execute(f'SELECT * FROM "{table}"')
+    names = [column for column, *_ in cursor.description]
+    rows = [dict(zip(names, values)) for values in cursor]
+    found = {tuple(row.pop(name) for name in keys): row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def rows_of(store:Path) -> dict: # table -> {key: the other columns}
+    "Read a store that may be in use"
+    if not store.exists(): return {}
+    with closing(sqlite3.connect(f'file:{store}?mode=ro', uri=True)) as db:
+        return {table: table_rows(db, table, keys) for table, keys in tables_compared()}
+
+
+def keys_of(rows, without=()):
+    "Table -> keys of its rows"
+    return {table: set(of_table) for table, of_table in rows.items() if table not in without}
+
+
+def copy_of(folder, to) -> Path:
+    "Copy a finished run, or its report, to change it"
+    return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns('.lock')))
+
+
+def flip(file, place=-5):
+    "Change one bit of one byte"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
