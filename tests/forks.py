@@ -14,14 +14,15 @@ import gc, json, os, sys
 import datasets, matplotlib.figure, pandas, peft, sae_lens, torch, transformers, trl
 from saeexplainer import ablations, cli, dictionaries, dpo, metrics, prefs, remote, report, run, sft, target, writer
 
-tests, printed = sys.argv[1:]
+tests, stdout, stderr = sys.argv[1:]
 sys.path.insert(0, tests)
+
+def redirect(number, file): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
 
 def attempt(code, threads):
     torch.set_num_threads(threads)
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    redirect(1, stdout)
+    redirect(2, stderr)
     try: exec(code, {})
     except SystemExit as e: return e.code or 0
     finally: sys.stdout.flush()
@@ -40,9 +41,10 @@ for line in sys.stdin:
 
 class Forks:
     "A process to fork, one fork at a time"
-    def __init__(self, process, printed):
+    def __init__(self, process, stdout, stderr):
         self.process = process
-        self.printed = printed # file of what the last one has printed
+        self.stdout = stdout # files of what the last one has printed
+        self.stderr = stderr
 
     def start(self, code) -> int: # process id
         asked = dict(code=code, threads=torch.get_num_threads()) # as many as here, where it is compared
@@ -58,20 +60,24 @@ class Forks:
         self.start(code)
         return self.exit_code()
 
-    def said(self) -> str:
-        "What the last one has printed"
-        return self.printed.read_text()
+    def printed(self) -> str:
+        return self.stdout.read_text()
+
+    def errors(self) -> str:
+        "The end of what it has printed as errors"
+        return self.stderr.read_text()[-2000:]
 
 
 @contextmanager
 def forks_in(folder):
     "Within, there is a process to fork"
-    command = [sys.executable, '-c', SERVER, Path(__file__).parent, folder/'printed']
+    files = [folder/'stdout', folder/'stderr']
+    command = [sys.executable, '-c', SERVER, Path(__file__).parent, *files]
     environment = os.environ | dict(OMP_NUM_THREADS='1')
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                           text=True, env=environment) as process:
         assert process.stdout.readline() == 'ready\n'
-        yield Forks(process, folder/'printed')
+        yield Forks(process, *files)
         process.stdin.close()
 
 

@@ -84,7 +84,7 @@ def killed_everywhere(forks, tiny_lab, tmp_path_factory):
     folder = tmp_path_factory.mktemp('killed')/'everywhere'
     codes = [killed_in(stage, forks, tiny_lab, folder) for stage in STAGES]
     assert codes == [-signal.SIGKILL]*len(STAGES)
-    assert forks.run(command(tiny_lab, folder)) == 0, forks.said()[-2000:]
+    assert forks.run(command(tiny_lab, folder)) == 0, forks.errors()
     return folder
 
 
@@ -163,7 +163,7 @@ def test_killed_at_random_moments(forks, tiny_lab, finished_run, tmp_path, seed)
     share = row_count(whole)//8 # counted in rows, not in seconds: machines differ from one minute to the next
     moments = [(rng.uniform(0, share), rng.uniform(0, .2)) for _ in range(12)]
     codes = run_to_the_end(moments, forks, tiny_lab, tmp_path/'random')
-    assert codes[-1] == 0, forks.said()[-2000:]
+    assert codes[-1] == 0, forks.errors()
     assert set(codes) == {0, -signal.SIGKILL}
     assert codes.count(-signal.SIGKILL) >= 3
     assert_same_rows(rows_of(tmp_path/'random'/'store.sqlite'), rows_of(whole))
