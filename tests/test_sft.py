@@ -109,13 +109,21 @@ def test_runs_under_autocast_with_fp32_weights(here, tmp_path):
     assert set(seen) == {torch.bfloat16}
 
 
-def test_same_seed_same_adapter(here, tmp_path):
-    a = train(here, tmp_path/'a', seed=0)
-    b = train(here, tmp_path/'b', seed=0)
-    c = train(here, tmp_path/'c', seed=1)
-    assert a.losses == b.losses
-    assert same(adapter(a.folder), adapter(b.folder))
-    assert not same(adapter(a.folder), adapter(c.folder))
+@pytest.fixture(scope='module')
+def whole(here):
+    "A training that nothing interrupted"
+    return train(here, here/'whole', seed=0)
+
+
+def test_same_seed_same_adapter(here, whole, tmp_path):
+    again = train(here, tmp_path/'again', seed=0)
+    assert again.losses == whole.losses
+    assert same(adapter(again.folder), adapter(whole.folder))
+
+
+def test_another_seed_another_adapter(here, whole, tmp_path):
+    other = train(here, tmp_path/'other', seed=1)
+    assert not same(adapter(other.folder), adapter(whole.folder))
 
 
 def test_best_eval_loss_is_kept(here, tmp_path):
@@ -203,11 +211,9 @@ def killed(forks, here):
     return kill
 
 
-def checkpoints(folder): # newest first
+def checkpoints(folder):
+    "Newest first"
     return sorted(folder.glob('checkpoint-*'), key=lambda c: -int(c.name.split('-')[1]))
-
-@pytest.fixture(scope='module')
-def whole(here): return train(here, here/'whole')
 
 def same_training(a, b): return a.losses == b.losses and same(adapter(a.folder), adapter(b.folder))
 
@@ -448,8 +454,10 @@ def test_a_damaged_log(here, whole, tmp_path, content):
     folder = tmp_path/'sft'
     shutil.copytree(whole.folder, folder)
     (folder/'training.json').write_text(content)
-    for load in (lambda: train(here, folder), lambda: SFTResult.load(folder)):
-        with pytest.raises(ValueError, match='training.json') as error: load()
+    def train_again(): train(here, folder)
+    def load(): SFTResult.load(folder)
+    for read in (train_again, load):
+        with pytest.raises(ValueError, match='training.json') as error: read()
         assert '\n' not in str(error.value)
 
 
