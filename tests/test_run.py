@@ -251,7 +251,7 @@ def test_the_key_is_nowhere(paid):
 
 # ---- the report
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def report(finished_run): return finished_run/'report'
 
 
@@ -293,13 +293,14 @@ def test_results_that_are_not_there(report):
     with pytest.raises(ValueError, match='holds no results'): Results(report.parent)
 
 
-@pytest.fixture
-def tables(report, tmp_path):
-    "A folder with the tables of a report alone: no run, no store, no models"
+@pytest.fixture(scope='module')
+def tables(report, tmp_path_factory):
+    "A folder with the tables of a report and a page made of them: no run, no store, no models"
+    folder = tmp_path_factory.mktemp('tables')
     kept = [*(f'{table}.parquet' for table in TABLES), 'provenance.json', 'examples.json']
-    for name in kept: (tmp_path/name).write_bytes((report/name).read_bytes())
-    write_report(tmp_path)
-    return tmp_path
+    for name in kept: (folder/name).write_bytes((report/name).read_bytes())
+    write_report(folder)
+    return folder
 
 
 def test_the_report_is_computed_from_its_tables(report, tables):
@@ -312,11 +313,12 @@ def test_the_page_compares_stages(tables):
     for part in ('## Differences', '| dpo2 - sft |', '## Repeats', '| untrained |'): assert part in page
 
 
-def test_from_changed_tables_comes_a_changed_report(report, tables):
-    metrics = pd.read_parquet(tables/'metrics.parquet')
-    metrics.assign(value=metrics.value + 1).to_parquet(tables/'metrics.parquet')
-    write_report(tables)
-    assert (tables/'summary.csv').read_bytes() != (report/'summary.csv').read_bytes()
+def test_from_changed_tables_comes_a_changed_report(report, tables, tmp_path):
+    folder = copy_of(tables, tmp_path/'changed')
+    metrics = pd.read_parquet(folder/'metrics.parquet')
+    metrics.assign(value=metrics.value + 1).to_parquet(folder/'metrics.parquet')
+    write_report(folder)
+    assert (folder/'summary.csv').read_bytes() != (report/'summary.csv').read_bytes()
 
 
 def test_a_damaged_table_of_results_names_its_file(report, tmp_path):
