@@ -20,7 +20,7 @@ from saeexplainer.presets import load_preset
 from saeexplainer.sources.reading import build_features
 
 preset_file, explainer, out = sys.argv[1:]
-preset = load_preset(preset_file, batch_tokens=150, corpus=f'{out}/corpus')
+preset = load_preset(preset_file, batch_size=4, batch_tokens=150, corpus=f'{out}/corpus') # many small changes
 
 def explained(name):
     explain_dictionary(preset, explainer, f'{out}/explained/{name}.parquet', progress=False)
