@@ -154,9 +154,9 @@ def test_one_feature_needs_no_export(capsys, tmp_path, monkeypatch):
 
 def test_features_from_a_corpus(capsys, tmp_path, monkeypatch):
     from helpers import SENTENCES
-    from test_run import make_preset
+    from tiny_lab import make_lab
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
-    file = make_preset(tmp_path)
+    file = make_lab(tmp_path).file
     (tmp_path/'text.txt').write_text('\n\n'.join(SENTENCES*3))
     main(['features', str(file), '--anew', '--corpus', str(tmp_path/'text.txt'), '--tokens', '200', '--json'])
     printed = capsys.readouterr()
@@ -415,11 +415,11 @@ def test_times_are_in_minutes_where_they_are_short():
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    from test_run import make_preset
+    from tiny_lab import make_lab
     folder = tmp_path_factory.mktemp('tiny')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SAEEXPLAINER_DATA', str(folder/'data')); patch.setenv('SAEEXPLAINER_CACHE', str(folder/'cache'))
-        yield folder, str(make_preset(folder, baselines=[]))
+        yield folder, str(make_lab(folder, baselines=[]).file)
 
 
 @pytest.mark.parametrize('says, made', [('', 0), ("I am sorry, I cannot help with that.", 0), ('{"sentences": ["a cat", "a dog", "the rain", "the sea"]}', 4)])
