@@ -162,19 +162,19 @@ def kill_after(n, process, server):
 def test_kill_9_and_the_same_command(tmp_path):
     path = tmp_path/'s.sqlite'
     with FaultServer(faults(.3, seed=1), seconds=.1) as server:
-        kill_after(300, client(server, path, 600), server)
+        kill_after(250, client(server, path, 400), server)
         with RunStore(path) as store:
             kept = {json.loads(request)['prompt'] for request, in store.rows('SELECT request FROM replies')}
-        assert 100 < len(kept) < 600
+        assert 100 < len(kept) < 400
         asked = [entry['prompt'] for entry in server.log]
-        out, _ = client(server, path, 600).communicate(timeout=120)
-        assert len(json.loads(out)) == 600
+        out, _ = client(server, path, 400).communicate(timeout=120)
+        assert len(json.loads(out)) == 400
         later = {entry['prompt'] for entry in server.log[len(asked):]}
     assert not kept & later # no stored reply is asked again
     assert len(later & set(asked)) <= 32 # what was under way
     with RunStore(path) as store:
         killed = store.accounts()['http://127.0.0.1:small']['']['attempts'].get('killed', 0)
-        assert store.count('replies') == 600
+        assert store.count('replies') == 400
         assert killed <= 32
         assert 0 <= store.count('attempts') - len(server.log) <= killed # some were written down, but not sent any more
 
@@ -283,13 +283,13 @@ def test_usage_of_nothing_counts_at_its_most(serve):
 def test_requests_are_read_no_further_ahead_than_needed():
     read = []
     def counted():
-        for request in requests(1500):
+        for request in requests(400):
             read.append(request)
             yield request
     with FaultServer() as server:
         writer = writer_at(server, concurrency=4)
-        ahead = [len(read) - i for i, _ in enumerate(writer.stream(counted(), total=1500))]
-    assert len(ahead) == 1500
+        ahead = [len(read) - i for i, _ in enumerate(writer.stream(counted(), total=400))]
+    assert len(ahead) == 400
     assert max(ahead) <= 16*4 + 1
 
 
@@ -605,7 +605,7 @@ def llama_requests() -> list:
 def short_texts() -> dict:
     "A schema of two texts; the grammar keeps them short, so that a small model comes to an end"
     schema = text_schema({'samples': 2})
-    schema['properties']['samples']['items']['maxLength'] = 24
+    schema['properties']['samples']['items']['maxLength'] = 12
     return schema
 
 
