@@ -605,7 +605,7 @@ def llama_requests() -> list:
 def short_texts() -> dict:
     "A schema of two texts; the grammar keeps them short, so that a small model comes to an end"
     schema = text_schema({'samples': 2})
-    schema['properties']['samples']['items']['maxLength'] = 12
+    schema['properties']['samples']['items']['maxLength'] = 24
     return schema
 
 
