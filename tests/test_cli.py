@@ -132,7 +132,9 @@ def test_nothing_drives_the_terminal():
     assert str(marked([('a\x1b]0;x\x07', False)])) == 'a\ufffd]0;x\ufffd'
 
 
-@pytest.mark.parametrize('term, shown', [('dumb', 'The [ship]'), ('xterm', 'The ship')])
+@pytest.mark.parametrize('term, shown', [
+    ('dumb', 'The [ship]'),
+    ('xterm', 'The ship')])
 def test_words_are_marked_where_styles_are_not_drawn(monkeypatch, term, shown):
     monkeypatch.setattr(cli, 'out', Console(force_terminal=True, _environ={'TERM': term}))
     assert marked([('The', False), (' ship', True)]).plain == shown

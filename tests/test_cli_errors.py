@@ -7,11 +7,18 @@ from safetensors.torch import load_file
 from saeexplainer import cli
 from saeexplainer.cli import kept, main, one_line
 from saeexplainer.presets import data_dir, load_preset
+from saeexplainer.sources import neuronpedia
 from saeexplainer.store import RunStore
 from commands import ends, printed_json
 
 pytestmark = pytest.mark.slow
 HERE = 'http://127.0.0.1:1/v1'
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    "No test waits for a Neuronpedia that is not there"
+    monkeypatch.setattr(neuronpedia, 'PAUSE', .01)
 
 
 # ---- mistakes
@@ -242,7 +249,9 @@ def test_every_error_is_one_line(capsys, monkeypatch, error, says, debug, at):
     assert bool(before) == debug
 
 
-@pytest.mark.parametrize('path, named', [('/nonexistent', True), ('/elsewhere', False)])
+@pytest.mark.parametrize('path, named', [
+    ('/nonexistent', True),
+    ('/elsewhere', False)])
 def test_a_cache_that_cannot_be_written_names_its_variable(monkeypatch, path, named):
     monkeypatch.setenv('SAEEXPLAINER_CACHE', '/nonexistent/.cache/saeexplainer')
     line = one_line(PermissionError(13, 'Permission denied', path))
