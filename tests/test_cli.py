@@ -1,5 +1,5 @@
 "The command line: what it prints for people and for scripts, and what is kept of what it does"
-import io, json, os, re, shlex, shutil, signal, socket, subprocess, sys, time
+import io, json, os, re, shlex, shutil, signal, subprocess, sys, time
 from contextlib import redirect_stderr, redirect_stdout
 import pandas as pd
 import pytest
@@ -427,20 +427,3 @@ def test_interrupted_runs_keep_what_was_made(tiny, tmp_path):
     with RunStore(tmp_path/'a b'/'store.sqlite') as store:
         detail = store.progress().set_index('stage').detail['sft']
     assert json.loads(detail)['attempts'] == 2
-
-
-def test_sigterm_says_what_is_kept(tiny):
-    "While a command waits for a server"
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        server.settimeout(240)
-        url = f'http://127.0.0.1:{server.getsockname()[1]}/v1'
-        writer = ['--writer', 'openai', '--base-url', url, '--model', 'm']
-        args = ['explain', tiny[1], '3', '--explainer', 'untrained', '--verify', '4', *writer]
-        command = [sys.executable, '-m', 'saeexplainer', *args]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            connection, _ = server.accept()
-            process.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=60)[1]
-            connection.close()
-    assert process.returncode == 143
-    assert said.splitlines()[-1] == 'saeexplainer: ended by SIGTERM; nothing was kept'

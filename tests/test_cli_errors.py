@@ -1,5 +1,5 @@
 "The command line: one line for each mistake, and for every error"
-import json, os, shutil, sqlite3, subprocess, sys
+import json, os, shutil, signal, socket, sqlite3, subprocess, sys
 import jinja2
 import pyarrow.parquet as pq
 import pytest
@@ -278,6 +278,21 @@ except SystemExit: print('torch' in sys.modules)
 
 def test_an_error_loads_no_model_library():
     assert subprocess.run([sys.executable, '-c', AN_ERROR], capture_output=True, text=True).stdout == 'False\n'
+
+
+def test_sigterm_says_what_is_kept():
+    "While a command waits for a server"
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        server.settimeout(240)
+        url = f'http://127.0.0.1:{server.getsockname()[1]}/v1'
+        command = [sys.executable, '-m', 'saeexplainer', 'doctor', '--base-url', url]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            connection, _ = server.accept()
+            process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=60)[1]
+            connection.close()
+    assert process.returncode == 143
+    assert said.splitlines()[-1] == 'saeexplainer: ended by SIGTERM; nothing was kept'
 
 
 def test_interrupted_looks_keep_nothing():
