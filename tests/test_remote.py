@@ -39,7 +39,8 @@ def storm(tmp_path_factory):
     folder = tmp_path_factory.mktemp('storm')
     with pytest.MonkeyPatch.context() as patch, FaultServer(faults(.3, seed=0), log=folder/'log.jsonl') as server:
         plant_key(patch)
-        writer = writer_at(server, prices=PRICES, concurrency=64, store=RunStore(folder/'store.sqlite'))
+        store = RunStore(folder/'store.sqlite')
+        writer = writer_at(server, prices=PRICES, concurrency=64, store=store, timeout=6.) # 64 on a busy machine
         yield server, writer, writer.write(requests(2000), schema=LISTS, stage='round1')
 
 
