@@ -615,7 +615,7 @@ class Replies(Tables):
                ) -> dict: # key -> Reply, for those that came to an end other than 'failed'
         "Return stored replies"
         found = self.rows('SELECT key, reply FROM replies WHERE key IN (SELECT value FROM json_each(?)) '
-                          "AND json_extract(reply, '$.outcome')<>'failed'", [json.dumps(list(keys))])
+                          "AND json_extract(reply, '$.outcome') IS NOT 'failed'", [json.dumps(list(keys))])
         return {key: self._reply(key, text) for key, text in found}
 
     def _reply(self, key, text) -> Reply: # raises `ValueError`

@@ -1,5 +1,7 @@
 "Cleaning, parts and balance of the corpus; fetching fails in one line"
-import io, tarfile, zipfile
+import io
+import tarfile
+import zipfile
 import pytest
 from saeexplainer.sources.corpus import (
     SOURCES, Document, Source, balanced_cap, clean, documents, fetch, part_of, split_text,
@@ -7,9 +9,9 @@ from saeexplainer.sources.corpus import (
 
 
 def test_sources_have_names_licences_and_tiers():
-    assert len({s.name for s in SOURCES}) == len(SOURCES)
-    assert {s.tier for s in SOURCES} == {'A', 'A-'}
-    assert all(s.licence for s in SOURCES)
+    assert len({source.name for source in SOURCES}) == len(SOURCES)
+    assert {source.tier for source in SOURCES} == {'A', 'A-'}
+    assert all(source.licence for source in SOURCES)
 
 
 def test_split_keeps_all_text():
@@ -37,7 +39,8 @@ def test_documents_are_read_from_the_archive_once(tmp_path):
 def test_npm_archives(tmp_path):
     info = tarfile.TarInfo('package/a.txt')
     info.size = 100
-    with tarfile.open(tmp_path/'scope-name-2.0.tgz', 'w:gz') as archive: archive.addfile(info, io.BytesIO(b'z'*100))
+    with tarfile.open(tmp_path/'scope-name-2.0.tgz', 'w:gz') as archive:
+        archive.addfile(info, io.BytesIO(b'z'*100))
     def read(archive): return [archive.extractfile('package/a.txt').read().decode()]
     source = Source('npm', 'npm', '@scope/name', '2.0', 'A', 'none', read)
     assert documents(source, tmp_path)[0].text == 'z'*100
@@ -61,15 +64,29 @@ def test_parts_are_disjoint_and_only_tier_a_gives_contexts():
 def test_too_little_text():
     with pytest.raises(ValueError, match='the sources hold 30 tokens, 40 are wanted'):
         balanced_cap({'a': 10, 'b': 20}, 40)
-    for total in (0, -3, None):
-        with pytest.raises(ValueError, match=f'{total} tokens are wanted: it is a number from 1'): balanced_cap({'a': 10}, total)
 
 
-def test_packages_that_are_none(tmp_path):
-    for name, registry in (('some-1.0.whl', 'pypi'), ('some-1.0.tgz', 'npm')):
-        (tmp_path/name).write_bytes(b'no archive')
-        with pytest.raises(ValueError, match=f'{name} is damaged, or no package: remove it, and it is fetched again'): fetch(Source('some', registry, 'some', '1.0', 'A', 'none', None), tmp_path)
-        (tmp_path/name).unlink()
-    with zipfile.ZipFile(tmp_path/'some-1.0.whl', 'w') as z: z.writestr('a.txt', 'x')
-    [wikitext] = [s for s in SOURCES if s.name == 'wikitext']
-    with pytest.raises(ValueError, match='some-1.0.whl holds no file that ends in wikitext-2-raw-v1/validation.parquet'): documents(Source('some', 'pypi', 'some', '1.0', 'A', 'none', wikitext.read), tmp_path)
+@pytest.mark.parametrize('total', [0, -3, None])
+def test_a_number_of_tokens_that_is_none(total):
+    with pytest.raises(ValueError, match=f'{total} tokens are wanted: it is a number from 1'):
+        balanced_cap({'a': 10}, total)
+
+
+def source_of(registry, read=None):
+    "A source of a package named some"
+    return Source('some', registry, 'some', '1.0', 'A', 'none', read)
+
+
+@pytest.mark.parametrize('name, registry', [('some-1.0.whl', 'pypi'), ('some-1.0.tgz', 'npm')])
+def test_packages_that_are_none(tmp_path, name, registry):
+    (tmp_path/name).write_bytes(b'no archive')
+    says = f'{name} is damaged, or no package: remove it, and it is fetched again'
+    with pytest.raises(ValueError, match=says): fetch(source_of(registry), tmp_path)
+
+
+def test_a_package_without_the_file_that_is_read(tmp_path):
+    with zipfile.ZipFile(tmp_path/'some-1.0.whl', 'w') as archive: archive.writestr('a.txt', 'x')
+    [wikitext] = [source for source in SOURCES if source.name == 'wikitext']
+    says = 'some-1.0.whl holds no file that ends in wikitext-2-raw-v1/validation.parquet'
+    with pytest.raises(ValueError, match=says):
+        documents(source_of('pypi', wikitext.read), tmp_path)

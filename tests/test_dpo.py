@@ -1,43 +1,26 @@
 "DPO on tiny real models: the reference sees the feature, the loss starts at ln 2, a killed round goes on where it was"
-import dataclasses, math, shutil, signal, subprocess, sys, time
+import dataclasses
+import math
+import shutil
+import signal
+import time
 from pathlib import Path
-import pandas as pd
+
 import pytest
 import torch
+import trl
+from forks import is_alive, kill
+from helpers import PLACEHOLDER, tiny_sae
 from safetensors.torch import load_file
-from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
+from trainings import PAIRS, tiny_run
+
 from saeexplainer.dpo import _settings, dpo_trainer, preference_dataset, step0_loss, train_dpo
-from saeexplainer.explainer import Explainer, ExplainerCard, save_adapter
+from saeexplainer.explainer import Explainer, ExplainerCard
 from saeexplainer.injection import explanation_prompt
-from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.training import claim
 
 LN2 = math.log(2)
-PAIRS = pd.DataFrame([dict(round=1, feature=i, chosen=f'words such as rain {i}', rejected='a sea',
-                           chosen_score=2., rejected_score=1.) for i in range(8)]
-                     + [dict(round=1, feature=9, dropped='low_spread')])
-
-
-def tiny_run(folder, **fields):
-    "A model, an SAE and a previous stage with a random adapter on disk, and the preset that names them"
-    from peft import LoraConfig, get_peft_model
-    folder = Path(folder)
-    if not (folder/'model').exists():
-        tiny_model().save_pretrained(folder/'model')
-        tiny_tokenizer().save_pretrained(folder/'model')
-        tiny_sae(folder/'sae')
-    own = dict(target=str(folder/'model'), explainer=str(folder/'model'), sae=str(folder/'sae'), layer=2, device='cpu',
-               dpo_epochs=2., dpo_batch=4, dpo_lr=(1e-2, 1e-2), dpo_loss='sigmoid', dpo_sft_weight=0.)
-    preset = load_preset('smollm2-135m', **own | fields)
-    reader = FeatureReader.load(preset.sae)
-    if not (folder/'sft').exists():
-        explainer = Explainer.from_preset(preset, reader)
-        torch.manual_seed(1)
-        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=.05, target_modules='all-linear', init_lora_weights=False)
-        model = get_peft_model(explainer.model, lora)
-        save_adapter(model, explainer.card, folder/'sft')
-    return preset, reader, folder/'sft'
 
 
 @pytest.fixture(scope='module')
@@ -177,36 +160,35 @@ def test_another_sae_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match='another SAE'): train_dpo(preset, PAIRS, other, sft, tmp_path/'out')
 
 
-SCRIPT = '''
-import sys
-sys.path.insert(0, {tests!r})
-from test_dpo import PAIRS, tiny_run, train_dpo
+ROUND = '''
+from saeexplainer.dpo import train_dpo
+from trainings import PAIRS, tiny_run
 preset, reader, sft = tiny_run({run!r}, dpo_epochs=6.)
-train_dpo(preset, PAIRS, reader, sft, sys.argv[1])
+train_dpo(preset, PAIRS, reader, sft, {out!r})
 '''
 
-def test_kill_9_in_the_middle_changes_nothing(run, tmp_path):
-    preset, reader, sft = tiny_run(run, dpo_epochs=6.)
-    script = tmp_path/'run.py'
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), run=str(run)))
-    command = [sys.executable, script, tmp_path/'killed']
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def killed_after_a_checkpoint(forks, run, out):
+    "Exit code of a round that was killed when its first checkpoint was complete"
     deadline = time.time() + 120
-    def waiting(): # for a first checkpoint
-        saved = list((tmp_path/'killed').glob('checkpoints/*/files.json'))
-        return not saved and child.poll() is None and time.time() < deadline
-    while waiting(): time.sleep(.01)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()[-500:]
+    pid = forks.start(ROUND.format(run=str(run), out=str(out)))
+    def is_waited_for(): return is_alive(pid) and time.time() < deadline
+    while not list(out.glob('checkpoints/*/files.json')) and is_waited_for(): time.sleep(.01)
+    kill(pid)
+    return forks.exit_code()
+
+
+def test_kill_9_in_the_middle_changes_nothing(run, forks, tmp_path):
+    preset, reader, sft = tiny_run(run, dpo_epochs=6.)
+    assert killed_after_a_checkpoint(forks, run, tmp_path/'killed') == -signal.SIGKILL, forks.errors()
     assert not (tmp_path/'killed'/'explainer.json').exists()
     resumed = train_dpo(preset, PAIRS, reader, sft, tmp_path/'killed')
     whole = train_dpo(preset, PAIRS, reader, sft, tmp_path/'whole')
     assert resumed.log.step.tolist() == whole.log.step.tolist() == list(range(1, 13)) # no step lost, none twice
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-4)
     assert resumed.step0_loss == whole.step0_loss
-    a = load_file(tmp_path/'killed'/'adapter_model.safetensors')
-    b = load_file(tmp_path/'whole'/'adapter_model.safetensors')
-    for name in a: torch.testing.assert_close(a[name], b[name], atol=1e-3, rtol=1e-2)
+    found = load_file(tmp_path/'killed'/'adapter_model.safetensors')
+    wanted = load_file(tmp_path/'whole'/'adapter_model.safetensors')
+    for name in found: torch.testing.assert_close(found[name], wanted[name], atol=1e-3, rtol=1e-2)
 
 
 def test_killed_between_training_and_saving(run, tmp_path):
@@ -223,20 +205,21 @@ def test_killed_between_training_and_saving(run, tmp_path):
     trained = {n: p for n, p in explainer.model.named_parameters() if '.default.' in n}
     saved = Explainer.from_pretrained(tmp_path/'out', trainable=True, device='cpu').model
     for n, p in saved.named_parameters():
-        if n in trained: torch.testing.assert_close(p.float(), trained[n].detach().bfloat16().float())
+        if n not in trained: continue
+        torch.testing.assert_close(p.float(), trained[n].detach().bfloat16().float())
 
 
-def with_template(preset, sft, to, template): # the previous stage again, with a chat template of its own
+def with_template(sft, to, template):
+    "The previous stage again, with a chat template of its own"
     shutil.copytree(sft, to)
     dataclasses.replace(ExplainerCard.load(sft), chat_template=template).save(to)
     return to
 
 
 def test_what_a_template_puts_before_an_answer_is_prompt(run, tmp_path):
-    import trl
     preset, reader, sft = tiny_run(run)
     template = (Path(trl.__file__).parent/'chat_templates'/'qwen3.jinja').read_text(encoding='utf-8')
-    folder = with_template(preset, sft, tmp_path/'qwen', template)
+    folder = with_template(sft, tmp_path/'qwen', template)
     explainer = Explainer.from_pretrained(folder, reader=reader, trainable=True, device='cpu')
     pairs = PAIRS.assign(chosen='the token <|im_end|> at the end')
     trainer = dpo_trainer(preset, preference_dataset(pairs, explainer.card), reader, explainer, tmp_path/'c')

@@ -23,7 +23,9 @@ POOL = range(100)
 
 class Stub:
     "A target whose texts name the feature that steers them; `missed`: (feature, kl) that the search does not reach"
-    def __init__(self, missed=()): self.missed, self.searched = missed, []
+    def __init__(self, missed=()):
+        self.missed = missed
+        self.searched = []
     def steering_values(self, feature, kls, prompts, reference):
         self.searched += [(feature, kl) for kl in kls]
         return [SimpleNamespace(value=10*kl, kl=kl, reached=(feature, kl) not in self.missed) for kl in kls]

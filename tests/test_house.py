@@ -14,16 +14,6 @@ NOTEBOOKS = sorted(path.relative_to(ROOT/'nbs').as_posix() for path in PAGES)
 MOST_LINES = 50 # exported in a row without a cell that runs something
 LONG = {'parts/presets.ipynb': 190} # one dataclass: the fields of a run, each with its help
 NO_EXAMPLE = {'parts/run.ipynb': ['sft_stage']} # it trains: the page runs a whole run further down
-TO_DO = { # notebook -> names whose example comes too late, or not at all
-    '00_injection.ipynb': ['Places'],
-    '01_sft.ipynb': ['SFTResult'],
-    '03_dpo.ipynb': ['DPOResult'],
-    '04_metrics.ipynb': ['MetricValue'],
-    'parts/evaluation/judge.ipynb': ['Shown'],
-    'parts/evaluation/stats.ipynb': ['Interval'],
-    'parts/evaluation/steering.ipynb': ['SteeredText'],
-    'parts/steering.ipynb': ['CleanRun', 'SteeringScale'],
-}
 
 
 def test_imports_go_down_only():
@@ -110,7 +100,7 @@ def test_a_page_runs_what_it_exports(notebook):
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS)
 def test_an_example_follows_before_the_next_export_but_one(notebook):
-    excused = [*TO_DO.get(notebook, []), *NO_EXAMPLE.get(notebook, [])]
+    excused = NO_EXAMPLE.get(notebook, [])
     assert [name for name in measure.without_example(cells_of(notebook)) if name not in excused] == []
 
 

@@ -2,14 +2,17 @@
 import os
 import subprocess
 import sys
+from configparser import ConfigParser
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from test_dictionaries import world # noqa: F401
+from helpers import tiny_sae
 
 import saeexplainer as sx
+from saeexplainer import explainer
 from saeexplainer.features import Feature, FeatureId
 from saeexplainer.lab import Features, KeptStore, Lab, ReadText, SteeredText
 from saeexplainer.metrics import evaluate
@@ -36,9 +39,14 @@ def elements(html): # names of all elements of a page
 
 
 @pytest.fixture(scope='module')
-def lab(world): # noqa: F811
-    folder, _, preset = world
-    with Lab(preset, explainer=folder/'sft') as lab: yield lab
+def world(explained_lab):
+    "A tiny lab with an explainer, whose data are those that are shipped"
+    with explained_lab.in_use(): yield explained_lab
+
+
+@pytest.fixture(scope='module')
+def lab(world):
+    with Lab(world.preset(), explainer=world.explainer) as lab: yield lab
 
 
 # ---- the package
@@ -60,7 +68,8 @@ def test_its_names_are_listed_before_they_are_used():
 @pytest.mark.parametrize('name', NAMES)
 def test_each_name_is_there(name):
     found = getattr(sx, name)
-    assert found.__name__ == name and found.__module__.startswith('saeexplainer.')
+    assert found.__name__ == name
+    assert found.__module__.startswith('saeexplainer.')
 
 
 def test_names_can_be_imported_from_the_package():
@@ -68,7 +77,6 @@ def test_names_can_be_imported_from_the_package():
 
 
 def test_modules_can_be_imported_from_the_package():
-    from saeexplainer import explainer
     assert explainer.Explainer is sx.Explainer
 
 
@@ -77,8 +85,6 @@ def test_a_name_that_is_not_there():
 
 
 def test_the_version_is_that_of_the_settings():
-    from configparser import ConfigParser
-    from pathlib import Path
     settings = ConfigParser(interpolation=None)
     settings.read(Path(__file__).parents[1]/'settings.ini', encoding='utf-8')
     assert sx.__version__ == settings['DEFAULT']['version']
@@ -86,32 +92,33 @@ def test_the_version_is_that_of_the_settings():
 
 # ---- what is loaded, and when
 
-def test_a_lab_loads_nothing_at_first(world): # noqa: F811
-    _, file, preset = world
-    for what in (preset, str(file), file):
+def test_a_lab_loads_nothing_at_first(world):
+    for what in (world.preset(), str(world.file), world.file):
         lab = sx.load(what)
-        assert lab.loaded == [] and lab.preset.name == 'tiny'
+        assert lab.loaded == []
+        assert lab.preset.name == 'tiny'
 
 
-def test_parts_load_when_they_are_used(world): # noqa: F811
-    lab = sx.load(world[2])
+def test_parts_load_when_they_are_used(world):
+    lab = sx.load(world.preset())
     assert lab.features[3].explanation.startswith('the word')
     assert lab.loaded == ['features']
     lab.read('a cat', 3)
     assert lab.loaded == ['features', 'reader', 'target']
 
 
-def test_fields_of_the_preset_may_differ(world): # noqa: F811
-    assert sx.load(world[1], n_generative=7).preset.n_generative == 7
+def test_fields_of_the_preset_may_differ(world):
+    assert sx.load(world.file, n_generative=7).preset.n_generative == 7
 
 
-def test_a_model_and_an_sae(world): # noqa: F811
-    folder, _, preset = world
-    lab = sx.load((preset.target, folder/'data'/'tiny'/'sae'), device='cpu', dtype='float32')
+def test_a_model_and_an_sae(world):
+    preset = world.preset()
+    lab = sx.load((preset.target, world.sae), device='cpu', dtype='float32')
     assert lab.preset.layer == preset.layer
     read = lab.read('a cat', 3)
     np.testing.assert_allclose(read.values, sx.load(preset).read('a cat', 3).values, atol=1e-5)
-    assert np.isnan(read.strongest) and not read.share() # no file of features knows it
+    assert np.isnan(read.strongest) # no file of features knows it
+    assert not read.share()
 
 
 def test_a_model_and_an_sae_of_a_preset_are_that_preset():
@@ -127,22 +134,23 @@ def test_the_nearest_preset_is_named():
     with pytest.raises(ValueError, match='did you mean smollm2-135m'): sx.load('smollm2')
 
 
-def test_features_of_another_sae_are_refused(world, tmp_path): # noqa: F811
-    from helpers import tiny_sae
+def test_features_of_another_sae_are_refused(world, tmp_path):
     other = sx.FeatureReader.load(tiny_sae(tmp_path/'sae', d_sae=20, layer=1))
-    with pytest.raises(ValueError, match='it is the file of another SAE'): Lab(world[2], reader=other)
+    with pytest.raises(ValueError, match='it is the file of another SAE'): Lab(world.preset(), reader=other)
 
 
 # ---- what can be asked
 
 def test_features_are_named_by_index(lab):
-    assert len(lab.features) == 40 and lab.features[5].index == 5
+    assert len(lab.features) == 40
+    assert lab.features[5].index == 5
     assert lab.index_of('tiny/1-res/5') == lab.index_of(5) == lab.index_of(FeatureId('tiny', '1-res', 5)) == 5
 
 
 def test_a_feature_that_does_not_exist(lab):
     with pytest.raises(KeyError, match='there is no feature 99: tiny/1-res has features 0 to 39'): lab.features[99]
-    assert 99 not in lab.features and lab.features.get(99) is None
+    assert 99 not in lab.features
+    assert lab.features.get(99) is None
 
 
 def test_a_feature_of_another_sae(lab):
@@ -207,9 +215,8 @@ def test_a_kl_that_is_no_number(lab):
 
 # ---- measuring
 
-def test_what_is_measured_is_what_evaluate_measures(world, tmp_path): # noqa: F811
-    preset = world[2]
-    with Lab(preset, folder=tmp_path/'kept') as lab:
+def test_what_is_measured_is_what_evaluate_measures(world, tmp_path):
+    with Lab(world.preset(), folder=tmp_path/'kept') as lab:
         table = lab.evaluate({'mine': {5: 'the word cat', 6: 'rain'}}, progress=False)
         assert set(table.index.get_level_values(0)) >= {'mine', 'label'}
         assert set(table.loc['mine'].index) >= {'generative', 'input', 'output'}
@@ -219,15 +226,15 @@ def test_what_is_measured_is_what_evaluate_measures(world, tmp_path): # noqa: F8
     assert written == ['explanations.csv', 'summary.csv', 'texts.csv']
 
 
-def test_evaluate_takes_a_lab(world): # noqa: F811
-    with Lab(world[2]) as lab:
+def test_evaluate_takes_a_lab(world):
+    with Lab(world.preset()) as lab:
         table = evaluate(lab, {'mine': {5: 'the word cat'}}, ['generative'], progress=False)
     assert table.loc[('mine', 'generative'), 'n'] == 1
 
 
-def test_a_training_run_is_left_alone(world, tmp_path): # noqa: F811
+def test_a_training_run_is_left_alone(world, tmp_path):
     with RunStore(tmp_path/'store.sqlite') as store: store.start('sft')
-    lab = Lab(world[2], folder=tmp_path)
+    lab = Lab(world.preset(), folder=tmp_path)
     with pytest.raises(ValueError, match='is a training run'): lab.evaluate({'mine': {5: 'x'}})
 
 
@@ -241,8 +248,8 @@ def test_a_temporary_store_is_removed():
 
 # ---- what is shown
 
-def test_a_lab_says_what_it_is(world): # noqa: F811
-    lab = sx.load(world[2])
+def test_a_lab_says_what_it_is(world):
+    lab = sx.load(world.preset())
     assert repr(lab) == 'Lab of tiny: features of tiny/1-res; loaded: nothing yet'
     assert elements(lab._repr_html_()) == {'style', 'div', 'table', 'tr', 'th', 'td'}
 
@@ -275,11 +282,8 @@ def test_indices_are_no_directions(lab):
 
 # ---- the explorer of a lab
 
-def test_an_explorer_of_a_lab(world): # noqa: F811
-    folder, _, preset = world
-    lab = Lab(preset, explainer=folder/'sft')
+def test_an_explorer_of_a_lab(world):
+    lab = Lab(world.preset(), explainer=world.explainer)
     explorer = sx.FeatureExplorer(lab, feature=5)
     assert explorer.explain() == lab.explain(5)[5]
     assert explorer.lab is lab
-
-

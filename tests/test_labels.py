@@ -1,5 +1,6 @@
 "What a reader of contexts is shown, what is made of its answers, and the labels that were made so"
-import hashlib, json
+import hashlib
+import json
 from types import SimpleNamespace
 import pandas as pd
 import pyarrow as pa

@@ -1,26 +1,25 @@
 "No label of a test feature reaches a trainer; the evaluation asks with other words than the preferences"
 import re
+
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import trl
+from tiny_lab import finish, make_lab
+
 from saeexplainer import prefs
 from saeexplainer.evaluation import texts
 from saeexplainer.features import labels_of, load_features
 from saeexplainer.lm.models import load_tokenizer
 from saeexplainer.presets import load_preset
 from saeexplainer.results import Results
-from saeexplainer.run import Run, execute, sft_stage
-from test_run import make_preset
+from saeexplainer.run import sft_stage
 
-
-def feature_file(folder): return folder/'data'/'tiny'/'features.parquet'
-
-def silent(line): pass
+NO_BASELINES = dict(label_model=None, baseline_labels=())
 
 
 def record_rows(patch, seen):
     "Have trl's trainers put all rows that they are given into `seen`"
-    import trl
     for trainer in (trl.SFTTrainer, trl.DPOTrainer):
         def init(self, *a, _init=trainer.__init__, **kw):
             for rows in (kw['train_dataset'], kw.get('eval_dataset')): seen.extend(rows or [])
@@ -31,22 +30,17 @@ def record_rows(patch, seen):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     "A whole run in which every feature has a label of its own, and all rows that its trainers were given"
-    folder = tmp_path_factory.mktemp('leaks')
-    file = make_preset(folder)
-    table = pq.read_table(feature_file(folder)).to_pandas()
+    lab = make_lab(tmp_path_factory.mktemp('leaks'))
+    table = pq.read_table(lab.features).to_pandas()
     table.loc[table['index'] % 3 == 0, 'status'] = 'unlabelled'
     table['explanation'] = [f'label number {i}' if status == 'ok' else None
                             for i, status in zip(table['index'], table['status'])]
-    table.to_parquet(feature_file(folder))
+    table.to_parquet(lab.features)
     seen = []
-    patch = pytest.MonkeyPatch()
-    patch.setenv('SAEEXPLAINER_DATA', str(folder/'data'))
-    record_rows(patch, seen)
-    preset = load_preset(file, label_model=None, baseline_labels=())
-    with Run(folder/'run', preset, progress=False) as run:
-        execute(run, say=silent)
+    with pytest.MonkeyPatch.context() as patch, lab.in_use(), lab.run(lab.folder/'run', **NO_BASELINES) as run:
+        record_rows(patch, seen)
+        finish(run)
         yield run, seen
-    patch.undo()
 
 
 def test_test_features_reach_no_trainer(trained):
@@ -78,17 +72,17 @@ def test_features_without_a_label(trained):
     assert len(run.store.explanations('sft')) == 4
 
 
-def test_no_test_feature_has_a_label(tmp_path, monkeypatch):
+def test_no_test_feature_has_a_label(tmp_path):
     "The explainers are measured all the same, and the report says what it lacks"
-    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
-    preset = load_preset(make_preset(tmp_path), label_model=None, baseline_labels=(), baselines=())
-    with Run(tmp_path/'run', preset, progress=False) as run: test = run.splits['test']
-    table = pq.read_table(feature_file(tmp_path)).to_pandas()
-    table.loc[table['index'].isin(test), ['status', 'explanation']] = ['unlabelled', None]
-    table.to_parquet(feature_file(tmp_path))
-    with Run(tmp_path/'run', preset, progress=False) as run:
-        assert run.splits['test'] == test
-        report = execute(run, say=silent)
+    lab = make_lab(tmp_path, baselines=[])
+    with lab.in_use():
+        with lab.run(tmp_path/'run', **NO_BASELINES) as run: test = run.splits['test']
+        table = pq.read_table(lab.features).to_pandas()
+        table.loc[table['index'].isin(test), ['status', 'explanation']] = ['unlabelled', None]
+        table.to_parquet(lab.features)
+        with lab.run(tmp_path/'run', **NO_BASELINES) as run:
+            assert run.splits['test'] == test
+            report = finish(run)
     assert Results(report).stages == ['sft', 'dpo1', 'dpo2']
     assert '0 of 4 test features have a label' in (report/'report.md').read_text()
 
@@ -113,6 +107,7 @@ def test_what_is_written_for_the_evaluation_was_asked_in_other_words(trained):
 
 
 FORMS = (texts.GENERATIVE_ONE, texts.GENERATIVE_LIST, texts.ACTIVATING_ONE, texts.CONTRAST_LIST)
+
 
 def test_no_prompt_is_another_for_any_label(monkeypatch):
     monkeypatch.delenv('SAEEXPLAINER_DATA', raising=False)

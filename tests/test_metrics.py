@@ -96,7 +96,8 @@ EXPLANATIONS = {'label': {3: "the word 'rain'", 5: "words such as 'cat', 'dog'",
 @pytest.fixture(scope='module')
 def machine(tmp_path_factory):
     "A target, a local writer and features on a tiny random model"
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model = tiny_model()
+    tokenizer = tiny_tokenizer()
     reader = FeatureReader.load(tiny_sae(tmp_path_factory.mktemp('sae')))
     words = {3: ('rain',), 5: ('cat', 'dog'), 8: ('park',)}
     features = [SimpleNamespace(id=SimpleNamespace(index=i), max_act=0. if i == 11 else 2., words=words.get(i, ()))
@@ -125,14 +126,16 @@ def same(a, b): # the judge's scores to rounding: other batches, other last digi
     def exact(frame): return frame.drop(columns='scores', errors='ignore')
     for t in a: pd.testing.assert_frame_equal(exact(a[t]), exact(b[t]))
     for x, y in zip(a['judgements'].scores, b['judgements'].scores):
-        x, y = json.loads(x), json.loads(y)
+        x, y = (json.loads(scores) for scores in (x, y))
         assert x['order'] == y['order']
         assert x['scores'] == pytest.approx(y['scores'], abs=1e-3)
 
 
 class Scripted:
     "A writer with answers of its own, in the place of a capable one"
-    def __init__(self, answer): self.answer, self.requests = answer, []
+    def __init__(self, answer):
+        self.answer = answer
+        self.requests = []
     def write(self, requests, schema=None, choices=None, stage='', progress=False):
         self.requests += [(r, schema, choices) for r in requests]
         return [Reply(text=self.answer(r, schema, choices)) for r in requests]
@@ -142,7 +145,9 @@ class Dies(Exception): pass
 
 class Mortal:
     "A writer or target that dies when the calls that it shares with others are used up"
-    def __init__(self, inner, clock): self.inner, self.clock = inner, clock
+    def __init__(self, inner, clock):
+        self.inner = inner
+        self.clock = clock
     def __getattr__(self, name):
         method = getattr(self.inner, name)
         if not callable(method): return method
@@ -212,7 +217,8 @@ def test_evaluation_that_dies_anywhere_ends_the_same(machine, store, tmp_path):
         return run, clock
     run, clock = mortal(store, 1000)
     evaluate(run, EXPLANATIONS, progress=False)
-    whole, total = dump(store), 1000 - clock['left']
+    whole = dump(store)
+    total = 1000 - clock['left']
     for calls in range(1, total, total//5):
         with RunStore(tmp_path/f'{calls}.sqlite') as other:
             with pytest.raises(Dies): evaluate(mortal(other, calls)[0], EXPLANATIONS, progress=False)

@@ -1,21 +1,26 @@
 "From candidates to pairs: Eq. 7-10 at their edges, and stages that go on where they were interrupted"
-import json, math, random
+import json
+import math
+import random
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
+
 from saeexplainer.explainer import Explainer
 from saeexplainer.prefs import (
     Dropped, Pair, build_preferences, candidate_rewards, distinct_candidates, preference_prompt, sample_candidates,
     score_candidates, select_pair, threshold_of, write_texts,
 )
 from saeexplainer.presets import load_preset
+from saeexplainer.replies import Reply
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
 from saeexplainer.target import Target
-from saeexplainer.writers.parsing import text_schema
-from saeexplainer.replies import Reply
 from saeexplainer.writers.local import LocalWriter
+from saeexplainer.writers.parsing import text_schema
 
 nan = math.nan
 
@@ -102,19 +107,23 @@ def test_as_many_scores_as_candidates():
 
 def test_prompts_take_any_explanation():
     for text in ('braces {n} {explanation}', 'a "quoted" word', '50% of $x$'):
-        assert text in preference_prompt(text) and text in preference_prompt(text, 4)
-    assert '4 strings' in preference_prompt('x', 4) and 'JSON' not in preference_prompt('x')
+        assert text in preference_prompt(text)
+        assert text in preference_prompt(text, 4)
+
+
+def test_prompts_for_several_texts_ask_for_json():
+    assert '4 strings' in preference_prompt('x', 4)
+    assert 'JSON' not in preference_prompt('x')
 
 
 def test_threshold():
-    from types import SimpleNamespace as F
-    features = [F(max_act=a) for a in (4., 8., 12., 0., None)]
+    features = [SimpleNamespace(max_act=a) for a in (4., 8., 12., 0., None)]
     assert threshold_of(load_preset('gemma-2-9b-l20'), features) == 10.
     assert threshold_of(load_preset('smollm2-135m', reward='max'), features) == 2.
     mean = load_preset('smollm2-135m', reward='mean', n_texts=4)
     assert threshold_of(mean, features) == .5 # one text at the threshold is enough
     with pytest.raises(ValueError, match="threshold 'auto' needs SFT features with a max_act above 0"):
-        threshold_of(load_preset('smollm2-135m'), [F(max_act=0.)])
+        threshold_of(load_preset('smollm2-135m'), [SimpleNamespace(max_act=0.)])
 
 
 # ---- stages
@@ -155,12 +164,13 @@ class Scripted:
         return [reply if isinstance(reply := self.answer(r), Reply) else Reply(reply) for r in requests]
 
 
-def everything(store, world, features, writer, round=1):
+def everything(store, world, features, writer, nth=1):
+    "All stages of the n-th round; its pairs"
     preset, reader, explainer, target = world
-    sample_candidates(store, explainer, reader, features, preset, round)
-    write_texts(store, writer, preset, round)
-    score_candidates(store, target, preset, round)
-    return build_preferences(store, preset, round, threshold=.01)
+    sample_candidates(store, explainer, reader, features, preset, nth)
+    write_texts(store, writer, preset, nth)
+    score_candidates(store, target, preset, nth)
+    return build_preferences(store, preset, nth, threshold=.01)
 
 
 def test_the_whole_way_with_the_local_writer(world, store):
@@ -187,14 +197,15 @@ def test_a_second_run_asks_nothing_and_seeds_differ(world, store):
     assert write_texts(store, again, preset) == 0
     assert not again.requests
     assert score_candidates(store, target, preset) == 0
-    everything(store, world, [1, 2], again, round=2)
+    everything(store, world, [1, 2], again, nth=2)
     seeds = {r.seed for batch, _ in again.requests for r in batch}
     assert not seeds & {r.seed for r in requests} # round 2 asks other questions
 
 
 def test_interrupted_anywhere_it_ends_the_same(world, tmp_path):
     preset, reader, explainer, target = world
-    features, answer = [1, 2, 4, 7, 9], lambda r: f'rain and sea {r.seed % 97}'
+    features = [1, 2, 4, 7, 9]
+    def answer(request): return f'rain and sea {request.seed % 97}'
     with RunStore(tmp_path/'whole.sqlite') as whole:
         expected = everything(whole, world, features, Scripted(answer))
         reference = whole.explanations(), whole.texts()
@@ -261,7 +272,8 @@ def test_an_error_of_the_writer_is_recorded_as_one(world, store):
     put(store, {1: ['rain', 'sea', 'fog']})
     write_texts(store, Scripted(lambda r: Reply(error='empty') if 'sea' in r.prompt else 'it rains'), preset)
     texts = store.texts('round1', 'preference')
-    assert texts['error'].tolist() == [None, None, 'empty', 'empty', None, None] and texts['text'].isna().sum() == 2
+    assert texts['error'].tolist() == [None, None, 'empty', 'empty', None, None]
+    assert texts['text'].isna().sum() == 2
     score_candidates(store, target, preset)
     assert candidate_rewards(store, preset)['reward'].isna().tolist() == [False, True, False]
 

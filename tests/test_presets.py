@@ -1,9 +1,13 @@
+"Presets: their values, what may be written over them, and one line for each mistake"
 import dataclasses, re, time
 import pandas as pd
 import pytest
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from saeexplainer.lm.models import cache_dir
 from saeexplainer.presets import Preset, data_dir, diff, field_help, load_preset, preset_table, presets
 
-ALL = [(n, s) for n in presets() for s in (['full', 'demo'] if n == 'smollm2-135m' else ['full'])]
+PAPERS = [name for name in presets() if name != 'smollm2-135m']
+ALL = [*((name, 'full') for name in presets()), ('smollm2-135m', 'demo')]
 
 
 def message(call, *args, kind=ValueError, **kwargs):
@@ -13,65 +17,102 @@ def message(call, *args, kind=ValueError, **kwargs):
 
 
 def test_names_are_those_of_the_design():
-    assert set(presets()) == {'gemma-2-9b-l20', 'gemma-2-9b-l31', 'llama3.1-8b-l15', 'llama3.1-8b-l25', 'gemma-2-27b-l10', 'gemma-2-27b-l22',
-                              'gemma-2-9b-l4', 'gemma-2-9b-l12', 'gemma-2-9b-l29', 'gemma-2-9b-l37', 'gemma-2-27b-l34',
-                              'gemma-2-2b-l12', 'gemma-3-270m-l12', 'gpt2-small-l8', 'smollm2-135m'}
+    assert set(presets()) == {
+        'gemma-2-9b-l20', 'gemma-2-9b-l31', 'llama3.1-8b-l15', 'llama3.1-8b-l25', 'gemma-2-27b-l10', 'gemma-2-27b-l22',
+        'gemma-2-9b-l4', 'gemma-2-9b-l12', 'gemma-2-9b-l29', 'gemma-2-9b-l37', 'gemma-2-27b-l34',
+        'gemma-2-2b-l12', 'gemma-3-270m-l12', 'gpt2-small-l8', 'smollm2-135m'}
 
 
-@pytest.mark.parametrize('name,size', ALL)
+@pytest.mark.parametrize('name, size', ALL)
 def test_each_preset_is_whole_and_reads_back(name, size, tmp_path):
-    p = load_preset(name, size=size)
-    assert (p.name, p.size) == (name, size)
+    preset = load_preset(name, size=size)
+    assert (preset.name, preset.size) == (name, size)
     file = tmp_path/'other.yaml'
-    file.write_text(p.to_yaml())
-    assert load_preset(file) == p == load_preset(str(file)) and diff(p, load_preset(file)) == ''
-    assert re.search(r'l?\b(\d+)', p.source.split('/')[1])[1] == str(p.layer)
+    file.write_text(preset.to_yaml())
+    assert load_preset(file) == preset
+    assert load_preset(str(file)) == preset
+    assert diff(preset, load_preset(file)) == ''
 
 
-@pytest.mark.parametrize('name', [n for n in presets() if n != 'smollm2-135m'])
+@pytest.mark.parametrize('name, size', ALL)
+def test_the_source_names_the_layer(name, size):
+    preset = load_preset(name, size=size)
+    assert re.search(r'l?\b(\d+)', preset.source.split('/')[1])[1] == str(preset.layer)
+
+
+# ---- the paper
+
+APPENDIX_B = dict(
+    sft_lr=5e-5, sft_epochs=2.5, sft_warmup=.03, sft_weight_decay=.01, lora_r=32, lora_alpha=64, lora_dropout=.05,
+    n_candidates=6, n_texts=4, spread=.10, margin=.15, candidate_temperature=.9, candidate_top_p=.9,
+    dpo_rounds=2, dpo_beta=(.1, .15), dpo_lr=(5e-6, 3e-6), dpo_loss='sigmoid', dpo_sft_weight=0, reward='max',
+    n_test=300, n_generative=10, n_activating=5, n_neutral=5, success=.5, n_controls=2,
+    evaluation_writer='gpt-5.4-mini', steering_kl=(.25, .5, -.25, -.5), injection_layer=1)
+
+@pytest.mark.parametrize('name', PAPERS)
 def test_values_of_appendix_b(name):
-    p = load_preset(name)
-    assert (p.sft_lr, p.sft_epochs, p.sft_warmup, p.sft_weight_decay) == (5e-5, 2.5, .03, .01)
-    assert (p.lora_r, p.lora_alpha, p.lora_dropout) == (32, 64, .05)
-    assert (p.n_candidates, p.n_texts, p.spread, p.margin, p.candidate_temperature, p.candidate_top_p) == (6, 4, .10, .15, .9, .9)
-    assert (p.dpo_rounds, p.dpo_beta, p.dpo_lr, p.dpo_loss, p.dpo_sft_weight, p.reward) == (2, (.1, .15), (5e-6, 3e-6), 'sigmoid', 0, 'max')
-    assert (p.n_test, p.n_generative, p.n_activating, p.n_neutral, p.success, p.n_controls) == (300, 10, 5, 5, .5, 2)
-    assert p.evaluation_writer == 'gpt-5.4-mini' and p.steering_kl == (.25, .5, -.25, -.5) and p.injection_layer == 1
-    assert p.sft_batch * p.sft_accumulation == 16 and p.dpo_batch * p.dpo_accumulation == 16
+    preset = load_preset(name)
+    assert {field: getattr(preset, field) for field in APPENDIX_B} == APPENDIX_B
+    assert preset.sft_batch * preset.sft_accumulation == 16
+    assert preset.dpo_batch * preset.dpo_accumulation == 16
 
 
-def test_table_1_and_4_of_the_paper():
+@pytest.fixture
+def tables():
+    "(Table 1, Table 4)"
     paper = data_dir()/'paper'
-    one, four = pd.read_csv(paper/'table1.csv'), pd.read_csv(paper/'table4.csv')
-    assert len(one) == 30 and not one.isna().any().any() and (one.high - one.low - one.gap).abs().max() < 1e-9
+    return pd.read_csv(paper/'table1.csv'), pd.read_csv(paper/'table4.csv')
+
+
+def test_table_1_of_the_paper(tables):
+    one, _ = tables
+    assert len(one) == 30
+    assert not one.isna().any().any()
+    assert (one.high - one.low - one.gap).abs().max() < 1e-9
+
+
+def test_table_4_of_the_paper_has_the_layers_of_table_1(tables):
+    one, four = tables
     assert set(zip(one.model, one.layer_slot, one.layer)) == set(zip(four.model, four.layer_slot, four.layer))
-    features = {(row.model, row.layer): row.sae_features for row in four.itertuples()}
+
+
+def test_presets_need_no_more_features_than_their_saes_have(tables):
+    _, four = tables
     for row in four.itertuples():
-        p = load_preset(f'{row.model}-l{row.layer}')
-        rounds = 1 + p.new_features_in_round_2
-        assert p.n_sft + rounds*p.n_pref + p.n_test <= features[row.model, row.layer]
+        preset = load_preset(f'{row.model}-l{row.layer}')
+        rounds = 1 + preset.new_features_in_round_2
+        assert preset.n_sft + rounds*preset.n_pref + preset.n_test <= row.sae_features
 
 
 def test_public_saes_are_known_to_sae_lens():
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     known = get_pretrained_saes_directory()
-    for name in presets():
-        p = load_preset(name)
-        if ':' not in p.sae: continue
-        release, sae_id = p.sae.split(':', 1)
-        assert sae_id in known[release].saes_map, p.sae
-        assert known[release].neuronpedia_id[sae_id] == p.source
+    for preset in map(load_preset, presets()):
+        if ':' not in preset.sae: continue
+        release, sae_id = preset.sae.split(':', 1)
+        assert sae_id in known[release].saes_map, preset.sae
+        assert known[release].neuronpedia_id[sae_id] == preset.source
 
 
-def test_overrides_and_their_types():
-    p = load_preset('smollm2-135m', size='full', sft_lr=1, dpo_lr=['1e-4', 5e-5], n_sft=12., threshold='2.5', layer=3)
-    assert (p.sft_lr, p.dpo_lr, p.n_sft, p.threshold, p.layer) == (1., (1e-4, 5e-5), 12, 2.5, 3) and isinstance(p.n_sft, int)
-    assert load_preset(p, seed=4) == dataclasses.replace(p, seed=4) != p
-    with pytest.raises(dataclasses.FrozenInstanceError): p.seed = 1
-    assert hash(p) == hash(load_preset(p))
+# ---- fields that are given
+
+def test_overrides_take_the_types_of_their_fields():
+    given = dict(sft_lr=1, dpo_lr=['1e-4', 5e-5], n_sft=12., threshold='2.5', layer=3)
+    preset = load_preset('smollm2-135m', size='full', **given)
+    taken = dict(sft_lr=1., dpo_lr=(1e-4, 5e-5), n_sft=12, threshold=2.5, layer=3)
+    assert {field: getattr(preset, field) for field in taken} == taken
+    assert isinstance(preset.n_sft, int)
 
 
-@pytest.mark.parametrize('fields,says', [
+def test_a_preset_does_not_change():
+    preset = load_preset('smollm2-135m', size='full')
+    other = load_preset(preset, seed=4)
+    assert other == dataclasses.replace(preset, seed=4)
+    assert other != preset
+    with pytest.raises(dataclasses.FrozenInstanceError): preset.seed = 1
+    assert hash(preset) == hash(load_preset(preset))
+
+
+@pytest.mark.parametrize('fields, says', [
     (dict(n_sft='many'), "preset field n_sft must be a whole number, not 'many'"),
     (dict(n_sft=1.5), 'preset field n_sft must be a whole number, not 1.5'),
     (dict(n_sft=True), 'preset field n_sft must be a whole number, not True'),
@@ -101,7 +142,8 @@ def test_overrides_and_their_types():
     (dict(text_temperature=-.1), 'preset field text_temperature must be 0 or more, not -0.1'),
     (dict(candidate_temperature=1e-300), 'preset field candidate_temperature must be 1e-06 to 1e+06, not 1e-300'),
     (dict(text_temperature=1e-40), 'preset field text_temperature must be 0 or from 1e-06 to 1e+06, not 1e-40'),
-    (dict(steering_temperature=1e300), 'preset field steering_temperature must be 0 or from 1e-06 to 1e+06, not 1e+300'),
+    (dict(steering_temperature=1e300),
+     'preset field steering_temperature must be 0 or from 1e-06 to 1e+06, not 1e+300'),
     (dict(n_output=-1), 'preset field n_output must be 0 or more, not -1'),
     (dict(seed=-1), 'preset field seed must be 0 or more, not -1'),
     (dict(layer=-1), 'preset field layer must be 0 or more, not -1'),
@@ -145,17 +187,39 @@ def test_bad_fields_get_one_line(fields, says):
     assert says in message(load_preset, 'gemma-2-9b-l20', **fields)
 
 
-def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
-    from saeexplainer.lm.models import cache_dir
+def test_the_home_folder_may_be_written_short_in_a_preset(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
-    fields = dict(target='~/model', explainer='~/model', sae='~/sae', features='~/features.parquet', corpus='~/texts/*.txt', ao_adapter='~/oracle', writer='local:~/writer', evaluation_writer='local')
-    p = load_preset('gemma-2-9b-l20', **fields)
-    assert {k: getattr(p, k) for k in fields} == {k: v.replace('~', str(tmp_path)) for k, v in fields.items()}
-    assert p.template == load_preset('gemma-2-9b-l20').template and load_preset('smollm2-135m', template='~{placeholder}').template == '~{placeholder}'
+    fields = dict(
+        target='~/model', explainer='~/model', sae='~/sae', features='~/features.parquet', corpus='~/texts/*.txt',
+        ao_adapter='~/oracle', writer='local:~/writer', evaluation_writer='local')
+    preset = load_preset('gemma-2-9b-l20', **fields)
+    written_out = {field: value.replace('~', str(tmp_path)) for field, value in fields.items()}
+    assert {field: getattr(preset, field) for field in fields} == written_out
+    assert preset.template == load_preset('gemma-2-9b-l20').template
+
+
+def test_a_template_may_begin_with_a_tilde():
+    assert load_preset('smollm2-135m', template='~{placeholder}').template == '~{placeholder}'
+
+
+def test_the_home_folder_may_be_written_short_in_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('SAEEXPLAINER_DATA', '~/data')
     monkeypatch.setenv('SAEEXPLAINER_CACHE', '~/cache')
-    assert data_dir() == tmp_path/'data' and cache_dir() == tmp_path/'cache'
+    assert data_dir() == tmp_path/'data'
+    assert cache_dir() == tmp_path/'cache'
 
+
+@pytest.mark.parametrize('url, says', [
+    ('localhost:8000/v1', 'it begins with http:// or https://'),
+    ('http://:80/v1', 'it names no host'),
+    ('http://x:99999/v1', 'its port must be a number'),
+    ('http://x/v1/chat/completions', 'it must be the base URL')])
+def test_an_address_follows_the_rule_of_the_writer(url, says):
+    with pytest.raises(ValueError, match=says): load_preset('smollm2-135m', writer_url=url)
+
+
+# ---- files
 
 @pytest.mark.parametrize('text, says', [
     ('base: [1]', 'unknown preset [1]'),
@@ -183,60 +247,98 @@ def test_a_folder_is_no_preset(tmp_path):
 
 def test_aliases_are_not_unfolded(tmp_path):
     "Nine lines that stand for a billion items"
-    lines = ['a: &a [x, x, x, x, x, x, x, x, x]'] + [f'{b}: &{b} [{", ".join([f"*{a}"]*9)}]' for a, b in zip('abcdefgh', 'bcdefghi')]
+    lines = ['a: &a [x, x, x, x, x, x, x, x, x]']
+    for before, name in zip('abcdefgh', 'bcdefghi'):
+        lines.append(f'{name}: &{name} [{", ".join([f"*{before}"]*9)}]')
     (tmp_path/'bomb.yaml').write_text('\n'.join([*lines, 'n_sft: *i']))
     begun = time.monotonic()
-    assert 'alias' in message(load_preset, tmp_path/'bomb.yaml') and time.monotonic() - begun < 5
+    assert 'alias' in message(load_preset, tmp_path/'bomb.yaml')
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize('field', ['n_sft', 'steering_kl', 'prices', 'name'])
+def test_lists_in_lists_are_not_written_out(field):
     nested = 'x'
     for _ in range(60): nested = [nested]*9
-    for field in ('n_sft', 'steering_kl', 'prices', 'name'):
-        assert len(message(load_preset, 'smollm2-135m', **{field: nested})) < 1000 and time.monotonic() - begun < 5
+    begun = time.monotonic()
+    assert len(message(load_preset, 'smollm2-135m', **{field: nested})) < 1000
+    assert time.monotonic() - begun < 5
 
 
 def test_a_preset_of_a_file_is_called_by_its_file(tmp_path):
-    (tmp_path/'my own.yaml').write_text('base: smollm2-135m')
-    p = load_preset(tmp_path/'my own.yaml')
-    assert p.called == f"'{tmp_path}/my own.yaml'" == load_preset(p, seed=1).called and load_preset('smollm2-135m').called == 'smollm2-135m'
-    assert p == load_preset('smollm2-135m', name='my own')
+    file = tmp_path/'my own.yaml'
+    file.write_text('base: smollm2-135m')
+    preset = load_preset(file)
+    assert preset.called == f"'{file}'"
+    assert load_preset(preset, seed=1).called == preset.called
+    assert load_preset('smollm2-135m').called == 'smollm2-135m'
+    assert preset == load_preset('smollm2-135m', name='my own')
 
 
 def test_unknown_presets_get_one_line():
     assert 'did you mean smollm2-135m' in message(load_preset, 'smollm-135m')
     assert 'see `saeexplainer presets`' in message(load_preset, 'qqq')
-    assert 'did you mean demo' not in message(load_preset, 'smollm2-135m', size='tiny')
-    assert 'demo' in message(load_preset, 'smollm2-135m', size='tiny')
 
 
-def test_yaml_files(tmp_path):
+def test_unknown_sizes_get_one_line():
+    says = message(load_preset, 'smollm2-135m', size='tiny')
+    assert 'did you mean demo' not in says
+    assert 'demo' in says
+
+
+@pytest.fixture
+def read(tmp_path):
+    "`read(text, **overrides)`: the preset of a file that holds this text"
     file = tmp_path/'mine.yaml'
-    def read(text, **overrides):
+    def of_text(text, **overrides):
         file.write_text(text)
         return load_preset(file, **overrides)
-    p = read('base: smollm2-135m\nsize: full\nsft_lr: 5e-5\ndpo_lr: [1e-5, 2e-5]\n', seed=3)
-    assert (p.name, p.size, p.n_sft, p.sft_lr, p.dpo_lr, p.seed) == ('mine', 'full', 2350, 5e-5, (1e-5, 2e-5), 3)
+    return of_text
+
+
+def test_a_file_writes_over_its_base(read):
+    preset = read('base: smollm2-135m\nsize: full\nsft_lr: 5e-5\ndpo_lr: [1e-5, 2e-5]\n', seed=3)
+    expected = dict(name='mine', size='full', n_sft=2350, sft_lr=5e-5, dpo_lr=(1e-5, 2e-5), seed=3)
+    assert {field: getattr(preset, field) for field in expected} == expected
+
+
+def test_the_size_of_a_base_can_be_chosen_and_that_of_a_whole_preset_cannot(read):
     assert read('base: smollm2-135m\nsft_lr: 5e-5', size='full').n_sft == 2350
     whole = load_preset('smollm2-135m', size='demo').to_yaml()
-    assert read(whole, size='demo').size == 'demo' and "is of size 'demo' and names no preset" in message(read, whole, size='full')
-    assert 'lacks target, explainer' in message(read, 'sft_lr: 1')
-    assert f'{file} has no field \'lerning_rate\'' in message(read, 'base: smollm2-135m\nlerning_rate: 1')
-    assert 'unknown preset' in message(read, 'base: nothing')
-    assert 'is not YAML' in message(read, 'a: [1')
-    assert 'must hold lines of the form' in message(read, '- a\n- b')
-    assert 'must hold lines of the form' in message(read, '')
-    assert message(load_preset, tmp_path/'none.yaml', kind=FileNotFoundError) == f'no preset file {tmp_path/"none.yaml"}'
+    assert read(whole, size='demo').size == 'demo'
+    assert "is of size 'demo' and names no preset" in message(read, whole, size='full')
 
+
+@pytest.mark.parametrize('text, says', [
+    ('sft_lr: 1', 'lacks target, explainer'),
+    ('base: smollm2-135m\nlerning_rate: 1', "{}/mine.yaml has no field 'lerning_rate'"),
+    ('base: nothing', 'unknown preset'),
+    ('a: [1', 'is not YAML'),
+    ('- a\n- b', 'must hold lines of the form'),
+    ('', 'must hold lines of the form')])
+def test_files_that_are_no_presets_get_one_line(read, tmp_path, text, says):
+    assert says.format(tmp_path) in message(read, text)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    file = tmp_path/'none.yaml'
+    assert message(load_preset, file, kind=FileNotFoundError) == f'no preset file {file}'
+
+
+# ---- differences and tables
 
 def test_diff_names_each_changed_field():
-    a = load_preset('smollm2-135m', size='full')
-    assert diff(a, load_preset(a, sft_lr=1e-3, seed=1)).splitlines() == ['sft_lr: 0.0006 -> 0.001', 'seed: 0 -> 1']
+    preset = load_preset('smollm2-135m', size='full')
+    changed = load_preset(preset, sft_lr=1e-3, seed=1)
+    assert diff(preset, changed).splitlines() == ['sft_lr: 0.0006 -> 0.001', 'seed: 0 -> 1']
 
 
-def test_every_field_has_help_and_stands_in_the_table():
-    assert all(field_help().values()) and set(field_help()) == {f.name for f in dataclasses.fields(Preset)}
+def test_every_field_has_help():
+    assert all(field_help().values())
+    assert set(field_help()) == {field.name for field in dataclasses.fields(Preset)}
+
+
+def test_every_field_stands_in_the_table():
     table = preset_table()
-    assert set(table.index) | {'name', 'size'} == set(field_help()) and table.loc['n_sft', 'smollm2-135m (full)'] == 2350
-
-
-@pytest.mark.parametrize('url, says', [('localhost:8000/v1', 'it begins with http:// or https://'), ('http://:80/v1', 'it names no host'), ('http://x:99999/v1', 'its port must be a number'), ('http://x/v1/chat/completions', 'it must be the base URL')])
-def test_an_address_follows_the_rule_of_the_writer(url, says):
-    with pytest.raises(ValueError, match=says): load_preset('smollm2-135m', writer_url=url)
+    assert set(table.index) | {'name', 'size'} == set(field_help())
+    assert table.loc['n_sft', 'smollm2-135m (full)'] == 2350

@@ -177,7 +177,8 @@ def test_marks_that_lists_quote_stay_whatever_stands_around_them():
 # ---- which JSON of several
 
 @pytest.mark.parametrize('text, choice', [
-    ('{"choice": "A"} or rather {"choice": "B"}', 'B'), ('{"choice":   "A"} or rather {"choice": "B"}', 'B'),
+    ('{"choice": "A"} or rather {"choice": "B"}', 'B'),
+    ('{"choice":   "A"} or rather {"choice": "B"}', 'B'),
     ('{"choice": "A", "why": "it is so long"} or rather {"choice": "B"}', 'B'),
     ('{"choice": "B"} as in [1, 2, 3, 4, 5]', 'B'),
     ('{"choice": "B"}, not {"choice": "Z"} and not {"chosen": "A"}', 'B')])

@@ -18,26 +18,31 @@ SETTINGS = SAESettings(k=4, **SIZES)
 RECIPES = Path(__file__).parent.parent/'nbs'/'recipes'
 
 
-def tokens(n, d=16): # n activations that are sums of few directions
+def tokens(n, d=16):
+    "n activations that are sums of few directions"
     g = torch.Generator().manual_seed(0)
-    W = torch.nn.functional.normalize(torch.randn(40, d, generator=g), dim=-1)
+    directions = torch.nn.functional.normalize(torch.randn(40, d, generator=g), dim=-1)
     picks = torch.randint(40, (n, 3), generator=g)
-    return W[picks].sum(1) + .01*torch.randn(n, d, generator=g)
+    return directions[picks].sum(1) + .01*torch.randn(n, d, generator=g)
 
 
-def endless(acts, stop=None): # first token -> iterator; raises after `stop` tokens in all
-    seen = [0]
+def endless(acts, stop=None):
+    "A function from the first token to an iterator without an end; stop: tokens after which it raises"
+    seen = 0
     def start(at):
+        nonlocal seen
         while True:
             for i in range(at % len(acts), len(acts), 64):
-                seen[0] += 64
-                if stop and seen[0] > stop: raise KeyboardInterrupt
+                seen += 64
+                if stop and seen > stop: raise KeyboardInterrupt
                 yield acts[i:i+64]
             at = 0
     return start
 
 
-def steps_of(curve): return [json.loads(line)['step'] for line in open(curve)]
+def steps_of(curve):
+    lines = Path(curve).read_text().splitlines()
+    return [json.loads(line)['step'] for line in lines]
 
 
 # ---- activations
@@ -46,7 +51,9 @@ def steps_of(curve): return [json.loads(line)['step'] for line in open(curve)]
 def model(): return tiny_model(n_layers=4)
 
 @pytest.fixture(scope='module')
-def rows(): return text_windows(tiny_tokenizer(), ['the cat sat on the mat '*9, 'a dog in the park '*9], size=7)
+def rows():
+    texts = ['the cat sat on the mat '*9, 'a dog in the park '*9]
+    return text_windows(tiny_tokenizer(), texts, size=7)
 
 BOS = [None, tiny_tokenizer().bos_token_id]
 
@@ -88,7 +95,8 @@ def acts(): return tokens(32*300)
 def work(acts, tmp_path_factory):
     "A training that was killed between the two renames of a checkpoint, and gone on with"
     folder = tmp_path_factory.mktemp('sae')
-    with pytest.raises(KeyboardInterrupt): train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), folder)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(SETTINGS, 'tiny', 16, endless(acts, stop=32*150), folder)
     assert (folder/'last').exists()
     assert not (folder/'sae').exists()
     (folder/'begun').write_text(json.dumps(steps_of(folder/'curve.jsonl')))
@@ -134,19 +142,35 @@ def test_an_export_has_the_threshold_of_real_text(work, acts, tmp_path):
     assert (reader.n_features, reader.layer) == (64, 1)
 
 
-def test_an_sae_says_whether_it_was_trained_with_bos(tmp_path):
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    "Folders of a model whose tokenizer has a BOS token, and of one whose tokenizer has none"
+    folders = {name: tmp_path_factory.mktemp(name) for name in ('with', 'without')}
+    model = tiny_model(n_layers=2)
+    for name, folder in folders.items():
+        tokenizer = tiny_tokenizer()
+        if name == 'without': tokenizer.bos_token = None
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+@pytest.mark.parametrize('bos, fed', [(True, True), (0, True), (None, False), (False, False)])
+def test_whether_bos_is_fed_is_what_was_asked_for(bos, fed):
+    assert fed_bos('tiny', bos) is fed
+
+
+@pytest.mark.parametrize('name, fed', [('with', True), ('without', False)])
+def test_a_tokenizer_without_bos_feeds_none(models, name, fed):
+    assert fed_bos(str(models[name]), True) is fed
+
+
+@pytest.mark.parametrize('name, fed', [('with', True), ('without', False)])
+def test_an_sae_says_whether_it_was_trained_with_bos(models, acts, tmp_path, name, fed):
     "In its metadata as `train_sae` writes it, and as readers take it"
-    with_bos, without = tiny_tokenizer(), tiny_tokenizer()
-    without.bos_token = None
-    for name, tokenizer in (('with', with_bos), ('without', without)):
-        tiny_model(n_layers=2).save_pretrained(tmp_path/name)
-        tokenizer.save_pretrained(tmp_path/name)
-    for model, bos, wanted in (('tiny', True, True), ('tiny', 0, True), ('tiny', None, False), ('tiny', False, False), (str(tmp_path/'with'), True, True), (str(tmp_path/'without'), True, False)):
-        assert fed_bos(model, bos) is wanted
     short = SAESettings(layer=1, features=64, k=4, steps=12, batch=32, context=8)
-    for name, wanted in (('with', True), ('without', False)):
-        trained = train_sae(short, str(tmp_path/name), 16, endless(tokens(32*300)), tmp_path/f'{name}-sae')
-        assert json.loads((trained/'cfg.json').read_text())['metadata']['prepend_bos'] is wanted
+    trained = train_sae(short, str(models[name]), 16, endless(acts), tmp_path/'sae')
+    assert json.loads((trained/'cfg.json').read_text())['metadata']['prepend_bos'] is fed
 
 
 def test_one_training_at_a_time_in_a_folder(tmp_path):
@@ -158,7 +182,8 @@ def test_one_training_at_a_time_in_a_folder(tmp_path):
 
 # ---- recipes
 
-def code_of(recipe): # its code cells
+def code_of(recipe):
+    "Its code cells"
     notebook = json.loads((RECIPES/f'{recipe}.ipynb').read_text(encoding='utf-8'))
     return [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
 

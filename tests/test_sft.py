@@ -1,49 +1,29 @@
 "SFT on tiny real models: the loss sees the label and the feature, and a killed training ends as if it had not been"
-import json, shutil, signal, subprocess, sys, time
+import json
+import shutil
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
+import trl
+from helpers import ARCHITECTURES, tiny_sae
 from safetensors.torch import load_file
+from trainings import WORDS, features, tiny_preset, train, train_on
+
 from saeexplainer.explainer import CARD, Explainer, ExplainerCard
 from saeexplainer.injection import explanation_prompt
-from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sft import SFTResult, check_disjoint, sft_dataset, sft_trainer, train_sft
 from saeexplainer.training import claim, labels_only, last_checkpoint, one_gpu, quiet
 
-WORDS = 'cat dog mat fire sea shells rain nation park large area land'.split()
 LONG = dict(sft_epochs=60., sft_batch=12, lora_r=16, lora_alpha=32, lora_dropout=0.) # it learns its labels by heart
 
 
-def features(words=WORDS, start=0):
-    return [SimpleNamespace(id=SimpleNamespace(index=start+i), explanation=f"the word '{w}'")
-            for i, w in enumerate(words)]
-
-
-def tiny_preset(folder, arch='llama', **kw):
-    "A preset whose model and SAE are made here, where they are not there yet"
-    folder = Path(folder)
-    if not (folder/'model').exists():
-        tiny_model(arch).save_pretrained(folder/'model')
-        tiny_tokenizer().save_pretrained(folder/'model')
-        tiny_sae(folder/'sae')
-    fields = dict(explainer=str(folder/'model'), target=str(folder/'model'), sae=str(folder/'sae'), layer=2,
-                  device='cpu', sft_lr=1e-2, sft_epochs=4., sft_batch=4)
-    return load_preset('smollm2-135m', **{**fields, **kw})
-
-
-def train_on(preset, labelled, out, **kw):
-    return train_sft(preset, labelled, FeatureReader.load(preset.sae), out, progress=False, **kw)
-
-
-def train(folder, out, evaluated=False, **kw): # as in a process of its own, see `test_killed_anywhere`
-    others = features('print hello state kept'.split(), start=100) if evaluated else None
-    return train_on(tiny_preset(folder, **kw), features(), out, eval_features=others)
-
-
-def trainer_of(preset, folder, trained, evaluated=None): # the trainer of labelled features, and its card
+def trainer_of(preset, folder, trained, evaluated=None):
+    "The trainer of labelled features, and its card"
     reader = FeatureReader.load(preset.sae)
     explainer = Explainer.from_preset(preset, reader)
     eval_rows = sft_dataset(evaluated, explainer.card) if evaluated else None
@@ -98,8 +78,10 @@ def test_every_lora_layer_moves(tmp_path, arch):
 
 
 @pytest.fixture(scope='module')
-def long(here): # a training that learns its labels by heart
+def long(here):
+    "A training that learns its labels by heart"
     return train_on(tiny_preset(here, **LONG), features(), here/'long')
+
 
 def test_trains(long):
     assert long.losses[-1] < .2*long.losses[0]
@@ -127,13 +109,21 @@ def test_runs_under_autocast_with_fp32_weights(here, tmp_path):
     assert set(seen) == {torch.bfloat16}
 
 
-def test_same_seed_same_adapter(here, tmp_path):
-    a = train(here, tmp_path/'a', seed=0)
-    b = train(here, tmp_path/'b', seed=0)
-    c = train(here, tmp_path/'c', seed=1)
-    assert a.losses == b.losses
-    assert same(adapter(a.folder), adapter(b.folder))
-    assert not same(adapter(a.folder), adapter(c.folder))
+@pytest.fixture(scope='module')
+def whole(here):
+    "A training that nothing interrupted"
+    return train(here, here/'whole', seed=0)
+
+
+def test_same_seed_same_adapter(here, whole, tmp_path):
+    again = train(here, tmp_path/'again', seed=0)
+    assert again.losses == whole.losses
+    assert same(adapter(again.folder), adapter(whole.folder))
+
+
+def test_another_seed_another_adapter(here, whole, tmp_path):
+    other = train(here, tmp_path/'other', seed=1)
+    assert not same(adapter(other.folder), adapter(whole.folder))
 
 
 def test_best_eval_loss_is_kept(here, tmp_path):
@@ -173,8 +163,7 @@ def test_scoring_labels_only_changes_nothing(here):
 
 
 def test_one_gpu_is_used(tmp_path):
-    from trl import SFTConfig
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True)
     assert one_gpu(args).n_gpu <= 1
     args._n_gpu = 4 # as on a machine with four
     assert one_gpu(args) is args
@@ -184,51 +173,56 @@ def test_one_gpu_is_used(tmp_path):
 # ---- killed and gone on
 
 KILLED = '''
-import os, sys
-sys.path.insert(0, {tests!r})
+import os
 import saeexplainer.sft as sft, saeexplainer.training as training
-from test_sft import train
+from trainings import train
 kind, step = {kind!r}, {step}
-def die(*a, **kw): os.kill(os.getpid(), 9)
+
+def die(*args, **kw): os.kill(os.getpid(), 9)
+
 class Die(training.TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if kind == 'step' and state.global_step == step: die()
-if kind == 'checkpoint': # after the trainer wrote it, before it is listed as complete
-    write = training.Checkpoints.on_save
-    def on_save(self, args, state, control, **kw):
-        if state.global_step >= step: die()
-        write(self, args, state, control, **kw)
-    training.Checkpoints.on_save = on_save
-if kind == 'finish': training.save_adapter = die
+
+write = training.Checkpoints.on_save
+def on_save(self, args, state, control, **kw): # after the trainer wrote it, before it is listed as complete
+    if kind == 'checkpoint' and state.global_step >= step: die()
+    write(self, args, state, control, **kw)
+
 make = sft.sft_trainer
-def with_death(*a, **kw):
-    trainer = make(*a, **kw)
+def with_death(*args, **kw):
+    trainer = make(*args, **kw)
     trainer.add_callback(Die())
     return trainer
+
+training.Checkpoints.on_save = on_save
+if kind == 'finish': training.save_adapter = die
 sft.sft_trainer = with_death
-train({folder!r}, {out!r}, **{more!r})
+train({folder!r}, {out!r}, **{fields!r})
 '''
 
-def killed(folder, out, kind, step=0, **more): # a process that ends itself
-    code = KILLED.format(tests=str(Path(__file__).parent), kind=kind, step=step, folder=str(folder), out=str(out),
-                         more=more)
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
-def checkpoints(folder): # newest first
+@pytest.fixture
+def killed(forks, here):
+    "A function that trains in a process which ends itself"
+    def kill(out, kind, step=0, **fields):
+        code = KILLED.format(kind=kind, step=step, folder=str(here), out=str(out), fields=fields)
+        assert forks.run(code) == -signal.SIGKILL, forks.errors()
+    return kill
+
+
+def checkpoints(folder):
+    "Newest first"
     return sorted(folder.glob('checkpoint-*'), key=lambda c: -int(c.name.split('-')[1]))
-
-@pytest.fixture(scope='module')
-def whole(here): return train(here, here/'whole')
 
 def same_training(a, b): return a.losses == b.losses and same(adapter(a.folder), adapter(b.folder))
 
 
 @pytest.mark.parametrize('kind,step', [('step', 7), ('checkpoint', 2), ('finish', 0)])
-def test_killed_anywhere(here, whole, tmp_path, kind, step):
+def test_killed_anywhere(here, whole, killed, tmp_path, kind, step):
     "kill -9, then the same call: losses and adapter are those of a training that was never killed"
     out = tmp_path/'out'
-    killed(here, out, kind, step)
+    killed(out, kind, step)
     assert not (out/CARD).exists()
     if kind == 'checkpoint': assert (out/'checkpoints'/f'checkpoint-{step}').exists()
     resumed = train(here, out)
@@ -238,22 +232,22 @@ def test_killed_anywhere(here, whole, tmp_path, kind, step):
 
 
 @pytest.mark.parametrize('evaluated', [False, True])
-def test_killed_between_training_and_saving(here, tmp_path, evaluated):
+def test_killed_between_training_and_saving(here, killed, tmp_path, evaluated):
     """All steps of a fractional number of epochs are done and checkpointed
 
     No step more is taken, and the best checkpoint is the result.
     """
     more = dict(sft_epochs=2.3, evaluated=evaluated)
-    killed(here, tmp_path/'out', 'finish', **more)
+    killed(tmp_path/'out', 'finish', **more)
     never_killed = train(here, tmp_path/'whole', **more)
     resumed = train(here, tmp_path/'out', **more)
     assert resumed.log.step.tolist() == never_killed.log.step.tolist()
     assert same_training(resumed, never_killed)
 
 
-def test_half_written_files(here, whole, tmp_path):
+def test_half_written_files(here, whole, killed, tmp_path):
     "Checkpoints with a cut file, an empty folder, a broken list: what is whole is resumed from, the rest goes"
-    killed(here, tmp_path/'out', 'step', 9)
+    killed(tmp_path/'out', 'step', 9)
     folder = tmp_path/'out'/'checkpoints'
     newest, older = checkpoints(folder)
     (newest/'optimizer.pt').write_bytes((newest/'optimizer.pt').read_bytes()[:100])
@@ -263,8 +257,8 @@ def test_half_written_files(here, whole, tmp_path):
     assert same_training(train(here, tmp_path/'out'), whole)
 
 
-def test_a_checkpoint_with_a_turned_byte_is_passed_over(here, whole, tmp_path):
-    killed(here, tmp_path/'out', 'step', 9)
+def test_a_checkpoint_with_a_turned_byte_is_passed_over(here, whole, killed, tmp_path):
+    killed(tmp_path/'out', 'step', 9)
     folder = tmp_path/'out'/'checkpoints'
     newest, older = checkpoints(folder)
     data = bytearray((newest/'optimizer.pt').read_bytes())
@@ -279,9 +273,9 @@ def test_a_checkpoint_with_a_turned_byte_is_passed_over(here, whole, tmp_path):
 
 
 def test_finished_is_not_run_again(here, whole):
-    start = time.time()
+    start = time.process_time()
     again = train(here, whole.folder)
-    assert time.time() - start < 5
+    assert time.process_time() - start < 5
     assert again.losses == whole.losses
     assert again.seconds == whole.seconds
     assert SFTResult.load(whole.folder).losses == whole.losses
@@ -342,13 +336,14 @@ def test_a_prompt_that_fills_a_row(here, tmp_path):
 
 # ---- what the template puts around a label, and what a label may spell
 
-def shipped(name): # a chat template of trl
-    import trl
+def shipped(name):
+    "A chat template of trl"
     return (Path(trl.__file__).parent/'chat_templates'/f'{name}.jinja').read_text(encoding='utf-8')
 
-def learned(here, tmp_path, template, label): # an explainer trained on one label, and what it says in up to 48 tokens
+def learned(here, tmp_path, template, label):
+    "An explainer that was trained on one label of three features, and what it says in up to 48 tokens"
     preset = tiny_preset(here, chat_template=template, **LONG)
-    labelled = features()
+    labelled = features(WORDS[:3])
     for feature in labelled: feature.explanation = label
     train_on(preset, labelled, tmp_path/'sft')
     reader = FeatureReader.load(preset.sae)
@@ -432,27 +427,23 @@ def test_an_adapter_that_is_nan_after_one_step(here, tmp_path):
 
 
 FULL = '''
-import resource, sys
-sys.path.insert(0, {tests!r})
-from test_sft import train
+import resource
+from trainings import train
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try: train({folder!r}, {out!r})
 except OSError as e: print('OSError:', e)
 '''
 
 @pytest.mark.parametrize('limit', [3_000, 20_000, 60_000, 100_000, 150_000])
-def test_a_full_disk(here, whole, tmp_path, limit):
+def test_a_full_disk(here, whole, forks, tmp_path, limit):
     "Wherever in a checkpoint it happens: one line; and with room again the training ends as if nothing had been"
     out = tmp_path/'out'
-    code = FULL.format(tests=str(Path(__file__).parent), limit=limit, folder=str(here), out=str(out))
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-1000:]
-    printed = done.stdout.strip().splitlines()
-    assert len(printed) == 1, done.stdout
-    assert printed[0].startswith('OSError:')
-    assert 'could not be written' in printed[0]
-    assert 'is the disk full?' in printed[0]
-    assert str(out) in printed[0]
+    assert forks.run(FULL.format(limit=limit, folder=str(here), out=str(out))) == 0, forks.errors()
+    [line] = forks.printed().strip().splitlines()
+    assert line.startswith('OSError:')
+    assert 'could not be written' in line
+    assert 'is the disk full?' in line
+    assert str(out) in line
     assert not (out/CARD).exists()
     assert same_training(train(here, out), whole)
 
@@ -463,8 +454,10 @@ def test_a_damaged_log(here, whole, tmp_path, content):
     folder = tmp_path/'sft'
     shutil.copytree(whole.folder, folder)
     (folder/'training.json').write_text(content)
-    for load in (lambda: train(here, folder), lambda: SFTResult.load(folder)):
-        with pytest.raises(ValueError, match='training.json') as error: load()
+    def train_again(): train(here, folder)
+    def load(): SFTResult.load(folder)
+    for read in (train_again, load):
+        with pytest.raises(ValueError, match='training.json') as error: read()
         assert '\n' not in str(error.value)
 
 

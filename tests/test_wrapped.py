@@ -1,98 +1,171 @@
-"""Models whose layers lie elsewhere than in most (Gemma 3 with its vision part, Gemma 3n, Gemma 4, Llama 4, OPT, MPT, BLOOM), as targets and as explainers"""
-import pytest, torch
+"""Models whose layers lie elsewhere than in most, as targets and as explainers
+
+Gemma 3 with its vision part, Gemma 3n, Gemma 4, Llama 4, OPT, MPT and BLOOM.
+"""
+import pytest
+import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from helpers import PLACEHOLDER, WRAPPED, save_wrapped, tiny_sae
 from saeexplainer.explainer import Explainer, ExplainerCard
-from saeexplainer.lm.hooks import backbone, decoder_layers, routers
+from saeexplainer.lm.hooks import backbone, decoder_layers, residual_hook, residual_stream, routers
 from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
-from saeexplainer.lm.hooks import residual_hook, residual_stream
 from saeexplainer.target import Target
 
 TEXTS = ['The cat sat on the mat.', 'A national park']
 
 
 class World:
+    "A model as it is published, an SAE for it, and a preset that names both"
     def __init__(self, folder, arch):
-        self.whole = save_wrapped(folder/'model', arch)
-        sae = tiny_sae(folder/'sae', 'standard')
-        self.reader = FeatureReader.load(sae)
         self.folder = folder
-        self.preset = load_preset('smollm2-135m', explainer=str(folder/'model'), target=str(folder/'model'), sae=str(sae), layer=2, device='cpu', dtype='float32', placeholder=PLACEHOLDER)
+        self.model = str(folder/'model')
+        self.whole = save_wrapped(folder/'model', arch)
+        sae = str(tiny_sae(folder/'sae', 'standard'))
+        self.reader = FeatureReader.load(sae)
+        models = dict(explainer=self.model, target=self.model, sae=sae, layer=2)
+        how = dict(device='cpu', dtype='float32', placeholder=PLACEHOLDER)
+        self.preset = load_preset('smollm2-135m', **models, **how)
+
+    def load(self): return load_model(self.model, 'float32', 'cpu')
 
 
 @pytest.fixture(scope='module', params=WRAPPED)
 def world(request, tmp_path_factory): return World(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def ids_of(tokenizer, text): return torch.tensor([[1, *tokenizer(text, add_special_tokens=False)['input_ids']]])
+@pytest.fixture(scope='module')
+def target(world): return Target.load(world.preset)
 
+
+def ids_of(tokenizer, text):
+    return torch.tensor([[1, *tokenizer(text, add_special_tokens=False)['input_ids']]])
+
+
+# ---- as targets
 
 def test_the_text_model_is_the_published_one(world):
-    model, tokenizer = load_model(str(world.folder/'model'), 'float32', 'cpu')
+    model, tokenizer = world.load()
     ids = ids_of(tokenizer, TEXTS[0])
-    with torch.no_grad(): assert torch.allclose(model(input_ids=ids).logits, world.whole(input_ids=ids).logits, atol=1e-5)
-    assert len(decoder_layers(model)) == 4 and not any('vision' in name for name, _ in model.named_parameters()) and model.base_model is not model
-    if 'Llama4' not in type(world.whole).__name__: assert len(decoder_layers(world.whole)) == 4 and backbone(world.whole) is not world.whole # loaded as a whole, too
+    with torch.no_grad():
+        found = model(input_ids=ids).logits
+        wanted = world.whole(input_ids=ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert len(decoder_layers(model)) == 4
+    assert not any('vision' in name for name, _ in model.named_parameters())
+    assert model.base_model is not model
 
 
-def test_target(world):
-    target = Target.load(world.preset)
-    states = []
+def test_layers_are_found_in_what_was_loaded_as_a_whole(world):
+    if 'Llama4' in type(world.whole).__name__: return
+    assert len(decoder_layers(world.whole)) == 4
+    assert backbone(world.whole) is not world.whole
+
+
+def streams(target):
+    "Of each text, the residual stream behind layer 2, and what the model says of it"
     for text in TEXTS:
-        with torch.no_grad(), residual_hook(target.model, 2, 'resid_post', states.append): out = target.model(ids_of(target.tokenizer, text), output_hidden_states=True)
-        if out.hidden_states[3].ndim == 3: assert torch.equal(out.hidden_states[3], states[-1])
-    wanted = [world.reader.sae.encode(s)[0, 1:, 3].max().item() for s in states]
+        seen = []
+        with torch.no_grad(), residual_hook(target.model, 2, 'resid_post', seen.append):
+            out = target.model(ids_of(target.tokenizer, text), output_hidden_states=True)
+        yield seen[0], out.hidden_states[3]
+
+
+def test_target(world, target):
+    wanted = []
+    for stream, of_model in streams(target):
+        if of_model.ndim == 3: assert torch.equal(of_model, stream)
+        acts = world.reader.sae.encode(stream)[0, 1:, 3]
+        wanted.append(acts.max().item())
     assert target.max_acts(TEXTS, 3).tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_behind_a_layer_is_before_the_next(target):
     ids = ids_of(target.tokenizer, TEXTS[0])
-    after, before = (residual_stream(target.model, ids, torch.ones_like(ids), layer, hook) for layer, hook in ((1, 'resid_post'), (2, 'resid_pre')))
-    assert torch.equal(after, before)
+    mask = torch.ones_like(ids)
+    behind = residual_stream(target.model, ids, mask, 1, 'resid_post')
+    assert torch.equal(behind, residual_stream(target.model, ids, mask, 2, 'resid_pre'))
 
 
-def test_steering(world):
-    target = Target.load(world.preset)
-    stream = residual_stream(target.model, ids := ids_of(target.tokenizer, TEXTS[0]), torch.ones_like(ids), 2)
+def test_steering(world, target):
+    ids = ids_of(target.tokenizer, TEXTS[0])
+    stream = residual_stream(target.model, ids, torch.ones_like(ids), 2)
     feature = int(world.reader.encode(stream)[0, -1].argmax())
     prompts = ['The cat', 'I think that']
     found = target.steering_value(feature, .1, prompts)
     assert found.reached
-    together = target.generate(prompts, feature, found.value, max_new_tokens=5, seeds=[1, 2])
-    assert together == [target.generate([p], feature, found.value, max_new_tokens=5, seeds=[s])[0] for p, s in zip(prompts, (1, 2))]
+    def generate(prompts, seeds):
+        return target.generate(prompts, feature, found.value, max_new_tokens=5, seeds=seeds)
+    first = generate(prompts[:1], [1])
+    second = generate(prompts[1:], [2])
+    assert generate(prompts, [1, 2]) == first + second
+
+
+# ---- as explainers
+
+def run(explainer, ids):
+    "The residual stream behind layer 1, and logits"
+    seen = []
+    with torch.no_grad(), residual_hook(explainer.model, 1, 'resid_post', seen.append):
+        logits = explainer.model(input_ids=ids).logits
+    return seen[0], logits
 
 
 def test_explainer(world):
     "Eq. 6 at the placeholder, nothing before it"
-    explainer, directions = Explainer.from_preset(world.preset, world.reader), world.reader.directions([1, 2])
-    ids, at = torch.tensor([explainer.prompt]*2), explainer.prompt.index(explainer.placeholder_id)
-    with_vectors, plain = [], []
-    with torch.no_grad(), residual_hook(explainer.model, 1, 'resid_post', with_vectors.append), explainer.injector.using(directions): a = explainer.model(input_ids=ids).logits
+    explainer = Explainer.from_preset(world.preset, world.reader)
+    directions = world.reader.directions([1, 2])
+    ids = torch.tensor([explainer.prompt]*2)
+    at = explainer.prompt.index(explainer.placeholder_id)
+    with explainer.injector.using(directions): injected, logits = run(explainer, ids)
     explainer.injector.remove()
-    with torch.no_grad(), residual_hook(explainer.model, 1, 'resid_post', plain.append): b = explainer.model(input_ids=ids).logits
-    wanted = plain[0].clone()
-    wanted[:, at] += wanted[:, at].norm(dim=-1, keepdim=True)*F.normalize(directions, dim=-1)
-    assert torch.allclose(with_vectors[0], wanted, atol=1e-5)
-    assert torch.allclose(a[:, :at], b[:, :at], atol=1e-5) and (a[:, at:] - b[:, at:]).abs().max() > .01
+    plain, plain_logits = run(explainer, ids)
+    wanted = plain.clone()
+    length = plain[:, at].norm(dim=-1, keepdim=True)
+    wanted[:, at] += length*F.normalize(directions, dim=-1)
+    assert torch.allclose(injected, wanted, atol=1e-5)
+    assert torch.allclose(logits[:, :at], plain_logits[:, :at], atol=1e-5)
+    moved = (logits - plain_logits)[:, at:]
+    assert moved.abs().max() > .01
 
 
-def test_training_and_saving(world):
+@pytest.fixture
+def trained(world):
+    "An explainer with adapters, not trained yet"
+    model, tokenizer = world.load()
+    config = LoraConfig(r=4, lora_alpha=4, target_modules='all-linear', task_type='CAUSAL_LM',
+                        exclude_modules=routers(model) or None)
+    card = ExplainerCard.from_preset(world.preset, world.reader, 'sft')
+    return Explainer(get_peft_model(model, config), tokenizer, card)
+
+
+def one_step(explainer, loss):
+    loss.backward()
+    parameters = [parameter for parameter in explainer.model.parameters() if parameter.requires_grad]
+    torch.optim.SGD(parameters, lr=1.).step()
+
+
+def logits_of(explainer, directions, ids):
+    with torch.no_grad(), explainer.injector.using(directions):
+        return explainer.model.eval()(input_ids=ids).logits
+
+
+def test_training_and_saving(world, trained):
     "The direction reaches the model in training, and what is saved and merged says the same"
-    from peft import LoraConfig, get_peft_model
-    model, tokenizer = load_model(str(world.folder/'model'), 'float32', 'cpu')
-    config = LoraConfig(r=4, lora_alpha=4, target_modules='all-linear', task_type='CAUSAL_LM', exclude_modules=routers(model) or None)
-    explainer = Explainer(get_peft_model(model, config), tokenizer, ExplainerCard.from_preset(world.preset, world.reader, 'sft'))
-    directions, ids = world.reader.directions([1, 2]), torch.tensor([explainer.prompt + [30, 31]]*2)
-    out = explainer.model.train()(input_ids=ids, labels=ids, feature_vector=directions)
-    others = explainer.model(input_ids=ids, labels=ids, feature_vector=directions[[1, 0]])
-    assert torch.allclose(out.logits[0], others.logits[1], atol=1e-5) and (out.logits[0] - others.logits[0]).abs().max() > .01
-    out.loss.backward()
-    step = torch.optim.SGD([p for p in explainer.model.parameters() if p.requires_grad], lr=1.)
-    step.step()
-    explainer.model.eval()
-    explainer.save(world.folder/'explainer')
-    merged, kept = (Explainer.from_pretrained(world.folder/'explainer', world.reader, trainable=t, dtype='float32', device='cpu') for t in (False, True))
-    logits = []
-    for e in (merged, kept):
-        with torch.no_grad(), e.injector.using(directions): logits.append(e.model.eval()(input_ids=ids).logits)
+    directions = world.reader.directions([1, 2])
+    ids = torch.tensor([trained.prompt + [30, 31]]*2)
+    out = trained.model.train()(input_ids=ids, labels=ids, feature_vector=directions)
+    others = trained.model(input_ids=ids, labels=ids, feature_vector=directions[[1, 0]])
+    assert torch.allclose(out.logits[0], others.logits[1], atol=1e-5)
+    assert (out.logits[0] - others.logits[0]).abs().max() > .01
+    one_step(trained, out.loss)
+    trained.model.eval()
+    trained.save(world.folder/'explainer')
+    how = dict(dtype='float32', device='cpu')
+    merged = Explainer.from_pretrained(world.folder/'explainer', world.reader, **how)
+    kept = Explainer.from_pretrained(world.folder/'explainer', world.reader, trainable=True, **how)
+    logits = [logits_of(explainer, directions, ids) for explainer in (merged, kept)]
     assert torch.allclose(*logits, atol=1e-3)
     assert merged.explain(directions, max_new_tokens=5) == kept.explain(directions, max_new_tokens=5)

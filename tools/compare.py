@@ -1,59 +1,85 @@
 """Do two runs of a notebook show the same? Numbers by tolerance, all other text exactly, figures by pixels."""
-import base64, io, re
+import base64
+import io
+import re
 
 import numpy as np
 from PIL import Image
 
 NUMBER = re.compile(r'-?(?:\d+\.\d*|\.\d+|\d+(?=[eE][+-]?\d))(?:[eE][+-]?\d+)?|\d+')
-RTOL, ATOL = 1e-3, 1e-6      # of decimal numbers; whole numbers must agree exactly
-LEVELS, SHARE = 64, 1e-4     # a pixel differs by more than 64 of 255 levels; a figure where more than one pixel in 10,000 does
+RTOL = 1e-3  # of decimal numbers; whole numbers must agree exactly
+ATOL = 1e-6
+LEVELS = 64  # a pixel differs by more than 64 of 255 levels
+SHARE = 1e-4  # a figure differs where more than one pixel in 10,000 does
+
+
+# --- texts and figures
+
+def same_number(one, other):
+    if one.isdigit() and other.isdigit(): return one == other
+    values = [float(one), float(other)]
+    return abs(values[0] - values[1]) <= ATOL + RTOL*max(map(abs, values))
+
+
+def same_line(one, other):
+    "Return whether two lines differ only a little in decimal numbers, or in the white space that aligns them"
+    words = [' '.join(NUMBER.sub('#', line).split()) for line in (one, other)]
+    pairs = zip(NUMBER.findall(one), NUMBER.findall(other))
+    return words[0] == words[1] and all(same_number(a, b) for a, b in pairs)
+
 
 def text_difference(old, new):
-    "What differs between two texts, or None"
+    "Return what differs between two texts, or None"
     if old == new: return None
-    for a, b in zip(old.splitlines(), new.splitlines()):
-        if not _same_line(a, b): return f'{a.strip()[:90]!r} is now {b.strip()[:90]!r}'
-    if len(old.splitlines()) != len(new.splitlines()): return f'{len(old.splitlines())} lines are now {len(new.splitlines())}'
+    lines = old.splitlines()
+    lines_now = new.splitlines()
+    for line, now in zip(lines, lines_now):
+        if not same_line(line, now): return f'{line.strip()[:90]!r} is now {now.strip()[:90]!r}'
+    return None if len(lines) == len(lines_now) else f'{len(lines)} lines are now {len(lines_now)}'
 
-def _same_line(a, b):
-    "Whether two lines are equal but for small differences of decimal numbers, and for the white space that aligns them"
-    words = [' '.join(NUMBER.sub('#', o).split()) for o in (a, b)]
-    return words[0] == words[1] and all(_same_number(x, y) for x, y in zip(NUMBER.findall(a), NUMBER.findall(b)))
 
-def _same_number(x, y):
-    if x.isdigit() and y.isdigit(): return x == y
-    return abs(float(x) - float(y)) <= ATOL + RTOL*max(abs(float(x)), abs(float(y)))
+def size_of(image): return f'{image.size[0]} x {image.size[1]}'
+
 
 def figure_difference(old, new):
-    "What differs between two PNG images in base64, or None"
-    old, new = (Image.open(io.BytesIO(base64.b64decode(o))).convert('RGB') for o in (old, new))
-    if old.size != new.size: return f'figure of {old.size[0]} x {old.size[1]} pixels is now {new.size[0]} x {new.size[1]}'
+    "Return what differs between two PNG images in base64, or None"
+    old, new = (Image.open(io.BytesIO(base64.b64decode(data))).convert('RGB') for data in (old, new))
+    if old.size != new.size: return f'figure of {size_of(old)} pixels is now {size_of(new)}'
     levels = np.abs(np.asarray(old, int) - np.asarray(new, int)).max(-1)
     share = (levels > LEVELS).mean()
-    if share > SHARE: return f'figure differs in {share:.2%} of its pixels'
+    return f'figure differs in {share:.2%} of its pixels' if share > SHARE else None
+
+
+# --- outputs and cells
+
+def text_of(value):
+    "Return a text that a notebook may hold in lines"
+    return ''.join(value) if isinstance(value, list) else str(value)
+
 
 def kind_difference(old, new):
-    "What differs between the kinds of two outputs of a cell, or None"
+    "Return what differs between the kinds of two outputs of a cell, or None"
     if old['output_type'] != new['output_type']: return f'{old["output_type"]} is now {new["output_type"]}'
     if old['output_type'] == 'error': return 'an error is stored'
-    kinds = [sorted(o.get('data', [])) for o in (old, new)]
-    if kinds[0] != kinds[1]: return f'{kinds[0]} is now {kinds[1]}'
+    kinds, kinds_now = (sorted(output.get('data', [])) for output in (old, new))
+    return None if kinds == kinds_now else f'{kinds} is now {kinds_now}'
+
 
 def output_difference(old, new):
-    "What differs between two outputs of a cell, or None"
+    "Return what differs between two outputs of a cell, or None"
     if why := kind_difference(old, new): return why
-    if old['output_type'] == 'stream': return text_difference(_text(old['text']), _text(new['text']))
-    old, new = old['data'], new['data']
-    for kind in old:
+    if old['output_type'] == 'stream': return text_difference(text_of(old['text']), text_of(new['text']))
+    for kind, value in old['data'].items():
         differ = figure_difference if kind == 'image/png' else text_difference
-        if why := differ(_text(old[kind]), _text(new[kind])): return why
+        if why := differ(text_of(value), text_of(new['data'][kind])): return why
+    return None
+
 
 def cell_difference(old, new):
-    "What differs between the outputs of a cell in two runs, or None; a cell tagged `live` is held to their kinds only"
+    "Return what differs between the outputs of a cell in two runs, or None; of a cell tagged `live` only their kinds"
     if old['cell_type'] != 'code': return None
     differ = kind_difference if 'live' in old['metadata'].get('tags', []) else output_difference
-    old, new = old['outputs'], new['outputs']
-    if len(old) != len(new): return f'{len(old)} outputs are now {len(new)}'
-    return next((why for a, b in zip(old, new) if (why := differ(a, b))), None)
-
-def _text(o): return o if isinstance(o, str) else ''.join(o) if isinstance(o, list) else str(o)
+    outputs = old['outputs']
+    outputs_now = new['outputs']
+    if len(outputs) != len(outputs_now): return f'{len(outputs)} outputs are now {len(outputs_now)}'
+    return next((why for output, now in zip(outputs, outputs_now) if (why := differ(output, now))), None)
