@@ -712,7 +712,7 @@ def features_card(
         made_by=f'saeexplainer features {preset.name}',
         contexts=f'16 per feature, one per document, {LENGTH} tokens, strongest first',
         labels=(f'words at the {n_top} strongest activations, one per document, weighted by activation; '
-                'see nbs/parts/reading.ipynb'),
+                'see nbs/parts/sources/reading.ipynb'),
         sources=_origins(reading, corpus),
     )
 
