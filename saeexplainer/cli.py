@@ -186,7 +186,8 @@ def check_keys(
 
     It has no price for a budget in dollars, no usable address, or no key at OpenAI."""
     from saeexplainer.presets import is_local
-    from saeexplainer.writers.errors import api_key, check_address
+    from saeexplainer.writers.errors import check_address
+    from saeexplainer.writers.keys import api_key
     asked = [getattr(preset, name) for name in which if not is_local(getattr(preset, name))]
     for model in asked:
         if preset.budget_usd is not None and model not in preset.prices:

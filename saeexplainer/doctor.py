@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 # %% ../nbs/parts/doctor.ipynb #7429b0f7
 from .presets import data_dir, load_preset, needs
-from .writers.errors import api_key
+from .writers.keys import api_key
 
 # %% ../nbs/parts/doctor.ipynb #8c7c25b9
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/parts/remote.ipynb #93f0eb8f
 def __getattr__(name):
     "Return what stood here before it moved to `writers`"
-    from saeexplainer.writers import asking, budget, errors, openai, traffic
-    for module in (openai, asking, errors, budget, traffic):
+    from saeexplainer.writers import budget, errors, exchange, keys, openai, traffic
+    for module in (openai, exchange, keys, errors, budget, traffic):
         if hasattr(module, name): return getattr(module, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

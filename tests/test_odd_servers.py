@@ -5,7 +5,8 @@ import pytest
 from saeexplainer.replies import Request
 from saeexplainer.store import RunStore
 from saeexplainer.writers.budget import Budget, BudgetSpent
-from saeexplainer.writers.errors import api_key, check_address, server_words, tokens_of
+from saeexplainer.writers.errors import check_address, server_words, tokens_of
+from saeexplainer.writers.keys import api_key
 from saeexplainer.writers.openai import OpenAIWriter, listed_models
 from saeexplainer.writers.parsing import text_schema
 from fault_server import FaultServer, prompt_of

@@ -28,11 +28,12 @@ ORDER = {  # of the pages on the site; those that are not named come last
         files show presets plan features saes
         lm/models lm/hooks lm/chat lm/sampling
         target steering explainer training store replies
-        writer writers/local writers/openai writers/asking writers/server writers/errors writers/budget writers/traffic
-        writers/parsing
-        sources/neuronpedia sources/corpus sources/reading sources/sae_training labels
+        writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
+        writers/budget writers/traffic writers/parsing
+        sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training labels lookups
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
-        run results report plots studies dictionaries selection verdicts measuring
+        evaluation/words evaluation/detection evaluation/retrieval evaluation/beyond
+        run results report plots studies dictionaries selection verdicts measuring benchmark
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''
         your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'''.split()}

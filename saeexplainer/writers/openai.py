@@ -20,10 +20,11 @@ from ..files import hold
 from ..replies import Reply, Request, reply_key
 from ..show import progress_bar, say
 from ..store import RunStore
-from .asking import Attempts, Exchange, Line, Wanted, at_fault
+from .exchange import Attempts, Exchange, Line, Wanted, at_fault
 from .budget import Amount, Budget, BudgetSpent, Ledger
-from .errors import api_key, check_address, json_or_text
-from .server import Secret, http_client, no_socks, open_client, server_model, writer_name
+from .errors import check_address, json_or_text
+from .keys import Secret, api_key
+from .server import http_client, no_socks, open_client, server_model, writer_name
 from .traffic import Traffic
 
 # %% ../../nbs/parts/writers/openai.ipynb #b83742fc
