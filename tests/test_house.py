@@ -11,6 +11,7 @@ import measure
 MODULES = sorted(measure.import_graph())
 PAGES = [path for path in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in path.parts]
 NOTEBOOKS = sorted(path.relative_to(ROOT/'nbs').as_posix() for path in PAGES)
+MOST_NODES = 11.2 # a line
 MOST_LINES = 50 # exported in a row without a cell that runs something
 LONG = {'parts/presets.ipynb': 190} # one dataclass: the fields of a run, each with its help
 NO_EXAMPLE = {'parts/run.ipynb': ['sft_stage']} # it trains: the page runs a whole run further down
@@ -18,6 +19,16 @@ NO_EXAMPLE = {'parts/run.ipynb': ['sft_stage']} # it trains: the page runs a who
 
 def test_imports_go_down_only():
     assert measure.cycle(measure.import_graph()) is None
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_no_module_is_dense(module):
+    "As many AST nodes a line as the densest of the libraries that read well"
+    file = ROOT/'saeexplainer'/Path(*module.split('.')).with_suffix('.py')
+    if not file.exists(): file = file.with_suffix('')/'__init__.py'
+    counts = measure.measure(file.read_text(encoding='utf-8'))
+    assert counts['nodes']/max(1, counts['lines']) < MOST_NODES
+    assert counts['lambdas'] == 0
 
 
 def test_a_cycle_is_found():
