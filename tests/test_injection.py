@@ -1,8 +1,9 @@
 "The injection on five architectures, the explainer's folder, and what is refused"
-import dataclasses, http.server, json, os, shutil, threading
-import pytest, torch
+import dataclasses, json, os, shutil
+import pytest, torch, yaml
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from hub_server import Hub
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.explainer import (
     CARD, Explainer, ExplainerCard, adapter_sha256, oracle_layers, oracle_note, save_adapter,
@@ -371,39 +372,21 @@ def test_chat_template_of_the_preset(made, tmp_path):
 
 
 def test_push_to_hub(made, monkeypatch):
-    "Against a small server on loopback that speaks the hub's upload protocol"
-    import huggingface_hub
-    got = {}
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *args): pass
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers['Content-Length']))
-            path = self.path
-            if path.endswith('/repos/create'): reply = dict(url='http://127.0.0.1/me/mine', name='me/mine', id='1')
-            elif path.endswith('/validate-yaml'): reply = dict(errors=[], warnings=[])
-            elif '/preupload/' in path:
-                paths = [f['path'] for f in json.loads(body)['files']]
-                reply = dict(files=[dict(path=path, uploadMode='regular', shouldIgnore=False) for path in paths])
-            elif '/commit/' in path:
-                for line in map(json.loads, body.decode().splitlines()):
-                    if line['key'] == 'file': got[line['value']['path']] = line['value']['content']
-                reply = dict(success=True, commitOid='0'*40, commitUrl='http://127.0.0.1/me/mine/commit/0',
-                             hookOutput='', pullRequestUrl=None)
-            else: return self.send_error(404)
-            out = json.dumps(reply).encode()
-            self.send_response(200)
-            self.send_header('Content-Type', 'application/json')
-            self.send_header('Content-Length', str(len(out)))
-            self.end_headers()
-            self.wfile.write(out)
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address, plain = f'http://127.0.0.1:{server.server_port}', huggingface_hub.HfApi
-    monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: plain(endpoint=address, token='hf_test'))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
-    try: Explainer.from_pretrained(made[2]/'sft').push_to_hub('me/mine')
-    finally: server.shutdown()
-    assert sorted(got) == ['adapter_config.json', 'adapter_model.safetensors', CARD]
+    with Hub(monkeypatch) as hub: Explainer.from_pretrained(made[2]/'sft').push_to_hub('me/mine')
+    assert sorted(hub.files) == ['README.md', 'adapter_config.json', 'adapter_model.safetensors', CARD]
+    assert hub.created == dict(type=None, name='mine', organization='me')
+
+
+def test_the_pushed_readme_says_what_it_was_made_with(made, monkeypatch):
+    explainer = Explainer.from_pretrained(made[2]/'sft')
+    with Hub(monkeypatch) as hub: explainer.push_to_hub('me/mine')
+    _, header, text = hub.files['README.md'].decode().split('---\n', 2)
+    assert yaml.safe_load(header)['library_name'] == 'peft'
+    assert yaml.safe_load(header)['license'] == 'other'
+    assert 'base_model' not in yaml.safe_load(header) # a folder, which the hub does not know
+    assert explainer.card.sae_sha256 in text
+    assert "Explainer.from_pretrained('me/mine')" in text
+    assert 'None were measured' in text
 
 
 # ---- Activation Oracles
