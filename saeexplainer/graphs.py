@@ -230,10 +230,11 @@ def with_labels(
         nodes.append(node | dict(clerp=text) if what == 'labelled' else node)
     return Labelled(dict(graph) | dict(nodes=nodes), Counts(**counts))
 
+def _has_label(node:Mapping) -> bool: return bool((node.get('clerp') or '').strip())
+
 def _fate(node:Mapping, text:str, replace:bool) -> str: # a field of `Counts`
     if node['feature_type'] in OTHER_NODES: return 'others'
-    has_one = bool((node.get('clerp') or '').strip())
-    if has_one and not (text and replace): return 'kept'
+    if _has_label(node) and not (text and replace): return 'kept'
     return 'labelled' if text else 'unknown'
 
 # %% ../nbs/parts/graphs.ipynb #669208f7
@@ -257,10 +258,11 @@ def label_graph( # noqa: PLR0913
     if source_set(graph) is None:
         taken = ', '.join(preset.source for preset in chosen)
         print(f'{file} does not say which dictionary its features are of: taken to be {taken}', file=sys.stderr)
+    bare = [node for node in graph['nodes'] if replace or not _has_label(node)]
     labels:dict[Place, str] = {}
     for preset in chosen:
         layer = SourceName.of(preset).layer
-        features = places_in(graph, preset)
+        features = places_in(graph | dict(nodes=bare), preset)
         if not features: continue
         said = explained_labels(preset, features, explainer(preset)) if explainer else table_labels(preset, features)
         labels |= {Place(layer, index): text for index, text in said.items()}
