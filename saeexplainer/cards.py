@@ -182,7 +182,9 @@ def model_card(
         base_model=hub_name(card.base_model),
         library_name='peft',
         **licence_fields(licence),
-        tags=[*_TAGS, 'lora']))
+        tags=[*_TAGS, 'lora'],
+        saeexplainer=dict(source=card.source, sae=public_name(card.sae), sae_sha256=card.sae_sha256,
+                          stage=card.stage)))
     trained = training_facts(adapter)
     told = facts_table(trained) if trained else 'No record of its training lies beside it.'
     return '\n\n'.join([

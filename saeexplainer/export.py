@@ -290,7 +290,13 @@ def dataset_card(
         language=['en'],
         tags=['saeexplainer', 'sparse-autoencoder', 'interpretability'],
         size_categories=[_size_of(len(exported.table))],
-        configs=[dict(config_name='default', data_files=DATA)]))
+        configs=[dict(config_name='default', data_files=DATA)],
+        saeexplainer=dict(
+            sources=exported.sources,
+            method=exported.method,
+            sae=public_name(exported.made.get('sae')),
+            sae_sha256=exported.made.get('sae_sha256'),
+            base_model=public_name(exported.made.get('explainer')))))
     n = len(exported.table)
     return '\n\n'.join([
         f"{header}\n# Explanations of features of {', '.join(map(code_span, exported.sources))}",

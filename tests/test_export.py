@@ -1,5 +1,6 @@
 "Explanations that leave: Neuronpedia's files, tables, data sets of the hub, and what is refused"
 import gzip, io, json, re, threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 import pytest
@@ -272,6 +273,8 @@ def test_the_card_of_a_data_set():
     header, text = header_of(dataset_card(of_run(SHIPPED/'results'), 'me/mine'))
     sae = json.loads((SHIPPED/'results'/'provenance.json').read_text())['sae_sha256']
     assert header['license'] == 'apache-2.0'
+    assert header['saeexplainer']['sae_sha256'] == sae
+    assert header['saeexplainer']['base_model'] == 'HuggingFaceTB/SmolLM2-135M-Instruct'
     assert sae in text
     assert "load_dataset('me/mine', split='train')" in text
     assert re.search(r'\| generative \| [0-9.]+ \[[0-9.]+, [0-9.]+\] \| 300 \|', text)
@@ -286,6 +289,13 @@ def test_a_card_without_a_run_names_no_licence_that_it_does_not_know():
 
 def test_names_of_others_do_not_leave_their_place_in_a_card():
     assert code_span('a`b|c\n# head') == "`a'b¦c # head`"
+
+
+def test_folders_of_this_machine_are_not_named_in_a_card(tmp_path):
+    made = dict(explainer=f'{tmp_path}/model', sae=f'{tmp_path}/sae', target=f'{tmp_path}/model')
+    card = dataset_card(replace(explained(['a']), made=made), 'me/mine')
+    assert str(tmp_path) not in card
+    assert '| SAE | `sae` |' in card
 
 
 def test_a_data_set_is_pushed(monkeypatch):
