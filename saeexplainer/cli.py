@@ -14,8 +14,9 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'judged', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained',
            'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file',
            'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'benchmark_command',
-           'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line',
-           'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
+           'export_command', 'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache',
+           'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line',
+           'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -1120,6 +1121,69 @@ def benchmark_command(
     if as_json: return print(ranking(compared).reset_index().to_json(orient='records'))
     show_ranking(ranking_table(compared), methods)
     tell(f'{len(chosen.features)} features of {bench}; means with 95% intervals; what is missing counts as nothing.')
+
+# %% ../nbs/parts/cli.ipynb #0c0a6365
+_TO_EXPORT = 'a run under runs/, a folder of results, or a file with feature and explanation'
+_TO = 'neuronpedia, csv, parquet or hub'
+_OUT = 'file, or folder for neuronpedia and hub; default: named after what is exported'
+_OF_FILE = 'the preset whose features a file names by index alone'
+
+@app.command('export', cls=_Command, epilog=_examples(
+    'saeexplainer export demo --to neuronpedia',
+    'saeexplainer export data/smollm2-135m/results --to csv --out dpo2.csv',
+    'saeexplainer export demo --to hub --repo me/explanations'))
+def export_command( # noqa: PLR0913
+    what: Annotated[str, typer.Argument(help=_TO_EXPORT)],
+    to: Annotated[str, typer.Option(help=_TO)],
+    stage: Annotated[Optional[str], typer.Option(help='of a run; default: its last explainer')] = None,
+    preset: Annotated[Optional[str], typer.Option(help=_OF_FILE, autocompletion=_complete)] = None,
+    out_file: Annotated[Optional[Path], typer.Option('--out', help=_OUT)] = None,
+    repo: Annotated[Optional[str], typer.Option(help='data set on the hub, owner/name; none: a folder')] = None,
+    private: Annotated[bool, typer.Option('--private', help='make a private data set')] = False,
+    licence: Annotated[Optional[str], typer.Option('--license', help="default: the explainer's base model's")] = None,
+    root: Root = Path('runs'),
+    as_json: JSON = False,
+) -> None:
+    "Write explanations, with their metrics, for Neuronpedia, as a table, or as a data set of the hub"
+    from saeexplainer.export import export, find
+    from saeexplainer.presets import load_preset
+    found = find(what, root, stage, load_preset(preset).source if preset else None)
+    written = export(found, to, out_file, repo, private, licence)
+    counts = dict(explanations=len(found.table), left_out=found.left_out)
+    if as_json: return print(json.dumps(counts | dict(written=written)))
+    if found.left_out: print(f'{found.left_out:,} features without an explanation are left out', file=sys.stderr)
+    tell(f"{len(found.table):,} explanations of {found.method}: {', '.join(written)}")
+
+# %% ../nbs/parts/cli.ipynb #1a837825
+_GRAPH = 'JSON of circuit-tracer, or of a graph on Neuronpedia'
+_OF_GRAPH = 'whose labels are taken, repeatable, one for each layer; default: the built-in ones of its source set'
+_SCAN = "name in the graph's metadata.scan that means the preset's model; default: the model's own"
+
+@app.command('label-graph', cls=_Command, epilog=_examples(
+    'saeexplainer label-graph graph.json --preset gemma-2-2b-l12',
+    'saeexplainer label-graph graph.json --preset mine.yaml --explain --out labelled.json'))
+def label_graph_command( # noqa: PLR0913
+    graph: Annotated[Path, typer.Argument(help=_GRAPH)],
+    preset: Annotated[Optional[list[str]], typer.Option(help=_OF_GRAPH, autocompletion=_complete)] = None,
+    out_file: Annotated[Optional[Path], typer.Option('--out', help='default: beside it, as .labelled.json')] = None,
+    explain: Annotated[bool, typer.Option('--explain', help='let the explainer say them')] = False,
+    explainer: Annotated[Optional[str], typer.Option(help=_EXPLAINER)] = None,
+    scan: Annotated[Optional[str], typer.Option(help=_SCAN)] = None,
+    replace: Annotated[bool, typer.Option('--replace', help='also labels that are there already')] = False,
+    as_json: JSON = False,
+) -> None:
+    "Fill in the labels of an attribution graph, for features that a preset knows"
+    import dataclasses
+    from functools import partial
+    from saeexplainer.explainer import explainer_of
+    from saeexplainer.graphs import label_graph, labelled_file
+    if explainer and not explain: raise ValueError('--explainer goes with --explain: without it, labels are of a table')
+    to = out_file or labelled_file(graph)
+    by = partial(explainer_of, given=explainer) if explain else None
+    counts = dataclasses.asdict(label_graph(graph, to, preset or (), by, scan, replace))
+    if as_json: return print(json.dumps(counts | dict(file=str(to))))
+    told = dict(labelled='labelled', kept='kept their label', unknown='have none', others='are no features')
+    tell(', '.join(f'{counts[name]:,} {what}' for name, what in told.items()) + f': {to}')
 
 # %% ../nbs/parts/cli.ipynb #00fa6513
 _SIGNS = {True: ('ok', 'green'), None: (' -', 'dim'), False: ('NO', 'bold red')} # of a check, with their style

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/parts/explainer.ipynb #80299750
+from .cards import model_card
 from .files import check_tensors, read_json, read_tensors, whole, write_json
 from .injection import Injector, explanation_prompt, placeholder_id
 from saeexplainer.lm.models import (
@@ -260,6 +261,8 @@ def _push(explainer, repo_id:str, private:bool) -> str: # the repository's addre
     from huggingface_hub import HfApi
     with tempfile.TemporaryDirectory() as folder:
         explainer.save(folder)
+        readme = model_card(explainer.card, repo_id, explainer.adapter)
+        (Path(folder)/'README.md').write_text(readme, encoding='utf-8')
         url = HfApi().create_repo(repo_id, private=private, exist_ok=True)
         HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message='saeexplainer adapter')
     return str(url)
@@ -394,7 +397,7 @@ class Explainer:
         _save(self, Path(folder))
 
     def push_to_hub(self, repo_id:str, private:bool=False) -> str: # the repository's address
-        "Upload adapter and card to the Hugging Face hub; the token is that of the environment or of `hf auth login`"
+        "Upload adapter, card and README.md to the hub; the token is that of the environment or of `hf auth login`"
         return _push(self, repo_id, private)
 
 # %% ../nbs/parts/explainer.ipynb #d322307b

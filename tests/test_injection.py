@@ -3,13 +3,12 @@ import dataclasses
 import json
 import os
 import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from hub_server import Hub
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -507,59 +506,22 @@ def test_chat_template_of_the_preset(made, tmp_path):
 
 # ---- the hub
 
-class Hub(BaseHTTPRequestHandler):
-    "Speaks the hub's upload protocol; keeps the files that it gets"
-    files = {}
-
-    def log_message(self, *_): pass
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers['Content-Length'])).decode()
-        reply = self.reply_to(body)
-        if reply is None: self.send_error(404)
-        else: self.send_json(reply)
-
-    def reply_to(self, body):
-        if self.path.endswith('/repos/create'): return dict(url='http://127.0.0.1/me/mine', name='me/mine', id='1')
-        if self.path.endswith('/validate-yaml'): return dict(errors=[], warnings=[])
-        if '/preupload/' in self.path: return self.preupload(json.loads(body)['files'])
-        return self.commit(body) if '/commit/' in self.path else None
-
-    def preupload(self, files):
-        return dict(files=[dict(path=one['path'], uploadMode='regular', shouldIgnore=False) for one in files])
-
-    def commit(self, body):
-        for line in map(json.loads, body.splitlines()):
-            if line['key'] == 'file': self.files[line['value']['path']] = line['value']['content']
-        return dict(success=True, commitOid='0'*40, commitUrl='http://127.0.0.1/me/mine/commit/0', hookOutput='',
-                    pullRequestUrl=None)
-
-    def send_json(self, reply):
-        data = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header('Content-Type', 'application/json')
-        self.send_header('Content-Length', str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+def test_push_to_hub(made, monkeypatch):
+    with Hub(monkeypatch) as hub: Explainer.from_pretrained(made.saved).push_to_hub('me/mine')
+    assert sorted(hub.files) == ['README.md', 'adapter_config.json', 'adapter_model.safetensors', CARD]
+    assert hub.created == dict(type=None, name='mine', organization='me')
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    "The files that a small server on loopback has got in the hub's place"
-    api = huggingface_hub.HfApi
-    monkeypatch.setattr(Hub, 'files', {})
-    with ThreadingHTTPServer(('127.0.0.1', 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, args=[.02], daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}'
-        monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: api(endpoint=address, token='hf_test'))
-        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
-        yield Hub.files
-        server.shutdown()
-
-
-def test_push_to_hub(made, hub):
-    Explainer.from_pretrained(made.saved).push_to_hub('me/mine')
-    assert sorted(hub) == ['adapter_config.json', 'adapter_model.safetensors', CARD]
+def test_the_pushed_readme_says_what_it_was_made_with(made, monkeypatch):
+    explainer = Explainer.from_pretrained(made.saved)
+    with Hub(monkeypatch) as hub: explainer.push_to_hub('me/mine')
+    _, header, text = hub.files['README.md'].decode().split('---\n', 2)
+    assert yaml.safe_load(header)['library_name'] == 'peft'
+    assert yaml.safe_load(header)['license'] == 'other'
+    assert 'base_model' not in yaml.safe_load(header) # a folder, which the hub does not know
+    assert explainer.card.sae_sha256 in text
+    assert "Explainer.from_pretrained('me/mine')" in text
+    assert 'None were measured' in text
 
 
 # ---- Activation Oracles
