@@ -18,7 +18,9 @@ import pandas as pd
 
 # %% ../nbs/parts/reading_sheets.ipynb #a3711e8a
 from .features import NO_PATTERN, Feature
-from .files import making, read_json, read_table, table_rows, whole, write_json, write_table
+from saeexplainer.files import (
+    check_readable, making, read_json, read_table, table_kind, table_rows, whole, write_json, write_table,
+)
 from .labels import marked_context
 from .lm.sampling import seed_for
 from .show import escape_markdown, visible
@@ -131,7 +133,7 @@ def feature_page(
 # %% ../nbs/parts/reading_sheets.ipynb #6dc5ff34
 @dataclass(frozen=True)
 class Key:
-    "What un-blinds the ratings of a sheet"
+    "Record that un-blinds the ratings of a sheet"
     sheet: str # its hash
     seed: int
     rows: tuple[Row, ...]
@@ -223,6 +225,8 @@ def read_ratings(
     key:Key
 ) -> dict[str, int]: # by row
     "Read the ratings of a sheet; raises `ValueError`, naming the row, for anything but 0, 1 and 2 for every row once"
+    check_readable(file)
+    if table_kind(file) is None: raise ValueError(f'{file} is no table: ratings are a .csv, .tsv, .json or .parquet')
     ratings:dict[str, int] = {}
     for entry in table_rows(file, COLUMNS):
         if lacking := [name for name in COLUMNS[:3] if name not in entry]:

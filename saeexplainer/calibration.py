@@ -43,7 +43,8 @@ def _sums(counts:pd.DataFrame, seen:int) -> tuple[np.ndarray, np.ndarray]: # (fe
     x = np.arange(seen + 1)
     chance = hypergeom.pmf(x, texts, reached, seen)
     share = (reached - x)/(texts - seen)
-    by_feature = pd.DataFrame(np.hstack([chance, chance*share])).groupby(usable['feature'].to_numpy()).sum().to_numpy()
+    both = pd.DataFrame(np.hstack([chance, chance*share]))
+    by_feature = both.groupby(usable['feature'].to_numpy()).sum().to_numpy()
     return by_feature[:, :seen + 1], by_feature[:, seen + 1:]
 
 def _ratio(fresh:np.ndarray, weight:np.ndarray) -> np.ndarray: # NaN where nothing showed that count
@@ -176,7 +177,9 @@ def predicts_reward(
     "Return how well a sign that every sample has predicts its reward; raises `ValueError` where nothing is known"
     known = samples[['feature', 'sign', 'reward']].dropna()
     if not len(known): raise ValueError('no sample has both a sign and a reward')
-    means, within, gain = [], [], []
+    means = [] # of features: sign, reward
+    within = []
+    gain = []
     for _, rows in known.groupby('feature'):
         pairs = rows[['sign', 'reward']].to_numpy()
         means.append(pairs.mean(0))

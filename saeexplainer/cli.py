@@ -1136,10 +1136,16 @@ def methods_in(
     source:Path, # file of explanations, or folder of results
     features:Iterable['Feature'] # of the preset
 ) -> dict[str, dict[int, str]]: # method -> feature -> explanation; '': nothing was said
-    "Return the explanations of a file, under its name, or of every method of a folder of results"
+    """Return the explanations of a file, under its name, or of every method of a folder of results.
+
+    Raises `ValueError` where the results are of another SAE."""
     if not source.is_dir(): return {stage_of(source): texts_of(source, features)}
     from saeexplainer.results import Results
-    said = Results(source).said.fillna('')
+    results = Results(source)
+    known = next((f'{feature.id.model}/{feature.id.source}' for feature in features), None)
+    of_results = results.made.get('source')
+    if of_results != known: raise ValueError(f'{source} explains features of {of_results}; these are of {known}')
+    said = results.said.fillna('')
     return {method: {int(feature): text for feature, text in said[method].items()} for method in said}
 
 def methods_to_read(

@@ -1,15 +1,16 @@
 "Blind reading: what is on a sheet, what is refused, and whose the ratings are"
 import csv
 import json
-import numpy as np
 import pandas as pd
 import pytest
 from saeexplainer.blind import (
     RANDOM_LABEL, drawn_features, feature_page, key_file, load_readings, random_labels, read_key, read_ratings,
     readings_file, sheet_rows, store_reading, write_sheet,
 )
+from saeexplainer.cli import main, methods_in
 from saeexplainer.features import Context, Feature, FeatureId
 from saeexplainer.files import read_table
+from saeexplainer.presets import data_dir
 
 METHODS = {
     'first method': {3: 'the word rain', 5: 'parks', 7: 'the sea'},
@@ -104,11 +105,13 @@ def test_key_and_readings_are_not_in_the_folder_of_the_reader(folder):
 
 
 def test_a_page_shows_strongest_contexts_and_test_contexts_that_fire():
-    tested = feature(3, 'The| rain', test_texts=[('weak| rain', 'fires'), ('hard| rain', 'hard'), ('no| thing', 'random')])
+    tests = [('weak| rain', 'fires'), ('hard| rain', 'hard'), ('no| thing', 'random')]
+    tested = feature(3, 'The| rain', test_texts=tests)
     page = feature_page(1, tested, [])
     assert '- 80: The «rain»' in page
     assert '- 40: weak «rain»' in page
-    assert 'hard' not in page and 'thing' not in page
+    assert 'hard' not in page
+    assert 'thing' not in page
 
 
 def test_only_so_many_of_the_strongest_contexts_are_shown():
@@ -120,7 +123,8 @@ def test_only_so_many_of_the_strongest_contexts_are_shown():
 def test_what_models_say_is_escaped():
     rows = sheet_rows({'m': {3: '<b>rain</b> **5**\x1b[2J'}}, [3])
     page = feature_page(1, feature(3, '<i>|\x1b[2J rain'), rows)
-    assert '<b>' not in page and '<i>' not in page
+    assert '<b>' not in page
+    assert '<i>' not in page
     assert '\x1b' not in page
     assert r'\*\*5\*\*' in page
 
@@ -174,7 +178,8 @@ def test_anything_but_the_scale_is_refused(folder, rating):
 
 
 def test_a_row_without_a_rating_is_named(folder):
-    with pytest.raises(ValueError, match='row 1a: there is no rating'): read_ratings(folder/'ratings.csv', read_key(folder))
+    with pytest.raises(ValueError, match='row 1a: there is no rating'):
+        read_ratings(folder/'ratings.csv', read_key(folder))
 
 
 def test_a_row_that_is_missing_is_named(folder):
@@ -207,6 +212,12 @@ def test_ratings_without_their_columns_are_refused(folder):
     file = folder/'bare.csv'
     file.write_text('row,rating\n1a,2\n')
     with pytest.raises(ValueError, match='bare.csv lacks sheet'): read_ratings(file, read_key(folder))
+
+
+@pytest.mark.parametrize('name, says', [('nothing.csv', 'no file'), ('filled.txt', 'is no table')])
+def test_ratings_that_are_no_table_are_refused(folder, name, says):
+    fill(folder, 'filled.txt')
+    with pytest.raises((ValueError, FileNotFoundError), match=says): read_ratings(folder/name, read_key(folder))
 
 
 def test_a_sheet_that_was_changed_is_refused(folder):
@@ -276,7 +287,6 @@ def test_readings_of_another_sheet_are_refused(folder, tmp_path):
 # ---- the command
 
 def command(capsys, *args):
-    from saeexplainer.cli import main
     main(['read-blind', *map(str, args)])
     return capsys.readouterr().out
 
@@ -300,7 +310,20 @@ def test_the_command_makes_a_sheet_and_takes_it_back(capsys, tmp_path, mine):
     assert methods['mine']['right'] == 0
     command(capsys, sheet, '--ratings', fill(sheet, rating='2'), '--reader', 'Ben')
     shown = command(capsys, sheet)
-    assert 'Ada' in shown and 'Ben' in shown
+    assert 'Ada' in shown
+    assert 'Ben' in shown
+
+
+def test_results_are_read_by_the_names_of_their_methods(capsys, tmp_path):
+    sheet = tmp_path/'one'
+    command(capsys, sheet, data_dir()/'smollm2-135m'/'results', '--methods', 'label, dpo2', '--features', 5)
+    methods = {method for row in read_key(sheet).rows for method in row.methods}
+    assert methods == {'label', 'dpo2', RANDOM_LABEL}
+
+
+def test_results_of_another_sae_are_refused():
+    with pytest.raises(ValueError, match='explains features of smollm2-135m/9-res-4k; these are of tiny/1-res'):
+        methods_in(data_dir()/'smollm2-135m'/'results', FEATURES.values())
 
 
 @pytest.mark.parametrize('args, says', [

@@ -67,7 +67,8 @@ def test_intervals_are_over_features():
     rng = np.random.default_rng(0)
     once = counts(rng.binomial(10, rng.uniform(size=200)))
     repeated = pd.concat([once.assign(stage=stage) for stage in 'abcd']) # the same features, four times over
-    one, four = calibration(once, 5, n=300), calibration(repeated, 5, n=300)
+    one = calibration(once, 5, n=300)
+    four = calibration(repeated, 5, n=300)
     assert four['low'].tolist() == pytest.approx(one['low'].tolist())
     assert four['high'].tolist() == pytest.approx(one['high'].tolist())
 
