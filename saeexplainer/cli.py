@@ -11,12 +11,13 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'features_line', 'cost_lines', 'budget_line', 'plan_lines', 'show_plan', 'begun_before', 'next_command',
            'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
            'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'judging_contexts', 'features_command',
-           'judged', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained',
-           'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file',
-           'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'benchmark_command',
-           'export_command', 'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache',
-           'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line',
-           'kept', 'arguments', 'main']
+           'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all',
+           'check_explained', 'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of',
+           'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking',
+           'benchmark_command', 'methods_in', 'methods_to_read', 'reading_tables', 'show_readings', 'make_sheet',
+           'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command', 'file_at_fault',
+           'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line',
+           'library_line', 'one_line', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -772,6 +773,13 @@ def judged(
     if verdict.unmade: counted += f' ({lost})'
     return Text(f'  {counted}; best {verdict.score:.1f}: ') + marked(verdict.pieces)
 
+def beside_count(
+    verdict:'Verdict'
+) -> str|None: # a line; None: nothing is known
+    "Return how far the count of a verdict can be trusted"
+    if verdict.fresh is None: return None
+    return f'  on fresh texts such explanations reach it {verdict.fresh:.0%} of the time'
+
 def explained_fields(
     feature:'Feature',
     text:str, # what is said of it
@@ -791,7 +799,9 @@ def show_explained(
     "Print an explanation with the label behind it, and what the target says of it"
     label = f'  (label: {feature.explanation})' if feature.explanation else ''
     tell(safe_text((str(feature.id), 'bold'), f'  {text}', (label, 'dim')))
-    if verdict: tell(judged(verdict, success))
+    if verdict is None: return
+    tell(judged(verdict, success))
+    if line := beside_count(verdict): tell(line)
 
 # %% ../nbs/parts/cli.ipynb #81e56e7d
 FEW = 8 # explanations that need no progress bar
@@ -1121,6 +1131,123 @@ def benchmark_command(
     if as_json: return print(ranking(compared).reset_index().to_json(orient='records'))
     show_ranking(ranking_table(compared), methods)
     tell(f'{len(chosen.features)} features of {bench}; means with 95% intervals; what is missing counts as nothing.')
+
+# %% ../nbs/parts/cli.ipynb #2897841e
+def methods_in(
+    source:Path, # file of explanations, or folder of results
+    features:Iterable['Feature'] # of the preset
+) -> dict[str, dict[int, str]]: # method -> feature -> explanation; '': nothing was said
+    """Return the explanations of a file, under its name, or of every method of a folder of results.
+
+    Raises `ValueError` where the results are of another SAE."""
+    if not source.is_dir(): return {stage_of(source): texts_of(source, features)}
+    from saeexplainer.results import Results
+    results = Results(source)
+    known = next((f'{feature.id.model}/{feature.id.source}' for feature in features), None)
+    of_results = results.made.get('source')
+    if of_results != known: raise ValueError(f'{source} explains features of {of_results}; these are of {known}')
+    said = results.said.fillna('')
+    return {method: {int(feature): text for feature, text in said[method].items()} for method in said}
+
+def methods_to_read(
+    sources:Iterable[Path], # files of explanations, or folders of results
+    names:Iterable[str], # of those to read; none: all
+    features:list['Feature'], # of the preset
+    seed:int
+) -> dict[str, dict[int, str]]: # method -> feature -> explanation; random labels among them
+    "Return the explanations to read; raise `ValueError` where two methods have one name, or one is unknown"
+    from saeexplainer.blind import RANDOM_LABEL, random_labels
+    methods: dict[str, dict[int, str]] = {}
+    for source in sources:
+        for method, texts in methods_in(source, features).items():
+            if method in methods or method == RANDOM_LABEL:
+                raise ValueError(f'{source}: the name {method!r} is taken by another method: rename the file')
+            methods[method] = texts
+    names = list(names) or list(methods)
+    if unknown := [name for name in names if name not in methods]:
+        raise ValueError(f"there is no method {unknown[0]!r}: there are {', '.join(methods)}")
+    chosen = {name: methods[name] for name in names}
+    labels = {feature.index: feature.explanation for feature in features if feature.explanation}
+    asked = sorted(set.intersection(*map(set, chosen.values())))
+    return chosen | {RANDOM_LABEL: random_labels(asked, labels, seed)}
+
+# %% ../nbs/parts/cli.ipynb #cc2c6255
+def reading_tables(
+    readings:'pd.DataFrame', # of a sheet
+    metrics:'pd.DataFrame|None' # stage, feature, metric, value; None: nothing was measured
+) -> dict[str, 'pd.DataFrame']: # by title; the first column names the row
+    "Return what readings say"
+    import pandas as pd
+    from saeexplainer.evaluation.readings import method_table, metric_correlations, reading_agreement
+    tables = {'methods': method_table(readings).reset_index()}
+    if pairs := reading_agreement(readings): tables['readers'] = pd.DataFrame(pairs)
+    if metrics is not None: tables['metrics'] = metric_correlations(readings, metrics).reset_index()
+    return tables
+
+def show_readings(
+    tables:dict[str, 'pd.DataFrame'] # of `reading_tables`
+) -> None:
+    "Print what readings say"
+    for table in tables.values():
+        shown = Table(*(name.replace('_', ' ') for name in table.columns), box=None)
+        for row in table.itertuples(index=False):
+            shown.add_row(*(f'{value:.2f}' if isinstance(value, float) else Text(visible(value)) for value in row))
+        out.print(shown)
+        tell('')
+    tell('right: share of explanations rated 2; mean: of 0 to 2; low and high: 95% intervals over features.')
+
+# %% ../nbs/parts/cli.ipynb #2fed4747
+_SHEET = 'folder of the sheet; key and readings lie beside it, as FOLDER.key.json and FOLDER.readings.parquet'
+_EXPLAINED = 'make a sheet of these: files of explanations, or folders of results; none: show what was read'
+_RATED = 'ratings.csv, filled in: store it'
+_MEASURED = 'folder of results whose metrics are compared with the reading'
+
+def make_sheet(
+    folder:Path,
+    sources:list[Path], # files of explanations, or folders of results
+    names:list[str], # of methods to read; none: all
+    preset:'Preset',
+    n:int, # features
+    seed:int
+) -> None:
+    "Make a sheet, and say what to do with it"
+    from saeexplainer.blind import key_file, write_sheet
+    from saeexplainer.features import load_features
+    features = load_features(preset)
+    methods = methods_to_read(sources, names, features, seed)
+    key = write_sheet(folder, methods, {feature.index: feature for feature in features}, n, seed)
+    tell(f'{len(key.shown)} explanations of {n} features by {len(methods)} methods: read {folder}/sheet.md, '
+         f'and fill in {folder}/ratings.csv; keep {key_file(folder).name} from the reader')
+
+@app.command('read-blind', cls=_Command, epilog=_examples(
+    'saeexplainer read-blind blind/one data/smollm2-135m/results --methods label,sft,dpo2 --features 60',
+    'saeexplainer read-blind blind/one --ratings blind/one/ratings.csv --reader Ada',
+    'saeexplainer read-blind blind/one --measured data/smollm2-135m/results'))
+def read_blind_command( # noqa: PLR0913
+    folder: Annotated[Path, typer.Argument(help=_SHEET)],
+    sources: Annotated[Optional[list[Path]], typer.Argument(help=_EXPLAINED)] = None,
+    preset: PresetOption = None,
+    n: Annotated[int, typer.Option('--features', min=1, help='features to draw')] = 60,
+    methods: Annotated[str, typer.Option(help='names of methods, as in label,sft; default: all')] = '',
+    seed: Annotated[int, typer.Option(min=0, help='of the features and of the order')] = 0,
+    ratings: Annotated[Optional[Path], typer.Option(help=_RATED)] = None,
+    reader: Annotated[str, typer.Option(help='who rated')] = '',
+    measured: Annotated[Optional[Path], typer.Option(help=_MEASURED)] = None,
+    as_json: JSON = False,
+) -> None:
+    "Make a sheet to rate explanations blindly, take its ratings back, and show what they say"
+    from saeexplainer.blind import load_readings, store_reading
+    from saeexplainer.results import Results
+    if sources and ratings: raise ValueError('a sheet is made of explanations, or its --ratings are stored: not both')
+    if ratings and not reader.strip(): raise ValueError('--ratings needs the name of who rated: --reader NAME')
+    if sources:
+        names = [name.strip() for name in methods.split(',') if name.strip()]
+        return make_sheet(folder, sources, names, resolve(preset or 'smollm2-135m'), n, seed)
+    readings = store_reading(folder, ratings, reader) if ratings else load_readings(folder)
+    if not len(readings): raise ValueError(f'nobody has read {folder} yet: store ratings with --ratings and --reader')
+    tables = reading_tables(readings, Results(measured)['metrics'] if measured else None)
+    if not as_json: return show_readings(tables)
+    print(json.dumps({title: json.loads(table.to_json(orient='records')) for title, table in tables.items()}, indent=1))
 
 # %% ../nbs/parts/cli.ipynb #0c0a6365
 _TO_EXPORT = 'a run under runs/, a folder of results, or a file with feature and explanation'

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'COLORS', 'NAMES', 'CYCLE', 'STYLE', 'WIDTH', 'MARKS', 'PANELS', 'color', 'named', 'style', 'Figure',
-           'save_figure', 'interval_plot', 'scale_of', 'stage_figure', 'Drawing', 'framework_figure']
+           'save_figure', 'interval_plot', 'scale_of', 'stage_figure', 'calibration_figure', 'Drawing',
+           'framework_figure']
 
 # %% ../nbs/parts/plots.ipynb #ee684313
 import io
@@ -191,6 +192,28 @@ def stage_figure(metrics, # rows stage, feature, metric, value
             ax.set_xlabel(PANELS[metric])
             if metric != 'gap': ax.set_xlim(left=0)
             if ax is not axes[0]: ax.tick_params(left=False)
+    return fig
+
+# %% ../nbs/parts/plots.ipynb #87c23c8d
+def calibration_figure(table, # of `calibration.calibration_table`
+                       pooled:str='all' # in place of a method: all of them together, with an interval
+                      ) -> Figure: # at the number of texts for which there are curves of methods
+    "Draw how often fresh texts succeed, by the share of the texts seen that do"
+    of_methods = table[table['stage'] != pooled]
+    texts = of_methods['texts'].max() if len(of_methods) else table['texts'].max()
+    with style():
+        fig = Figure(figsize=(.5*WIDTH, 3.2))
+        ax = fig.subplots()
+        ax.plot([0, 100], [0, 100], color='.8', lw=1, ls=':')
+        for stage, rows in of_methods[of_methods['texts'] == texts].groupby('stage', sort=False):
+            x = 100*rows['reached']/texts
+            ax.plot(x, 100*rows['fresh'], MARKS.get(stage, 'o'), color=color(stage), ms=4, label=named(stage))
+        rows = table[(table['stage'] == pooled) & (table['texts'] == texts)]
+        x = 100*rows['reached']/texts
+        ax.fill_between(x, 100*rows['low'], 100*rows['high'], color='.85', lw=0)
+        ax.plot(x, 100*rows['fresh'], color='k', label='all together')
+        ax.set(xlabel=f'texts seen that succeed (% of {texts})', ylabel='fresh texts that succeed (%)')
+        ax.legend()
     return fig
 
 # %% ../nbs/parts/plots.ipynb #05c87c8d

@@ -9,8 +9,10 @@ __all__ = ['Verdict', 'verdict_of', 'verdicts_on']
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+import pandas as pd
 
 # %% ../nbs/parts/verdicts.ipynb #a52daf75
+from .calibration import calibration_of, fresh_share
 from .evaluation.texts import Verified, verify
 from .features import Feature, check_features_of, features_file
 from .presets import Preset
@@ -31,7 +33,9 @@ class Verdict:
     best: str|None # the text with that activation
     pieces: list # [[piece of the best text, whether the feature fires strongly on it]]
     written: list[dict] # text and activation of each text
+    fresh: float|None = None # share of fresh texts that reach it, of explanations with such a count; None: not known
 
+# %% ../nbs/parts/verdicts.ipynb #33fde3b2
 def _number_or_none(x:float) -> float|None: # JSON has no NaN
     return x if math.isfinite(x) else None
 
@@ -39,7 +43,8 @@ def verdict_of(
     verified:Verified, # texts and their activations
     feature:Feature, # that they are about
     target:Target, # that reads the best text once more, for its words
-    success:float # share of the strongest activation that counts
+    success:float, # share of the strongest activation that counts
+    calibrated:pd.DataFrame|None=None # of `calibration_of`, for `fresh`
 ) -> Verdict: # with `reached` None where no text or no strongest activation is known
     "Return what texts and their activations say of an explanation"
     scores = [(text, float(score)) for text, score in zip(verified.texts, verified.scores)]
@@ -48,8 +53,12 @@ def verdict_of(
     place = verified.best
     best = verified.texts[place] if made and place is not None else None
     pieces = lit_words(target.activations([best], [feature.index])[0]) if best else []
+    reached = verified.reached(strongest, success) if made and strongest else None
+    fresh = None
+    if reached is not None and calibrated is not None:
+        fresh = _number_or_none(fresh_share(calibrated, reached, len(made)))
     return Verdict(
-        reached=verified.reached(strongest, success) if made and strongest else None,
+        reached=reached,
         texts=len(made),
         unmade=len(verified.texts) - len(made),
         max_act=strongest,
@@ -57,6 +66,7 @@ def verdict_of(
         best=best,
         pieces=[[text, bool(lit)] for text, lit in pieces],
         written=[dict(text=text, activation=round(score, 4)) for text, score in made],
+        fresh=fresh,
     )
 
 # %% ../nbs/parts/verdicts.ipynb #3459b1c8
@@ -76,4 +86,6 @@ def verdicts_on(
     writer = writer_for(preset.evaluation_writer, target, preset)
     asked = [(feature.index, text) for feature, text in zip(features, texts)]
     checked = verify(target, writer, asked, preset, n, progress=True)
-    return [verdict_of(verified, feature, target, preset.success) for feature, verified in zip(features, checked)]
+    calibrated = calibration_of(preset)
+    return [verdict_of(verified, feature, target, preset.success, calibrated)
+            for feature, verified in zip(features, checked)]

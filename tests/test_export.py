@@ -308,7 +308,8 @@ def test_a_data_set_is_pushed(monkeypatch):
 
 
 def test_a_name_that_is_none_reaches_no_server():
-    with pytest.raises(ValueError, match="--repo must be owner/name, not 'mine'"): push_dataset(explained(['a']), 'mine')
+    with pytest.raises(ValueError, match="--repo must be owner/name, not 'mine'"):
+        push_dataset(explained(['a']), 'mine')
 
 
 def test_the_card_of_the_shipped_explainer():
