@@ -6,8 +6,8 @@
 __all__ = ['TWINS', 'OTHER', 'FEATURES_AT_ONCE', 'check_texts', 'Tokens', 'special_ids', 'pieces_of_tokens', 'tokenise',
            'check_fits', 'name_words', 'plain_name', 'words_around', 'check_model_name', 'weights_folder',
            'check_weights', 'Reading', 'Unreadable', 'unreadable', 'check_length', 'each_feature', 'distinct_texts',
-           'read_features', 'check_finite', 'values_for', 'Batcher', 'TextReader', 'Clamps', 'clamps_for', 'seeds_for',
-           'check_prompts', 'Steerer', 'ClampSearch', 'Target']
+           'read_features', 'values_for', 'Batcher', 'TextReader', 'Clamps', 'clamps_for', 'seeds_for', 'check_prompts',
+           'Steerer', 'ClampSearch', 'Target']
 
 # %% ../nbs/parts/target.ipynb #2736788c
 import math, re, sys
@@ -253,7 +253,7 @@ def read_features(reader:FeatureReader, # of an SAE
     parts = [reader.activations(resid, part) for part in wanted.split(most, 1)]
     return torch.cat(parts, -1).transpose(1, 2).cpu().numpy()
 
-def check_finite(features:Iterable[int], # indices
+def _check_finite(features:Iterable[int], # indices
                  acts:np.ndarray # (features, t), on tokens that count
                 ):
     "Raise `ValueError`, naming the first feature that has an activation which is not finite"
@@ -269,7 +269,7 @@ def values_for(asked:dict[int, list[int]], # {feature: indices of the texts that
     "Hand the activations on a row to all who ask for them; raise `ValueError` where one is not finite"
     counted = acts[:, :len(tokens.ids)][:, tokens.counts]
     for (feature, indices), values in zip(asked.items(), counted):
-        check_finite([feature], values[None])
+        _check_finite([feature], values[None])
         for i in indices: yield i, values
 
 # %% ../nbs/parts/target.ipynb #2ecabb6b
@@ -376,7 +376,7 @@ class TextReader:
                 acts = read_features(self.batcher.reader, resid, [wanted]*len(rows)) # (rows, features, t)
                 for row, t, values in zip(rows, batch, acts):
                     counted = values[:, :len(t.ids)][:, t.counts]
-                    check_finite(wanted, counted)
+                    _check_finite(wanted, counted)
                     out[read[row]] = counted.max(1)
                 bar.update(len(rows))
         return out

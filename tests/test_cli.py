@@ -55,6 +55,8 @@ def test_presets_json(capsys):
     (['run', 'smollm2-135m', '--like', '/x'], '--like must be a name that stays in --root'), (['run', 'smollm2-135m', '-s', 'name=../../evil'], 'names that stay in their folder'),
     (['explain', '5', '--verify', '2', '--writer', 'openai', '--model', 'm'], 'no key for m: set OPENAI_API_KEY in the environment, name a server of your own with --base-url'),
     (['run', 'smollm2-135m', '-s', 'placeholder=""'], 'preset field placeholder must not be empty'), (['run', 'smollm2-135m', '-s', 'preset=x'], 'did you mean base'),
+    (['benchmark', 'no-such.csv', '--bench', 'bench-0'], "there is no bench 'bench-0': there is "),
+    (['features', 'gpt2-small-l8', '--test-contexts', '--corpus', 'c.txt', '5'], '`saeexplainer features gpt2-small-l8` makes it'),
     (['no-such-command'], 'no-such-command')])
 def test_one_line_per_mistake(capsys, tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
