@@ -105,7 +105,11 @@ def with_missing(
     features:Sequence[int], # that each method should have explained
     measures:Sequence[str]=MEASURES,
 ) -> pd.DataFrame: # likewise: a row for each method, feature and measure
-    "Give a value to what a method has left out, and to what could not be measured"
+    "Give a value to what a method has left out, and to what could not be measured; raises `ValueError` for doubles"
+    double = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
+    if len(double):
+        row = double.iloc[0]
+        raise ValueError(f'feature {row.feature} has two values of {row.metric} by {row.stage}: keep one of each')
     wanted = pd.MultiIndex.from_product(
         [metrics['stage'].unique(), list(features), list(measures)], names=['stage', 'feature', 'metric'])
     values = metrics.set_index(['stage', 'feature', 'metric'])['value'].reindex(wanted)

@@ -238,3 +238,8 @@ def test_wrong_options_get_one_line(bench, mine, tmp_path, capsys):
     control = mine.with_name('control.csv')
     mine.rename(control)
     assert "the stage 'control' is taken" in fails(capsys, control, *options)
+
+
+def test_two_values_of_a_method_get_one_line():
+    with pytest.raises(ValueError, match='feature 3 has two values of coverage by a: keep one of each'):
+        completed(rows(('a', 3, 'coverage', .5), ('a', 3, 'coverage', .1)), [3], ['coverage'])

@@ -206,3 +206,12 @@ def test_a_reader_of_nonsense_gives_no_values():
 def test_readers_by_the_kind_of_writer(writer):
     assert isinstance(reader_for(writer), LikelihoodReader)
     assert isinstance(reader_for(Scripted('1')), ListReader)
+
+
+@pytest.mark.parametrize('measure', [auroc, balanced_accuracy])
+def test_as_many_scores_as_excerpts(measure):
+    with pytest.raises(ValueError, match='3 scores of 2 excerpts: one for each'): measure([1, 0, 1], [True, False])
+
+
+def test_a_score_that_is_not_a_number_gives_no_area():
+    assert math.isnan(auroc([math.nan, 1.], [True, False]))

@@ -116,3 +116,14 @@ def test_a_tokenizer_without_bos(tmp_path):
     tokenizer = tiny_tokenizer(bos=None)
     target = tiny_target(tmp_path, 'gpt2', tokenizer=tokenizer, metadata={'prepend_bos': False})
     assert set(retrieval_places(target, {3: TEXTS}, {3: 1., 4: 1.})) == {3}
+
+
+@pytest.mark.parametrize('strongest', [0., math.nan, -1.])
+def test_a_feature_that_never_fires_does_not_compete(target, strongest):
+    with pytest.raises(ValueError, match='the strongest activation of feature 4 is not known'):
+        retrieval_places(target, {3: TEXTS}, {3: 1., 4: strongest})
+
+
+def test_a_feature_without_a_known_activation_is_refused(target):
+    for measure in (lambda: retrieval_places(target, {7: TEXTS}, {3: 1.}), lambda: self_activation(target, {7: 'a'}, {3: 1.})):
+        with pytest.raises(ValueError, match='the strongest activation of feature 7 is not known'): measure()

@@ -23,13 +23,18 @@ from ..writers.local import chat_ids
 from ..writers.parsing import answers
 
 # %% ../../nbs/parts/evaluation/detection.ipynb #3d7f582b
+def _check_lengths(scores:np.ndarray, fires:np.ndarray) -> None: # raises `ValueError`
+    if scores.shape != fires.shape: raise ValueError(f'{scores.size} scores of {fires.size} excerpts: one for each')
+
 def auroc(
     scores:ArrayLike, # one for each excerpt; the larger, the more likely it fires
     fires:ArrayLike, # whether it does
-) -> float: # .5 is chance; NaN where all or none fire
+) -> float: # .5 is chance; NaN where all or none fire, or a score is NaN
     "Return how often an excerpt that fires has the larger score; equal scores count half"
     scores = np.asarray(scores, np.float64)
     fires = np.asarray(fires, bool)
+    _check_lengths(scores, fires)
+    if np.isnan(scores).any(): return np.nan
     firing, silent = scores[fires, None], scores[None, ~fires]
     if not firing.size or not silent.size: return np.nan
     return float((firing > silent).mean() + (firing == silent).mean()/2)
@@ -41,6 +46,7 @@ def balanced_accuracy(
     "Return the mean of the shares that are said right of the excerpts that fire and of the others"
     said = np.asarray(said, bool)
     fires = np.asarray(fires, bool)
+    _check_lengths(said, fires)
     if fires.all() or not fires.any(): return np.nan
     return float((said[fires].mean() + (~said[~fires]).mean())/2)
 
