@@ -191,8 +191,10 @@ def logit_lens(
 ) -> list[list[str]]: # tokens, the most promoted first
     "Return the tokens that each direction promotes most"
     vocabulary = token_strings(target.tokenizer)
-    head:Any = target.model.get_output_embeddings()
-    logits = head(final_norm(target.model)(directions.to(head.weight))).float()
+    model:Any = target.model
+    head = model.get_output_embeddings()
+    norm = final_norm(model)
+    logits = head(norm(directions.to(head.weight))).float()
     special = special_ids(target.tokenizer)
     ordinary = [token for token in range(min(len(vocabulary), logits.shape[1])) if token not in special]
     best = logits[:, ordinary].topk(min(k, len(ordinary)))

@@ -420,7 +420,7 @@ def _judge_output(run, explanations, with_output, progress) -> None: # steered t
     judge(store, run.judge, judged, preset, progress)
     judge_controls(store, run.judge, explanations, with_output, preset, progress)
 
-# %% ../nbs/04_metrics.ipynb #ff8d6216
+# %% ../nbs/04_metrics.ipynb #8752e3b9
 def _check_metrics(metrics) -> None: # raises `ValueError`
     known = (*METRICS, *BEYOND)
     unknown = sorted(set(metrics) - set(known))
@@ -452,6 +452,7 @@ def _named_set(features) -> str: # such as '300 features (a1b2c3d4)'
     digest = hashlib.sha256(str(sorted(features)).encode()).hexdigest()[:8]
     return f'{len(features)} features ({digest})'
 
+# %% ../nbs/04_metrics.ipynb #ff8d6216
 def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute: of `METRICS` and `BEYOND`
