@@ -269,6 +269,7 @@ def token_dictionary(
     dictionary.save(kept, about)
     return dictionary
 
+# %% ../nbs/parts/lookups.ipynb #6cc08bef
 def _phrases(features:Sequence[int], tokens:Iterable[Sequence[str]], most:int) -> dict[int, str]:
     return {feature: token_phrase(of_feature, most) for feature, of_feature in zip(features, tokens)}
 

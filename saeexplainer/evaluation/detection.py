@@ -118,6 +118,7 @@ class Reader(Protocol):
         "Return the scores of all excerpts"
         ...
 
+# %% ../../nbs/parts/evaluation/detection.ipynb #d568053c
 @dataclass(frozen=True)
 class ListReader:
     "A writer that reads all excerpts of a sheet, and answers with the numbers of those that fire"

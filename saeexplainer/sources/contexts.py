@@ -158,6 +158,7 @@ def _window_batches(target:Target, docs:Iterable, tokens:int, batch_tokens:int) 
         if read >= tokens: return
     if batch: yield batch
 
+# %% ../../nbs/parts/sources/contexts.ipynb #d03e843e
 def read_pool(
     target:Target,
     docs:Iterable, # of (source, text)
@@ -264,6 +265,7 @@ def _hard(drawing:_Drawing, tokens:list[int], silent:np.ndarray, n:int) -> dict[
             else: waiting.pop(token)
     return found
 
+# %% ../../nbs/parts/sources/contexts.ipynb #1d768600
 def _context(pool:ContextPool, excerpt:int, vocabulary, kind:str, values:np.ndarray, peak:int) -> Context:
     return Context(
         source=pool.sources[pool.source[excerpt]],
