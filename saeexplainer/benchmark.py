@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import numpy as np
 import pandas as pd
 
@@ -20,7 +21,7 @@ from .evaluation.stats import bootstrap_ci
 from .evaluation.tables import ACTIVATIONS, BEYOND
 from .explainer import load_explainer
 from .features import NO_PATTERN, labels_of
-from .files import read_json
+from .files import read_json, whole
 from .labels import autointerp
 from .lookups import look_up
 from .metrics import evaluate
@@ -58,12 +59,15 @@ class Bench:
         cls,
         name:str, # of a folder of data/smollm2-135m
     ) -> 'Bench':
-        "Read a bench; raises `FileNotFoundError` where there is none of this name"
+        "Read a bench; raises `FileNotFoundError` where there is none of this name, and `ValueError` for a broken one"
         file = bench_folder(name)/'bench.json'
         if not file.exists():
             there = ', '.join(sorted(path.parent.name for path in file.parents[1].glob('*/bench.json'))) or 'none'
             raise FileNotFoundError(f'there is no bench {name!r}: there is {there}')
         fields = read_json(file)
+        wanted = list(cls.__dataclass_fields__)
+        if set(fields) != set(wanted):
+            raise ValueError(f'{file} is no bench: it needs {", ".join(wanted)}, and no more')
         return cls(**fields | {'features': tuple(fields['features'])})
 
     def resolved(self) -> Preset:
@@ -72,9 +76,13 @@ class Bench:
 
     def check(
         self,
-        features:Mapping[int, object], # `Feature`s by index
+        features:Mapping[int, Any], # `Feature`s by index
+        sae_sha256:str, # of the SAE that reads them
     ) -> None:
-        "Raise `ValueError` where the features are not those that the bench was made with"
+        "Raise `ValueError` where SAE and features are not those that the bench was made with"
+        if sae_sha256 != self.sae_sha256:
+            raise ValueError(f'the SAE is not that of {self.name} (SHA-256 {sae_sha256[:12]}, not '
+                             f'{self.sae_sha256[:12]}): numbers could not be compared')
         missing = [index for index in self.features if index not in features]
         if missing:
             raise ValueError(f'{self.name} names feature {missing[0]}, which the table of features does not hold')
@@ -97,7 +105,11 @@ def with_missing(
     features:Sequence[int], # that each method should have explained
     measures:Sequence[str]=MEASURES,
 ) -> pd.DataFrame: # likewise: a row for each method, feature and measure
-    "Give a value to what a method has left out, and to what could not be measured"
+    "Give a value to what a method has left out, and to what could not be measured; raises `ValueError` for doubles"
+    double = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
+    if len(double):
+        row = double.iloc[0]
+        raise ValueError(f'feature {row.feature} has two values of {row.metric} by {row.stage}: keep one of each')
     wanted = pd.MultiIndex.from_product(
         [metrics['stage'].unique(), list(features), list(measures)], names=['stage', 'feature', 'metric'])
     values = metrics.set_index(['stage', 'feature', 'metric'])['value'].reindex(wanted)
@@ -128,9 +140,10 @@ def ranking(
     metrics:pd.DataFrame, # of `completed`
     measures:Sequence[str]=RANKED,
 ) -> pd.DataFrame: # index method, best first: rank, mean_place, and the mean of each measure
-    "Order methods by the mean of their places over the measures"
+    "Order methods by the mean of their places over the measures; raises `ValueError` where none has a value"
     means = metrics.pivot_table(index='stage', columns='metric', values='value', aggfunc='mean')
-    places = means[list(measures)].rank(ascending=False)
+    places = means.reindex(columns=list(measures)).rank(ascending=False)
+    if places.isna().all(axis=None): raise ValueError(f'nothing is known of {", ".join(measures)}: there is no ranking')
     table = means.assign(mean_place=places.mean(axis=1)).sort_values('mean_place')
     table.insert(0, 'rank', table['mean_place'].rank(method='min').astype(int))
     return table.rename_axis('method').rename_axis(None, axis=1)
@@ -142,14 +155,14 @@ def ranking_table(
     "Return the ranking as a table to read, with intervals"
     order = ranking(metrics, measures)
     by_metric = metrics.groupby(['stage', 'metric'])['value']
-    cells = {}
+    cells:dict[str, dict] = {}
     for (method, measure), values in by_metric:
         if measure not in measures: continue
         scale, digits = (1, 2) if measure in ACTIVATIONS else (100, 1)
         ci = bootstrap_ci(values)
         mean, low, high = (f'{scale*value:.{digits}f}' for value in (ci.mean, ci.low, ci.high))
         cells.setdefault(measure, {})[method] = f'{mean} [{low}, {high}]'
-    table = pd.DataFrame(cells).reindex(order.index)[list(measures)]
+    table = pd.DataFrame(cells).reindex(index=order.index, columns=list(measures)).fillna('-')
     table.insert(0, 'rank', order['rank'])
     return table
 
@@ -159,7 +172,9 @@ def built_in(
 ) -> pd.DataFrame: # columns stage, feature, metric, value
     "Return what was measured of the methods that are built in"
     file = bench_folder(bench.name)/'metrics.parquet'
-    return pd.read_parquet(file) if file.exists() else pd.DataFrame(columns=['stage', 'feature', 'metric', 'value'])
+    if file.exists(): return pd.read_parquet(file)
+    kinds = {'stage': str, 'feature': int, 'metric': str, 'value': float}
+    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
 
 def benchmark(
     bench:Bench,
@@ -168,6 +183,7 @@ def benchmark(
     progress:bool=True,
 ) -> pd.DataFrame: # columns stage, feature, metric, value, of these methods alone
     "Measure methods on a bench; raises `ValueError` for features that are not its own, and for names that are taken"
+    if not methods: raise ValueError('there is no method to measure: give at least one')
     taken = sorted(set(methods) & {*built_in(bench)['stage'], 'control'})
     if taken: raise ValueError(f'the name {taken[0]!r} is taken by a method of {bench.name}: choose another')
     own = set(bench.features)
@@ -176,7 +192,7 @@ def benchmark(
         asked[name] = {feature: text for feature, text in texts.items() if feature in own}
         if not asked[name]: raise ValueError(f'{name} explains none of the {len(own)} features of {bench.name}')
     with Run(Path(folder), bench.resolved(), progress=progress) as run:
-        bench.check(run.features)
+        bench.check(run.features, run.reader.sha256)
         evaluate(run, asked, MEASURES, progress, bench.features)
         values = run.store.metrics(list(asked))
     return values[values['metric'].isin(MEASURES)].reset_index(drop=True)
@@ -218,6 +234,9 @@ def _stored(store, names:Iterable[str]) -> dict[str, dict[int, str]]: # explanat
     rows = store.explanations(list(names))
     return {name: dict(zip(part['feature'].tolist(), part['text'])) for name, part in rows.groupby('stage')}
 
+def _write(rows:pd.DataFrame, file:Path) -> None:
+    with whole(file) as part: rows.to_parquet(part, index=False)
+
 def measure_built_in(
     bench:Bench,
     folder:str|Path, # where texts and values are kept
@@ -227,16 +246,16 @@ def measure_built_in(
     "Measure every method that is built in, and write `explanations.parquet` and `metrics.parquet` of the bench"
     names = ('label', 'peak words', *LOOKUPS, 'autointerp', *SHIPPED)
     with Run(Path(folder), bench.resolved(), progress=progress) as run:
-        bench.check(run.features)
+        bench.check(run.features, run.reader.sha256)
         methods = _stored(run.store, names)
         if set(methods) != set(names):
             for name, texts in explain_built_in(run, bench):
                 run.store.put_explanations([(name, feature, 0, text) for feature, text in texts.items()])
         methods = _stored(run.store, names)
         for name in names: # one by one: a table is there after each
-            evaluate(run, {name: methods[name]}, measures, progress, bench.features)
+            evaluate(run, {name: methods.get(name, {})}, measures, progress, bench.features)
             values = run.store.metrics(list(names))
-            values[values['metric'].isin(MEASURES)].to_parquet(bench_folder(bench.name)/'metrics.parquet', index=False)
+            _write(values[values['metric'].isin(MEASURES)], bench_folder(bench.name)/'metrics.parquet')
         rows = run.store.explanations(list(names))
-    rows[['stage', 'feature', 'text']].to_parquet(bench_folder(bench.name)/'explanations.parquet', index=False)
+    _write(rows[['stage', 'feature', 'text']], bench_folder(bench.name)/'explanations.parquet')
     return built_in(bench)

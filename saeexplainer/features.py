@@ -473,9 +473,13 @@ def replace_column(
     name:str, # of the column
     values:pa.Array, # one for each row
 ) -> None:
-    "Write one column of a feature table anew, or add it; all others stay as they are"
+    "Write one column of a feature table anew, or add it; raises `ValueError` where it does not fit the table"
     file = Path(file)
+    if name not in FEATURES_SCHEMA.names:
+        raise ValueError(f'a feature table has no column {name!r}: it has {", ".join(FEATURES_SCHEMA.names)}')
     table = open_table(file, 'feature table')
+    if len(values) != len(table):
+        raise ValueError(f'{file} has {len(table)} rows, and the column {name} has {len(values)}: one value for each')
     if name in table.column_names: table = table.drop_columns(name)
     table = table.append_column(FEATURES_SCHEMA.field(name), values)
     with whole(file) as part: pq.write_table(table, part, **_AS_STORED)

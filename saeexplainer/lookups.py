@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DICTIONARY', 'token_phrase', 'TokenMeans', 'Neighbour', 'TokenDictionary', 'read_token_dictionary', 'ProbeHit',
-           'probe_vocabulary', 'logit_lens', 'nearest_labels', 'random_labels', 'token_dictionary', 'look_up']
+           'probe_vocabulary', 'logit_lens', 'nearest_labels', 'random_labels', 'check_dictionary', 'token_dictionary',
+           'look_up']
 
 # %% ../nbs/parts/lookups.ipynb #39d11c4d
 import json
@@ -12,11 +13,12 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import torch
 
 # %% ../nbs/parts/lookups.ipynb #838d2611
-from .show import progress_bar
-from .features import cache_folder, features_file
+from .show import first_line, progress_bar
+from .features import MOST_HALF, cache_folder, features_file
 from .files import whole
 from .lm.hooks import final_norm
 from .lm.sampling import seed_for
@@ -107,15 +109,20 @@ class TokenDictionary:
         about:Mapping[str, str], # what must have been written with it
     ) -> 'TokenDictionary':
         "Read a dictionary; raises `ValueError` where it was made for something else"
-        from safetensors import safe_open
-        with safe_open(file, 'pt') as stored:
-            metadata = stored.metadata() or {}
-            vectors = stored.get_tensor('vectors').float()
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(file, 'pt') as stored:
+                metadata = stored.metadata() or {}
+                vectors = stored.get_tensor('vectors').float()
+            tokens = tuple(json.loads(metadata['tokens']))
+        except (SafetensorError, KeyError, ValueError) as error:
+            why = first_line(error)
+            raise ValueError(f'{file} is no token dictionary ({why}): delete it, and it is made anew') from None
         for name, wanted in about.items():
             if metadata.get(name) != wanted:
                 raise ValueError(f'{file} was made for the {name} {metadata.get(name)}, not {wanted}: delete it, and '
                                  'it is made anew')
-        return cls(tuple(json.loads(metadata['tokens'])), torch.nn.functional.normalize(vectors, dim=1))
+        return cls(tokens, torch.nn.functional.normalize(vectors, dim=1))
 
 # %% ../nbs/parts/lookups.ipynb #04798bd5
 def read_token_dictionary(
@@ -125,7 +132,7 @@ def read_token_dictionary(
     least:int=3, # times that a token must be seen
     progress:bool=True,
 ) -> TokenDictionary:
-    "Read running text once and average the residual stream over the places of each token"
+    "Average the residual stream of running text token by token; raises `ValueError` where none comes often enough"
     vocabulary = token_strings(target.tokenizer)
     size = len(vocabulary)
     means = TokenMeans(torch.zeros(size, target.reader.d_model), torch.zeros(size, dtype=torch.long))
@@ -139,6 +146,7 @@ def read_token_dictionary(
             bar.update(len(read))
             if int(means.counts.sum()) >= tokens: break
     ids, centred = means.centred(least)
+    if not len(ids): raise ValueError(f'no token comes {least} times in this corpus: choose a longer one')
     strings = tuple(vocabulary[token] for token in ids.tolist())
     return TokenDictionary(strings, torch.nn.functional.normalize(centred, dim=1))
 
@@ -159,14 +167,16 @@ def probe_vocabulary(
     vocabulary = token_strings(target.tokenizer)
     special = special_ids(target.tokenizer)
     tokens = [token for token in range(len(vocabulary)) if token not in special and vocabulary[token].strip()]
+    if not len(features): return {}
+    target.reader.directions(features) # raises for what is no feature
     wanted = torch.as_tensor(list(features))
-    size = min(target.max_tokens//2, max(1, 2**27//target.reader.n_features))
+    size = max(1, min(target.max_tokens//2, 2**27//target.reader.n_features))
     parts = []
     with progress_bar(len(tokens), 'probing tokens', progress) as bar:
         for start in range(0, len(tokens), size):
             part = tokens[start:start + size]
             residuals = window_residuals(target, [[token] for token in part])
-            parts.append(target.reader.encode(residuals)[:, wanted].half())
+            parts.append(target.reader.encode(residuals)[:, wanted].clamp(max=MOST_HALF).half().cpu())
             bar.update(len(part))
     best = torch.cat(parts).float().topk(min(k, len(tokens)), dim=0)
     return {feature: [ProbeHit(vocabulary[tokens[place]], value) for place, value in zip(places, values) if value > 0]
@@ -181,22 +191,31 @@ def logit_lens(
 ) -> list[list[str]]: # tokens, the most promoted first
     "Return the tokens that each direction promotes most"
     vocabulary = token_strings(target.tokenizer)
-    head = target.model.get_output_embeddings()
-    logits = head(final_norm(target.model)(directions.to(head.weight))).float()
-    logits = logits[:, :len(vocabulary)]
-    logits[:, list(special_ids(target.tokenizer))] = -torch.inf
-    return [[vocabulary[token] for token in row] for row in logits.topk(k).indices.tolist()]
+    model:Any = target.model
+    head = model.get_output_embeddings()
+    norm = final_norm(model)
+    logits = head(norm(directions.to(head.weight))).float()
+    special = special_ids(target.tokenizer)
+    ordinary = [token for token in range(min(len(vocabulary), logits.shape[1])) if token not in special]
+    best = logits[:, ordinary].topk(min(k, len(ordinary)))
+    return [[vocabulary[ordinary[place]] for place in row] for row in best.indices.tolist()]
 
 # %% ../nbs/parts/lookups.ipynb #25320731
 def _units(directions:Sequence[torch.Tensor]) -> torch.Tensor: # (n, d)
     return torch.nn.functional.normalize(torch.stack(list(directions)).float(), dim=1)
+
+def _check_others(labels:Mapping, feature:int) -> None: # raises `ValueError`
+    if len(labels) > (feature in labels): return
+    raise ValueError(f'feature {feature} needs the label of another feature, and there is none')
 
 def nearest_labels(
     directions:Mapping[int, torch.Tensor], # by feature (d,), of those to explain and of the labelled ones
     labels:Mapping[int, str], # by feature, those that may be taken
     features:Sequence[int], # indices of those to explain
 ) -> dict[int, str]: # by feature
-    "Return for each feature the label of the nearest other one by cosine"
+    "Return for each feature the label of the nearest other one by cosine; raises `ValueError` where there is none"
+    for feature in features: _check_others(labels, feature)
+    if not len(features): return {}
     labelled = list(labels)
     wanted, known = (_units([directions[feature] for feature in some]) for some in (features, labelled))
     cosines = wanted @ known.T
@@ -209,9 +228,10 @@ def random_labels(
     features:Sequence[int], # indices of those to explain
     seed:int=0,
 ) -> dict[int, str]: # by feature
-    "Return for each feature the label of another one, drawn at random"
+    "Return for each feature the label of another one, drawn at random; raises `ValueError` where there is none"
     drawn = {}
     for feature in features:
+        _check_others(labels, feature)
         others = [one for one in labels if one != feature]
         drawn[feature] = labels[random.Random(seed_for(seed, 'random label', feature)).choice(others)]
     return drawn
@@ -223,6 +243,16 @@ def _about(target:Target) -> dict[str, str]: # what a token dictionary is made f
     place = f'{target.reader.hook} of layer {target.reader.layer}'
     return dict(model=plain_name(str(target.model.name_or_path)), place=place, width=str(target.reader.d_model))
 
+def check_dictionary(
+    preset, # `Preset`
+) -> Path|None: # its file; None: it is to be made
+    "Return where the token dictionary of a preset is; raises `ValueError` where there is neither file nor corpus"
+    for folder in (features_file(preset).parent, cache_folder(preset.source)):
+        if (folder/DICTIONARY).exists(): return folder/DICTIONARY
+    if preset.corpus: return None
+    raise ValueError(f'the baseline {LOOKUPS[0]!r} needs running text, and the preset {preset.name} names no '
+                     'corpus: set its field corpus')
+
 def token_dictionary(
     preset, # `Preset`
     target:Target, # of the preset
@@ -230,18 +260,16 @@ def token_dictionary(
 ) -> TokenDictionary:
     "Read the token dictionary of a preset, or make it; raises `ValueError` where there is neither file nor corpus"
     about = _about(target)
+    file = check_dictionary(preset)
+    if file: return TokenDictionary.load(file, about)
     kept = cache_folder(preset.source)/DICTIONARY
-    for file in (features_file(preset).with_name(DICTIONARY), kept):
-        if file.exists(): return TokenDictionary.load(file, about)
-    if not preset.corpus:
-        raise ValueError(f'the baseline {LOOKUPS[0]!r} needs running text, and the preset {preset.name} names no '
-                         'corpus: set its field corpus')
     docs = corpus_documents(preset.corpus, preset.corpus_tokens, target.tokenizer)
     dictionary = read_token_dictionary(target, docs, progress=progress)
     kept.parent.mkdir(parents=True, exist_ok=True)
     dictionary.save(kept, about)
     return dictionary
 
+# %% ../nbs/parts/lookups.ipynb #6cc08bef
 def _phrases(features:Sequence[int], tokens:Iterable[Sequence[str]], most:int) -> dict[int, str]:
     return {feature: token_phrase(of_feature, most) for feature, of_feature in zip(features, tokens)}
 
@@ -255,6 +283,8 @@ def look_up( # noqa: PLR0913
 ) -> dict[int, str]: # by feature; '' where the lookup finds nothing
     "Explain features without training; raises `ValueError` for an unknown lookup, and where labels are needed"
     reader = target.reader
+    features = list(features)
+    if name in LOOKUPS and not features: return {}
     if name in ('nearest label', 'random label') and not labels:
         raise ValueError(f'the baseline {name!r} needs labels of other features, and there are none')
     if name == 'nearest token':

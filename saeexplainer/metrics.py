@@ -7,7 +7,7 @@ __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminat
            'output_features', 'MetricValue', 'feature_values', 'evaluate', 'bootstrap_ci', 'coverage', 'names_word']
 
 # %% ../nbs/04_metrics.ipynb #760d832d
-import itertools, json, math, re
+import hashlib, itertools, json, math, re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/04_metrics.ipynb #4e722492
-from .evaluation.beyond import beyond_values, reader_for
+from .evaluation.beyond import TOGETHER, beyond_values, reader_for
 from .evaluation.judge import judge, judge_controls
 from .evaluation.steering import steer, usable_targets
 from .evaluation.tables import BEYOND, COUNTS, FAILURES, METRICS, summary
@@ -26,6 +26,7 @@ from .evaluation.words import coverage, names_word
 from .lm.sampling import seed_for
 from .presets import Preset
 from .replies import Writer
+from .saes import feature_indices
 from .store import RunStore
 from .evaluation.stats import bootstrap_ci
 
@@ -192,10 +193,10 @@ def _settings(preset, parts) -> dict: # field -> value, in the form in which a s
         values |= {name: getattr(preset, name) for name in _MEASURED_BY[part]}
     return json.loads(json.dumps(values))
 
-def _check_settings(store, preset, parts) -> dict: # field -> value, for the store
+def _check_settings(store, preset, parts, among=None) -> dict: # name -> value, for the store; among: settings of a call
     "Raise `ValueError`, with the difference, where values of the store were measured with other settings"
     known = store.meta('measured by') or {}
-    now = _settings(preset, parts)
+    now = _settings(preset, parts) | (among or {})
     changed = [name for name, value in now.items() if known.get(name, value) != value]
     if changed:
         changes = '; '.join(f'{name}: {known[name]!r} -> {now[name]!r}' for name in changed)
@@ -335,17 +336,16 @@ def _without_values(texts, wanted, stored) -> dict: # {feature: text} of feature
     return {feature: text for feature, text in texts.items()
             if not all((feature, name) in known for name in wanted)}
 
-def _measured_beyond(run, explanations, competing, metrics, progress) -> list[MetricValue]: # that the store has not yet
-    wanted = [name for name in BEYOND if name in metrics]
+def _measure_beyond(run, explanations, competing, metrics, progress) -> None: # what the store has not yet; kept at once
     reader = reader_for(run.judge, run.preset.seed)
-    rows = []
-    for stage, texts in explanations.items():
-        left = _without_values(texts, wanted, run.store.metrics([stage]))
+    groups = [names for names in TOGETHER if set(names) & set(metrics)]
+    for stage, names in itertools.product(explanations, groups):
+        left = _without_values(explanations[stage], names, run.store.metrics([stage]))
         if not left: continue
-        found = beyond_values(run, stage, left, competing, wanted, reader, progress)
-        for name in wanted:
-            rows += [MetricValue(stage, feature, name, found[name].get(feature, np.nan)) for feature in left]
-    return rows
+        found = beyond_values(run, stage, left, competing, names, reader, progress)
+        for name in names:
+            values = found[name]
+            run.store.put_metrics([MetricValue(stage, feature, name, values.get(feature, np.nan)) for feature in left])
 
 def _summary_of(store, asked, metrics) -> pd.DataFrame: # of the features asked for: a store may hold more
     stages = list(asked)
@@ -397,7 +397,8 @@ def _by_feature(stage:str, texts:dict) -> dict: # {index: text}
     return found
 
 # %% ../nbs/04_metrics.ipynb #22844745
-_OF_GENERATIVE = {'generative', 'output', 'retrieval', 'retrieval_5'} # they need such texts; so do the judge's controls
+_RETRIEVED = {'retrieval', 'retrieval_5'} # they depend on which features compete
+_OF_GENERATIVE = {'generative', 'output', *_RETRIEVED} # they need such texts; so do the judge's controls
 _OF_CONTRAST = {'input', 'high', 'low', 'gap'}
 
 def _kinds_for(metrics) -> list[str]: # kinds of texts
@@ -419,7 +420,7 @@ def _judge_output(run, explanations, with_output, progress) -> None: # steered t
     judge(store, run.judge, judged, preset, progress)
     judge_controls(store, run.judge, explanations, with_output, preset, progress)
 
-# %% ../nbs/04_metrics.ipynb #ff8d6216
+# %% ../nbs/04_metrics.ipynb #8752e3b9
 def _check_metrics(metrics) -> None: # raises `ValueError`
     known = (*METRICS, *BEYOND)
     unknown = sorted(set(metrics) - set(known))
@@ -436,6 +437,22 @@ def _explained_features(run, explanations) -> list[int]: # in the order of the e
         raise ValueError(f"feature {lost[0]} is explained, but it is not among the run's features")
     return features
 
+def _competing_features(run, explained, competing) -> list[int]: # competing: as `evaluate` takes it
+    "Return those among which retrieval looks; raise `ValueError` where one is not known, or one explained is lacking"
+    if competing is None: return explained
+    competing = list(dict.fromkeys(feature_indices(competing).reshape(-1).tolist()))
+    known = {feature.id.index for feature in run.features}
+    lost = [feature for feature in competing if feature not in known]
+    if lost: raise ValueError(f"feature {lost[0]} competes, but it is not among the run's features")
+    lacking = [feature for feature in explained if feature not in competing]
+    if lacking: raise ValueError(f'feature {lacking[0]} is explained, but it is not among those that compete')
+    return competing
+
+def _named_set(features) -> str: # such as '300 features (a1b2c3d4)'
+    digest = hashlib.sha256(str(sorted(features)).encode()).hexdigest()[:8]
+    return f'{len(features)} features ({digest})'
+
+# %% ../nbs/04_metrics.ipynb #ff8d6216
 def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute: of `METRICS` and `BEYOND`
@@ -453,10 +470,12 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     preset = run.preset
     explanations = {stage: _by_feature(stage, texts) for stage, texts in explanations.items()}
     features = _explained_features(run, explanations)
+    competing = _competing_features(run, features, competing)
     kinds = _kinds_for(metrics)
     parts = [*kinds, 'output'] if 'output' in metrics else kinds
     with_output = output_features(features, preset) if 'output' in metrics else []
-    settings = _check_settings(store, preset, parts)
+    among = {'competing': _named_set(competing)} if _RETRIEVED & set(metrics) else {}
+    settings = _check_settings(store, preset, parts, among)
     _keep_explanations(store, explanations)
     write_evaluation_texts(store, run.writer, explanations, preset, progress, kinds)
     score_texts(store, run.target, preset, explanations, progress)
@@ -464,6 +483,6 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     store.note('measured by', settings)
     values = _measured(run, explanations, with_output, metrics)
     store.put_metrics(values)
-    store.put_metrics(_measured_beyond(run, explanations, competing or features, metrics, progress))
+    _measure_beyond(run, explanations, competing, metrics, progress)
     asked = explanations | {'control': with_output}
     return _summary_of(store, asked, metrics)

@@ -433,7 +433,7 @@ RULES: tuple[Rule, ...] = (
 
 # %% ../nbs/parts/presets.ipynb #c9e4fa28
 # names of stages, which label models must not have
-STAGE_NAMES = re.compile(r'label|control|evaluate|ao|sft|autointerp|untrained|best|(dpo|prefs)\d+')
+STAGE_NAMES = re.compile(rf'label|control|evaluate|ao|sft|{"|".join(BASELINES)}|(dpo|prefs)\d+')
 
 RULES += (
     Rule(lambda p: p.source.count('/') == 1, "source must be 'model/source', not {p.source}"),

@@ -27,7 +27,7 @@ from .files import hold, whole
 from .labels import autointerp
 from .lm.hooks import context_length
 from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
-from .lookups import look_up
+from .lookups import check_dictionary, look_up
 from .metrics import Evaluation, evaluate
 from saeexplainer.prefs import (
     build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_candidates, threshold_of,
@@ -452,6 +452,7 @@ def check_target(
     if preset.n_output and alive <= preset.n_controls:
         few = f'n_controls is {preset.n_controls}, but only {alive} features are alive'
         raise ValueError(f'{few}: each is steered beside so many others')
+    if 'nearest token' in preset.baselines: check_dictionary(preset)
     oracle = preset.ao_adapter or ''
     if oracle.startswith(('.', '/', '~')) and not Path(oracle).expanduser().is_dir():
         raise FileNotFoundError(f'ao_adapter: there is no folder {oracle!r}')

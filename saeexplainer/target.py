@@ -253,6 +253,15 @@ def read_features(reader:FeatureReader, # of an SAE
     parts = [reader.activations(resid, part) for part in wanted.split(most, 1)]
     return torch.cat(parts, -1).transpose(1, 2).cpu().numpy()
 
+def _check_finite(features:Iterable[int], # indices
+                 acts:np.ndarray # (features, t), on tokens that count
+                ):
+    "Raise `ValueError`, naming the first feature that has an activation which is not finite"
+    for feature, values in zip(features, acts):
+        if np.isfinite(values).all(): continue
+        raise ValueError(f"feature {feature} is not finite where the residual stream is: "
+                         "are the SAE's weights damaged?")
+
 def values_for(asked:dict[int, list[int]], # {feature: indices of the texts that ask for it}
                acts:np.ndarray, # (features, t)
                tokens:Tokens # of the text
@@ -260,9 +269,7 @@ def values_for(asked:dict[int, list[int]], # {feature: indices of the texts that
     "Hand the activations on a row to all who ask for them; raise `ValueError` where one is not finite"
     counted = acts[:, :len(tokens.ids)][:, tokens.counts]
     for (feature, indices), values in zip(asked.items(), counted):
-        if not np.isfinite(values).all():
-            raise ValueError(f"feature {feature} is not finite where the residual stream is: "
-                             "are the SAE's weights damaged?")
+        _check_finite([feature], values[None])
         for i in indices: yield i, values
 
 # %% ../nbs/parts/target.ipynb #2ecabb6b
@@ -361,13 +368,16 @@ class TextReader:
         read = [i for i, t in enumerate(tokens) if i not in errors and t.counts.any()]
         wanted = feature_indices(features).tolist()
         out = np.full((len(tokens), len(wanted)), np.nan, np.float32)
+        if not wanted: return out
         with progress_bar(len(read), 'reading texts', progress, unit='text') as bar:
             for rows in self.batcher.batches([tokens[i] for i in read]):
                 batch = [tokens[read[row]] for row in rows]
                 resid = self.batcher.residual_stream(batch)
                 acts = read_features(self.batcher.reader, resid, [wanted]*len(rows)) # (rows, features, t)
                 for row, t, values in zip(rows, batch, acts):
-                    out[read[row]] = values[:, :len(t.ids)][:, t.counts].max(1)
+                    counted = values[:, :len(t.ids)][:, t.counts]
+                    _check_finite(wanted, counted)
+                    out[read[row]] = counted.max(1)
                 bar.update(len(rows))
         return out
 

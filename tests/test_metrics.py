@@ -35,6 +35,16 @@ def test_all_comparisons_are_strict():
     assert discriminative_gap([[1., 2.]], [[2., 1.]]).tolist() == [0.]
 
 
+def test_a_text_at_the_threshold_counts_by_the_published_rules():
+    assert generative_accuracy([[5., 4.9, 5.1, nan]], [10.], inclusive=True).tolist() == [2/3]
+    assert generative_accuracy([[5., 4.9, 5.1, nan]], [10.]).tolist() == [1/3]
+
+
+@pytest.mark.parametrize('feature_max', [0., nan, -1.])
+def test_published_rules_score_no_dead_feature(feature_max):
+    assert np.isnan(generative_accuracy([[0.]], [feature_max], inclusive=True)).all()
+
+
 def test_texts_that_could_not_be_made_are_left_out():
     assert generative_accuracy([[nan, 9., nan]], [10.]).tolist() == [1.]
     assert mean_activation([[nan, 4.], [None, 2.]]).tolist() == [4., 2.]

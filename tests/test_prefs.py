@@ -98,6 +98,53 @@ def test_arrays_are_as_good_as_lists():
     assert select_pair(np.array(['a', 'b']), np.array([4, 1], dtype=np.float32), threshold=1) == Pair('a', 'b', 4., 1.)
 
 
+@pytest.mark.parametrize('scores, expected', [
+    ([10., 8., 7., 2., 1., 0.], ('a', 'd', 10., 2.)), # clearly worse are all; the best of the last three
+    ([10., 8., 7., 2., 1.], ('a', 'd', 10., 2.)), # of five the last two
+    ([10., 9.9, 9.8, 9.7, 9.6, 8.9], ('a', 'f', 10., 8.9)), # none is clearly worse: the worst
+    ([nan, 10., 2., None, 1., nan], ('b', 'e', 10., 1.)), # of three the last
+    ([5., 5., 5., 5., 5., 1.], ('a', 'f', 5., 1.)),
+    ([0., 1., 2., 7., 8., 10.], ('f', 'c', 10., 2.)),
+])
+def test_the_rejected_one_is_of_the_lower_half(scores, expected):
+    texts = 'abcdef'[:len(scores)]
+    assert select_pair(texts, scores, threshold=1., negative='lower half') == Pair(*expected)
+
+
+def test_a_lower_half_of_one_candidate_is_empty():
+    assert select_pair('ab', [nan, 5.], 1., spread=0., negative='lower half') == Dropped('low_spread')
+
+
+def test_copies_of_the_chosen_text_are_not_rejected_in_the_lower_half():
+    assert select_pair('abaa', [10., 9., 1., 0.], 1., negative='lower half') == Dropped('low_spread')
+
+
+@pytest.mark.parametrize('negative', ['hard', 'lower half', 'worst'])
+def test_with_two_candidates_all_rules_are_one(negative):
+    assert select_pair('ab', [1., 9.], 1., negative=negative) == Pair('b', 'a', 9., 1.)
+
+
+def test_the_lower_half_agrees_with_hard_where_all_clearly_worse_are_in_it():
+    rng = random.Random(1)
+    for _ in range(500):
+        scores = [rng.choice([0., 1., 5., 9., 10.]) for _ in range(6)]
+        lower = select_pair('abcdef', scores, 1., negative='lower half')
+        if isinstance(lower, Dropped): continue
+        ranked = sorted(scores, reverse=True)
+        assert lower.rejected_score in ranked[3:]
+        assert lower.chosen_score == ranked[0]
+
+
+@pytest.mark.parametrize('inclusive, found', [(False, Dropped('below_threshold')), (True, Pair('a', 'c', 5., 0.))])
+def test_a_score_at_the_threshold(inclusive, found):
+    "Published code keeps such a feature; the paper's equation does not"
+    assert select_pair('abc', [5., 4.9, 0.], 5., margin=.99, inclusive=inclusive) == found
+
+
+def test_inclusive_or_not_nothing_active_makes_no_pair():
+    assert select_pair('abc', [0., 0., 0.], 0., inclusive=True) == Dropped('low_spread')
+
+
 def test_as_many_scores_as_candidates():
     with pytest.raises(ValueError, match='3 candidates came with 2 scores: one score each'):
         select_pair('abc', [1., 2.], 1.)

@@ -160,6 +160,10 @@ def test_a_preset_does_not_change():
     (dict(dpo_lr=[-1, -1]), 'dpo_lr must hold numbers above 0, not (-1.0, -1.0)'),
     (dict(dpo_beta=[.1, 0]), 'dpo_beta must hold numbers above 0, not (0.1, 0.0)'),
     (dict(baselines=['best', 'best']), "baselines holds one of them twice: ('best', 'best')"),
+    (dict(baselines=['nearest']), "baselines are 'autointerp', 'untrained', 'best', 'nearest token'"),
+    (dict(baselines=['logit lens', 'logit lens']), 'baselines holds one of them twice'),
+    (dict(rules='ours'), "rules must be 'paper' or 'published', not 'ours'"),
+    (dict(negative='upper half'), "negative must be 'hard', 'lower half' or 'worst', not 'upper half'"),
     (dict(baseline_labels=['gpt-5', 'gpt-5']), 'baseline_labels holds one of them twice'),
     (dict(baseline_labels=['label']), 'baseline_labels are names of models'),
     (dict(baseline_labels=['dpo1']), 'baseline_labels are names of models'),
@@ -342,3 +346,8 @@ def test_every_field_stands_in_the_table():
     table = preset_table()
     assert set(table.index) | {'name', 'size'} == set(field_help())
     assert table.loc['n_sft', 'smollm2-135m (full)'] == 2350
+
+
+def test_published_rules_count_what_equals_a_threshold():
+    assert load_preset('smollm2-135m', rules='published').pair_rule.inclusive is True
+    assert load_preset('smollm2-135m').pair_rule.inclusive is False

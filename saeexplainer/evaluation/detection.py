@@ -11,8 +11,9 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 import numpy as np
+from numpy.typing import ArrayLike
 
 # %% ../../nbs/parts/evaluation/detection.ipynb #b5e7acae
 from .texts import GENERATIVE_ONE, Claim
@@ -22,24 +23,30 @@ from ..writers.local import chat_ids
 from ..writers.parsing import answers
 
 # %% ../../nbs/parts/evaluation/detection.ipynb #3d7f582b
+def _check_lengths(scores:np.ndarray, fires:np.ndarray) -> None: # raises `ValueError`
+    if scores.shape != fires.shape: raise ValueError(f'{scores.size} scores of {fires.size} excerpts: one for each')
+
 def auroc(
-    scores:Sequence, # one for each excerpt; the larger, the more likely it fires
-    fires:Sequence, # whether it does
-) -> float: # .5 is chance; NaN where all or none fire
+    scores:ArrayLike, # one for each excerpt; the larger, the more likely it fires
+    fires:ArrayLike, # whether it does
+) -> float: # .5 is chance; NaN where all or none fire, or a score is NaN
     "Return how often an excerpt that fires has the larger score; equal scores count half"
     scores = np.asarray(scores, np.float64)
     fires = np.asarray(fires, bool)
+    _check_lengths(scores, fires)
+    if np.isnan(scores).any(): return np.nan
     firing, silent = scores[fires, None], scores[None, ~fires]
     if not firing.size or not silent.size: return np.nan
     return float((firing > silent).mean() + (firing == silent).mean()/2)
 
 def balanced_accuracy(
-    said:Sequence, # whether the reader says that an excerpt fires
-    fires:Sequence, # whether it does
+    said:ArrayLike, # whether the reader says that an excerpt fires
+    fires:ArrayLike, # whether it does
 ) -> float: # .5 is chance; NaN where all or none fire
     "Return the mean of the shares that are said right of the excerpts that fire and of the others"
     said = np.asarray(said, bool)
     fires = np.asarray(fires, bool)
+    _check_lengths(said, fires)
     if fires.all() or not fires.any(): return np.nan
     return float((said[fires].mean() + (~said[~fires]).mean())/2)
 
@@ -78,8 +85,10 @@ def said_numbers(
     n:int, # excerpts that were shown
 ) -> set[int]|None: # None: it cannot be read
     "Return the numbers of a reply, counted from 1; the empty set where it says 0"
-    numbers = {int(number) for number in re.findall(r'\d+', reply)}
-    if not numbers or max(numbers) > n: return None
+    written = re.findall(r'\d+', reply)
+    if not written or max(map(len, written)) > 9: return None
+    numbers = {int(number) for number in written}
+    if max(numbers) > n: return None
     return numbers - {0}
 
 # %% ../../nbs/parts/evaluation/detection.ipynb #d29f5c1f
@@ -96,7 +105,10 @@ class Sheet:
 
 class Reader(Protocol):
     "Anything that sorts excerpts by explanations"
-    threshold: float # a larger score says that an excerpt fires
+    @property
+    def threshold(self) -> float: # of the scores
+        "A larger score says that an excerpt fires"
+        ...
 
     def scores(
         self,
@@ -106,10 +118,11 @@ class Reader(Protocol):
         "Return the scores of all excerpts"
         ...
 
+# %% ../../nbs/parts/evaluation/detection.ipynb #d568053c
 @dataclass(frozen=True)
 class ListReader:
     "A writer that reads all excerpts of a sheet, and answers with the numbers of those that fire"
-    writer: object # `Writer`
+    writer: Any # `Writer`
     seed: int = 0
     marked: bool = False # the form 'fuzzing'
     threshold: float = .5
@@ -146,17 +159,17 @@ class ListReader:
 REFERENCES = ("the word 'time'", 'lines of Python code') # explanations of no feature in particular
 
 def evidence(
-    own:Sequence, # log-probability of each token behind the explanation
-    others:Sequence, # the same behind each reference, (R, tokens)
+    own:ArrayLike, # log-probability of each token behind the explanation
+    others:ArrayLike, # the same behind each reference, (R, tokens)
 ) -> float: # NaN where a token has none
     "Return the score of an excerpt: log of the sum, over tokens, of how many times likelier the explanation makes them"
-    gains = np.asarray(own, np.float64) - np.mean(others, 0)
-    return float(np.logaddexp.reduce(gains))
+    gains = np.asarray(own, np.float64) - np.mean(np.asarray(others, np.float64), 0)
+    return np.nan if np.isnan(gains).any() else float(np.logaddexp.reduce(gains))
 
 @dataclass(frozen=True)
 class LikelihoodReader:
     "A local model that reads an excerpt behind the explanation, and behind others"
-    writer: object # `LocalWriter`
+    writer: Any # `LocalWriter`
     threshold: float = 0.
     known: dict = field(default_factory=dict) # excerpt -> log-probabilities behind each reference, (R, tokens)
 
@@ -176,7 +189,9 @@ class LikelihoodReader:
     def _read_references(self, texts, progress) -> None: # those that are not known
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         rows = [self._behind([reference]*len(new), new, progress) for reference in REFERENCES]
-        self.known.update(zip(new, map(np.stack, zip(*rows))))
+        for text, behind in zip(new, zip(*rows)):
+            unread = any(np.isnan(values).any() for values in behind) # beyond the model's context
+            self.known[text] = np.full((len(behind), 1), np.nan) if unread else np.stack(behind)
 
     def scores(self, sheets:Sequence[Sheet], progress:bool=False) -> list[np.ndarray]: # above 0: the upper half
         "Return the evidence of each excerpt, less the median of its sheet"

@@ -27,13 +27,19 @@ def place_of_own(
     return 1 + larger + equal/2
 
 # %% ../../nbs/parts/evaluation/retrieval.ipynb #1cb88e38
+def _check_known(features, max_acts:Mapping[int, float]) -> None: # raises `ValueError`
+    for feature in features:
+        if not max_acts.get(feature, 0) > 0:
+            raise ValueError(f'the strongest activation of feature {feature} is not known: it is a number above 0')
+
 def activation_shares(
     target:Target,
     texts:Sequence[str],
     max_acts:Mapping[int, float], # strongest activation that is known of each feature, above 0
     progress:bool=False,
 ) -> np.ndarray: # (n_texts, n_features), in the order of `max_acts`; NaN: a text that cannot be read
-    "Return the strongest activation of every feature on every text, as a share of the strongest that is known"
+    "Return strongest activations as shares of the strongest that is known; raises `ValueError` where one is not known"
+    _check_known(max_acts, max_acts)
     features = list(max_acts)
     strongest = np.array([max_acts[feature] for feature in features], np.float32)
     return target.max_act_table(texts, features, progress)/strongest
@@ -45,6 +51,7 @@ def retrieval_places(
     progress:bool=False,
 ) -> dict[int, float]: # by feature; NaN where it has no text
     "Return the place of each explained feature, among all that compete, on the texts of its explanation"
+    _check_known(texts, max_acts)
     column = {feature: place for place, feature in enumerate(max_acts)}
     distinct = list(dict.fromkeys(text for of_feature in texts.values() for text in of_feature if text))
     row = {text: place for place, text in enumerate(distinct)}
@@ -75,6 +82,7 @@ def self_activation(
     progress:bool=False,
 ) -> dict[int, float]: # share of it, at most 1; NaN for an empty explanation
     "Return how strongly the feature fires on the words of its own explanation, or on one of its quotes"
+    _check_known(explanations, max_acts)
     asked = [(feature, text) for feature, said in explanations.items() if said.strip()
              for text in (said, *(f' {quote}' for quote in quoted(said)))]
     scores = target.scores([text for _, text in asked], [feature for feature, _ in asked], progress)

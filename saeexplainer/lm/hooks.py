@@ -35,10 +35,11 @@ def final_norm(model # a causal LM, with or without PEFT around it
               ) -> torch.nn.Module:
     "Return the norm in front of the LM head; raise `ValueError` where it is not known"
     body = backbone(model)
-    for part in (body, getattr(body, 'language_model', None), getattr(body, 'text_model', None)):
-        if part is None: continue
-        norms = [module for module in part.children() if 'norm' in type(module).__name__.lower()]
-        if norms: return norms[-1]
+    inside = (getattr(body, name, None) for name in ('language_model', 'text_model'))
+    for part in (body, *inside):
+        for name in ('norm', 'ln_f', 'norm_f', 'final_layer_norm', 'final_layernorm'):
+            found = getattr(part, name, None)
+            if isinstance(found, torch.nn.Module): return found
     raise ValueError(f'{type(body).__name__} has no final norm that is known here')
 
 def context_length(model # or its configuration

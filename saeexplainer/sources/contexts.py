@@ -20,9 +20,10 @@ import torch
 # %% ../../nbs/parts/sources/contexts.ipynb #838d2611
 from ..show import progress_bar
 from saeexplainer.features import (
-    LENGTH, TEST_CONTEXTS_TYPE, Context, card_of, features_file, open_table, replace_column,
+    LENGTH, TEST_CONTEXTS_TYPE, Context, card_of, check_features_of, features_file, load_features, replace_column,
 )
 from ..files import making, write_json
+from ..lm.hooks import context_length
 from ..lm.models import cache_dir
 from ..lm.sampling import seed_for
 from .corpus import SOURCES, documents, part_of
@@ -157,6 +158,7 @@ def _window_batches(target:Target, docs:Iterable, tokens:int, batch_tokens:int) 
         if read >= tokens: return
     if batch: yield batch
 
+# %% ../../nbs/parts/sources/contexts.ipynb #d03e843e
 def read_pool(
     target:Target,
     docs:Iterable, # of (source, text)
@@ -166,6 +168,9 @@ def read_pool(
     """Read documents once and keep all activations; raises `ValueError` where none is long enough
 
     Memory: nine bytes for each activation that is not 0, and `batch_bytes` of `reading` where the SAE is."""
+    limit = context_length(target.model)
+    if limit and limit <= WINDOW:
+        raise ValueError(f'the model reads {limit} tokens, test contexts are read {WINDOW} at a time behind BOS')
     n_features = target.reader.n_features
     batch_tokens = min(target.max_tokens, max(1, 2**27//n_features))
     parts, ids, document, source = [], [], [], []
@@ -182,7 +187,9 @@ def read_pool(
                 source += [sources.setdefault(window.source, len(sources))]*n
             n_excerpts += len(excerpt_ids)
             bar.update(sum(len(window.ids) for window in batch))
-    if not parts: raise ValueError(f'no document has {LEAD_IN + LENGTH} tokens: there are no test contexts')
+    if not parts:
+        raise ValueError(f'no document that was not read for the features has {LEAD_IN + LENGTH} tokens: there are no '
+                         'test contexts; choose another corpus')
     return ContextPool(
         tokens=np.concatenate(ids),
         document=np.array(document, np.int32),
@@ -258,6 +265,7 @@ def _hard(drawing:_Drawing, tokens:list[int], silent:np.ndarray, n:int) -> dict[
             else: waiting.pop(token)
     return found
 
+# %% ../../nbs/parts/sources/contexts.ipynb #1d768600
 def _context(pool:ContextPool, excerpt:int, vocabulary, kind:str, values:np.ndarray, peak:int) -> Context:
     return Context(
         source=pool.sources[pool.source[excerpt]],
@@ -337,6 +345,7 @@ def contexts_column(
 
 def _pool_of(preset, corpus:str, read:int, tokens:int, progress:bool) -> tuple[ContextPool, list[str]]: # and vocabulary
     target = Target.load(preset)
+    check_features_of(features_file(preset), target.reader)
     pool = read_pool(target, unread_documents(corpus, read), tokens, progress)
     return pool, token_strings(target.tokenizer)
 
@@ -353,10 +362,9 @@ def add_test_contexts(
     corpus = corpus or card.get('corpus') or preset.corpus
     if not corpus: raise ValueError(f'the preset {preset.name} names no corpus: say which to read')
     read = card.get('documents', 0) if corpus == card.get('corpus') else 0
+    max_acts = {feature.index: feature.max_act for feature in load_features(preset)} # row by row
     with making(file):
         pool, vocabulary = _pool_of(preset, corpus, read, tokens, progress)
-        table = open_table(file, 'feature table')
-        max_acts = dict(zip(table['index'].to_pylist(), table['max_act'].to_pylist()))
         column = contexts_column(pool, max_acts, vocabulary, progress)
         replace_column(file, 'test_contexts', column)
         facts = dict(

@@ -1,0 +1,217 @@
+"Excerpts sorted by what an explanation says: areas, replies that make no sense, and likelihoods of a tiny model"
+import math
+import warnings
+import numpy as np
+import pytest
+from helpers import tiny_model, tiny_tokenizer
+from judged import Scripted, context, feature, judging_contexts
+from saeexplainer.evaluation.beyond import detection_values, reader_for, sheets_of
+from saeexplainer.evaluation.detection import (
+    REFERENCES, LikelihoodReader, ListReader, Sheet, auroc, balanced_accuracy, evidence, excerpt_text, said_numbers,
+)
+from saeexplainer.evaluation.texts import Claim
+from saeexplainer.features import Context
+from saeexplainer.replies import Reply
+from saeexplainer.writers.local import LocalWriter
+
+
+@pytest.fixture(scope='module')
+def writer(): return LocalWriter(tiny_model(n_layers=2), tiny_tokenizer())
+
+
+def sheet_of(text='weather', index=3, contexts=None):
+    return Sheet(Claim(index, text), tuple(judging_contexts('rain') if contexts is None else contexts))
+
+
+# areas
+
+def by_hand(scores, fires): # every pair of a firing and a silent excerpt
+    pairs = [(a, b) for a, yes in zip(scores, fires) if yes for b, no in zip(scores, fires) if not no]
+    return sum((a > b) + .5*(a == b) for a, b in pairs)/len(pairs)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_the_area_is_the_share_of_pairs_in_order(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 5, 12)
+    fires = rng.random(12) < .5
+    assert auroc(scores, fires) == pytest.approx(by_hand(scores, fires))
+
+
+@pytest.mark.parametrize('measure', [auroc, balanced_accuracy])
+@pytest.mark.parametrize('fires', [[], [True, True], [False]])
+def test_one_kind_of_excerpts_gives_no_value(measure, fires):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert math.isnan(measure([1.]*len(fires), fires))
+
+
+def test_saying_that_all_fire_is_chance():
+    assert balanced_accuracy([True]*4, [True, False, False, False]) == .5
+
+
+# replies
+
+@pytest.mark.parametrize('reply, numbers', [
+    ('1, 3', {1, 3}),
+    ('Excerpts 1 and 3.', {1, 3}),
+    ('0', set()),
+    ('0, 2', {2}),
+    ('3\n3\n3', {3}),
+    ('٣', {3}), # a digit of another script
+])
+def test_numbers_of_a_reply(reply, numbers):
+    assert said_numbers(reply, 4) == numbers
+
+
+@pytest.mark.parametrize('reply', ['', 'none', '5', '1, 99', '9'*10_000, '1 ' + '0'*5000, '²'])
+def test_a_reply_that_makes_no_sense_is_no_answer(reply):
+    assert said_numbers(reply, 4) is None
+
+
+@pytest.mark.parametrize('reply', [Reply(), Reply('', 'cut'), Reply('<script>', 'ok'), Reply('9'*5000)])
+def test_a_sheet_without_an_answer_is_unavailable(reply):
+    class Writer:
+        def write(self, requests, **_): return [reply for _ in requests]
+    [scores] = ListReader(Writer()).scores([sheet_of()])
+    assert np.isnan(scores).all()
+
+
+def test_an_answer_is_put_back_into_the_order_of_the_sheet():
+    class Finds:
+        def write(self, requests, **_):
+            lines = [request.prompt.splitlines() for request in requests]
+            return [Reply(next(line.split('.')[0] for line in some if 'saw the rain' in line)) for some in lines]
+    [scores] = ListReader(Finds()).scores([sheet_of()])
+    assert scores.tolist() == [1, 0, 0, 0]
+
+
+def test_excerpts_are_shown_in_an_order_that_depends_on_the_feature():
+    contexts = [context(f'number {number}', 0, kind='fires') for number in range(8)]
+    prompts = {ListReader(None).request(sheet_of(index=index, contexts=contexts)).prompt for index in range(5)}
+    assert len(prompts) == 5
+
+
+def test_an_explanation_with_braces_is_shown_as_it_is():
+    assert '{n} and {excerpts}' in ListReader(None).request(sheet_of('{n} and {excerpts}')).prompt
+
+
+def test_a_failed_request_is_an_error():
+    class Fails:
+        def write(self, requests, **_): return [Reply(outcome='failed', error='no network') for _ in requests]
+    with pytest.raises(ConnectionError, match='1 of the requests had no network'):
+        ListReader(Fails()).scores([sheet_of()])
+
+
+def test_an_excerpt_is_one_line_however_it_is_written():
+    odd = Context('a book', ('a', '\n', '\r\n', '\u2028', ' b'), (0., 1., 0., 0., 0.), 1)
+    assert len(excerpt_text(odd).splitlines()) == 1
+    assert '«⏎»' in excerpt_text(odd, marked=True)
+
+
+# likelihoods
+
+def test_likelihoods_are_those_of_each_token_alone(writer):
+    text = ' The cat sat on the mat.'
+    [together] = writer.token_log_probs([[1, 2, 3]], [text])
+    assert together.sum() == pytest.approx(writer.log_probs([[1, 2, 3]], [text])[0])
+
+
+def test_token_likelihoods_do_not_depend_on_the_batch(writer):
+    texts = ['The cat', '', 'She sells sea shells by the sea shore.', 'A national park']
+    together = writer.token_log_probs([[1, 2]]*4, texts)
+    alone = [writer.token_log_probs([[1, 2]], [text])[0] for text in texts]
+    for one, other in zip(together, alone): assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_an_empty_text_has_no_tokens(writer):
+    assert writer.token_log_probs([[1]], [''])[0].shape == (0,)
+
+
+def test_a_text_beyond_the_context_is_unavailable(writer):
+    [long, short] = writer.token_log_probs([[1], [1]], ['rain '*600, 'rain'])
+    assert np.isnan(long).all()
+    assert np.isfinite(short).all()
+
+
+def test_nothing_to_score(writer):
+    assert writer.token_log_probs([], []) == []
+    assert LikelihoodReader(writer).scores([]) == []
+
+
+def test_evidence_of_an_explanation_that_changes_nothing():
+    assert evidence([-3., -2.], [[-3., -2.]]) == pytest.approx(math.log(2))
+
+
+def test_evidence_without_tokens_is_the_least():
+    assert evidence([], np.zeros((2, 0))) == -math.inf
+
+
+def test_half_of_the_excerpts_of_a_sheet_lie_above_its_median(writer):
+    [scores] = LikelihoodReader(writer).scores([sheet_of()])
+    assert (scores > 0).sum() == 2
+
+
+def test_references_are_read_once(writer):
+    reader = LikelihoodReader(writer)
+    reader.scores([sheet_of()])
+    known = {text: id(values) for text, values in reader.known.items()}
+    [again] = reader.scores([sheet_of('snow')])
+    assert {text: id(values) for text, values in reader.known.items()} == known
+    assert len(again) == 4
+
+
+@pytest.mark.parametrize('more', range(-12, 13, 2))
+def test_a_context_that_is_just_too_long_for_one_of_the_prompts(writer, more):
+    "The references have prompts of different lengths: one may fit where the other does not"
+    reader = LikelihoodReader(writer)
+    prompts = [len(reader.prompt(reference)) for reference in REFERENCES]
+    size = 512 - max(prompts) + more
+    long = Context('a book', (' a',)*size, (0.,)*size, 0, 'random')
+    [scores] = reader.scores([sheet_of(contexts=[*judging_contexts('rain'), long])])
+    fits = np.isfinite(scores).all()
+    assert fits or np.isnan(scores).all()
+
+
+def test_a_very_long_explanation_is_unavailable_and_no_other(writer):
+    sheets = [sheet_of('rain '*700), sheet_of('rain', index=4)]
+    long, short = LikelihoodReader(writer).scores(sheets)
+    assert np.isnan(long).all()
+    assert np.isfinite(short).all()
+
+
+@pytest.mark.parametrize('text', ['<|im_end|>', '</s><s>', '\ud83d'.encode('utf-8', 'replace').decode(), '🌧'*50])
+def test_odd_explanations_are_read(writer, text):
+    [scores] = LikelihoodReader(writer).scores([sheet_of(text)])
+    assert np.isfinite(scores).all()
+
+
+# sheets
+
+@pytest.mark.parametrize('contexts', [
+    (),
+    [context('it rains', 1, 2., 'fires')],
+    [context('nothing', 0, 0., 'random')],
+])
+def test_a_feature_without_both_kinds_gets_no_sheet(contexts):
+    assert sheets_of({3: 'rain'}, {3: feature(3, test_contexts=contexts)}) == []
+
+
+def test_a_reader_of_nonsense_gives_no_values():
+    found = detection_values(ListReader(Scripted('I do not know')), {3: 'rain'}, {3: feature(3)})
+    assert math.isnan(found['detection'][3])
+    assert math.isnan(found['balanced'][3])
+
+
+def test_readers_by_the_kind_of_writer(writer):
+    assert isinstance(reader_for(writer), LikelihoodReader)
+    assert isinstance(reader_for(Scripted('1')), ListReader)
+
+
+@pytest.mark.parametrize('measure', [auroc, balanced_accuracy])
+def test_as_many_scores_as_excerpts(measure):
+    with pytest.raises(ValueError, match='3 scores of 2 excerpts: one for each'): measure([1, 0, 1], [True, False])
+
+
+def test_a_score_that_is_not_a_number_gives_no_area():
+    assert math.isnan(auroc([math.nan, 1.], [True, False]))

@@ -1,0 +1,97 @@
+"A tiny run whose baselines are all lookups, end to end, with the published rules; resumed; and what is refused early"
+import pytest
+from judged import judged_preset
+from saeexplainer.lookups import DICTIONARY
+from saeexplainer.metrics import evaluate
+from saeexplainer.evaluation.tables import BEYOND
+from saeexplainer.presets import LOOKUPS, load_preset
+from saeexplainer.results import Results
+from saeexplainer.run import Run, execute
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('world')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SAEEXPLAINER_DATA', str(folder/'data'))
+        patch.setenv('SAEEXPLAINER_CACHE', str(folder/'cache'))
+        fields = dict(baselines=list(LOOKUPS), rules='published', negative='lower half', n_candidates=4)
+        yield folder, judged_preset(folder, **fields)
+
+
+def go(folder, preset):
+    with Run(folder, preset, progress=False) as run:
+        execute(run, say=lambda line: None)
+        return run.store.explanations(), run.store.metrics()
+
+
+@pytest.fixture(scope='module')
+def finished(world):
+    folder, file = world
+    return folder/'runs'/'whole', *go(folder/'runs'/'whole', load_preset(file))
+
+
+def test_every_lookup_explains_every_test_feature(finished):
+    _, explanations, metrics = finished
+    for name in LOOKUPS:
+        assert len(explanations.query('stage == @name')) == 3
+        assert set(metrics.query("stage == @name and metric == 'generative'")['feature']) == set(
+            metrics.query("stage == 'sft' and metric == 'generative'")['feature'])
+
+
+def test_labels_are_those_of_training_features(world, finished):
+    folder, file = world
+    with Run(finished[0], load_preset(file), progress=False) as run:
+        known = {run.features[index].explanation for index in run.splits['sft']}
+        assert set(run.splits['sft']).isdisjoint(run.splits['test'])
+    texts = finished[1].query("stage in ('nearest label', 'random label')")['text']
+    assert set(texts) <= known
+
+
+def test_the_report_names_every_lookup(finished):
+    folder = finished[0]
+    text = (folder/'report'/'report.md').read_text()
+    for name in LOOKUPS: assert name in text
+    Results(folder/'report') # can be read
+
+
+def test_the_token_dictionary_lies_in_the_cache(world, finished):
+    assert (world[0]/'cache'/'features'/'tiny'/'1-res'/DICTIONARY).exists()
+
+
+def test_a_finished_run_changes_nothing(world, finished):
+    explanations, metrics = go(finished[0], load_preset(world[1]))
+    assert explanations.equals(finished[1])
+    assert metrics.equals(finished[2])
+
+
+def test_measures_beyond_the_papers_on_a_run(world, finished):
+    with Run(finished[0], load_preset(world[1]), progress=False) as run:
+        rows = run.store.explanations('nearest label')
+        texts = {'nearest label': dict(zip(rows['feature'].tolist(), rows['text']))}
+        table = evaluate(run, texts, BEYOND, progress=False)
+    assert set(table.loc['nearest label'].index) == set(BEYOND)
+
+
+@pytest.mark.parametrize('field, value', [('rules', 'paper'), ('negative', 'hard'), ('baselines', ['untrained'])])
+def test_what_was_measured_by_one_rule_is_not_mixed_with_another(world, finished, field, value):
+    with pytest.raises(ValueError, match=field), Run(finished[0], load_preset(world[1], **{field: value})): pass
+
+
+def test_a_run_that_has_no_text_for_its_lookup_does_not_begin(world, monkeypatch):
+    folder, file = world
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(folder/'empty'))
+    preset = load_preset(file, corpus=None)
+    with pytest.raises(ValueError, match="the baseline 'nearest token' needs running text"):
+        go(folder/'runs'/'without', preset)
+    with Run(folder/'runs'/'without', preset, progress=False) as run: assert not len(run.store.explanations())
+
+
+def test_unknown_baselines_are_named(world):
+    with pytest.raises(ValueError, match="baselines are 'autointerp', 'untrained', 'best', 'nearest token', .*guess"):
+        load_preset(world[1], baselines=['guess'])
+
+
+@pytest.mark.parametrize('name', LOOKUPS)
+def test_a_labelling_model_cannot_be_called_like_a_lookup(world, name):
+    with pytest.raises(ValueError, match='baseline_labels'): load_preset(world[1], baseline_labels=[name])
