@@ -157,7 +157,8 @@ def rows(*found): return pd.DataFrame(found, columns=COLUMNS)
 
 
 def test_what_a_method_leaves_out_counts_as_nothing():
-    filled = with_missing(rows(('a', 3, 'coverage', 1.), ('a', 3, 'detection', math.nan)), [3, 5], ['coverage', 'detection'])
+    found = rows(('a', 3, 'coverage', 1.), ('a', 3, 'detection', math.nan))
+    filled = with_missing(found, [3, 5], ['coverage', 'detection'])
     assert dict(zip(zip(filled['feature'], filled['metric']), filled['value'])) == {
         (3, 'coverage'): 1, (3, 'detection'): .5, (5, 'coverage'): 0, (5, 'detection'): .5}
 

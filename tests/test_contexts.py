@@ -44,7 +44,8 @@ def test_excerpts_hold_what_the_target_reads(target, pool):
     ids = target.tokenizer(text, add_special_tokens=False)['input_ids']
     window = some_windows(ids, 0)[0]
     stream = target.text_reader.batcher.residual_stream
-    residuals = stream([dataclasses.replace(whole_tokens(target), ids=[1, *window], counts=np.ones(len(window) + 1, bool))])
+    all_count = np.ones(len(window) + 1, bool)
+    residuals = stream([dataclasses.replace(whole_tokens(target), ids=[1, *window], counts=all_count)])
     acts = target.reader.encode(residuals)[0, 1:]
     assert pool.sources[pool.source[0]] == source
     for number, start in enumerate(excerpt_starts(len(window))):
@@ -351,7 +352,7 @@ def test_no_table_and_no_corpus(preset):
     with pytest.raises(ValueError, match='the preset tiny names no corpus: say which to read'):
         add_test_contexts(load_preset(preset, corpus=None), progress=False)
     features_file(preset).unlink()
-    with pytest.raises(FileNotFoundError, match='there is no .*features.parquet: `saeexplainer features tiny` makes it'):
+    with pytest.raises(FileNotFoundError, match='no .*features.parquet: `saeexplainer features tiny` makes it'):
         add_test_contexts(preset, progress=False)
 
 

@@ -31,12 +31,16 @@ def finished(world):
     return folder/'runs'/'whole', *go(folder/'runs'/'whole', load_preset(file))
 
 
+def measured_features(metrics, stage):
+    rows = metrics[(metrics['stage'] == stage) & (metrics['metric'] == 'generative')]
+    return set(rows['feature'])
+
+
 def test_every_lookup_explains_every_test_feature(finished):
     _, explanations, metrics = finished
     for name in LOOKUPS:
-        assert len(explanations.query('stage == @name')) == 3
-        assert set(metrics.query("stage == @name and metric == 'generative'")['feature']) == set(
-            metrics.query("stage == 'sft' and metric == 'generative'")['feature'])
+        assert (explanations['stage'] == name).sum() == 3
+        assert measured_features(metrics, name) == measured_features(metrics, 'sft')
 
 
 def test_labels_are_those_of_training_features(world, finished):

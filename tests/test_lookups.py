@@ -119,13 +119,15 @@ def test_the_lens_gives_at_most_all_tokens(target):
 # neighbours
 
 def test_the_nearest_label_is_of_another_feature():
-    assert nearest_labels(DIRECTIONS, {0: 'rain', 1: 'snow', 2: 'years'}, [0, 1, 2]) == {0: 'snow', 1: 'rain', 2: 'snow'}
+    labels = {0: 'rain', 1: 'snow', 2: 'years'}
+    assert nearest_labels(DIRECTIONS, labels, [0, 1, 2]) == {0: 'snow', 1: 'rain', 2: 'snow'}
 
 
 @pytest.mark.parametrize('labels', [{}, {0: 'rain'}])
 def test_no_label_of_another_feature(labels):
     for lookup in (lambda: nearest_labels(DIRECTIONS, labels, [0]), lambda: random_labels(labels, [0])):
-        with pytest.raises(ValueError, match='feature 0 needs the label of another feature, and there is none'): lookup()
+        with pytest.raises(ValueError, match='feature 0 needs the label of another feature, and there is none'):
+            lookup()
 
 
 def test_random_labels_depend_on_seed_and_feature_alone():

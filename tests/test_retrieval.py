@@ -68,11 +68,11 @@ def test_no_features_at_all(target):
 
 def test_a_text_of_two_features_is_read_once(target, monkeypatch):
     read = []
-    table = target.text_reader.max_act_table
+    table = target.max_act_table
     def counting(texts, *rest):
         read.extend(texts)
         return table(texts, *rest)
-    monkeypatch.setattr(target.text_reader, 'max_act_table', counting)
+    monkeypatch.setattr(target, 'max_act_table', counting)
     retrieval_places(target, {3: TEXTS, 5: TEXTS}, {3: 1., 5: 1.})
     assert read == TEXTS
 
@@ -125,5 +125,6 @@ def test_a_feature_that_never_fires_does_not_compete(target, strongest):
 
 
 def test_a_feature_without_a_known_activation_is_refused(target):
-    for measure in (lambda: retrieval_places(target, {7: TEXTS}, {3: 1.}), lambda: self_activation(target, {7: 'a'}, {3: 1.})):
-        with pytest.raises(ValueError, match='the strongest activation of feature 7 is not known'): measure()
+    unknown = 'the strongest activation of feature 7 is not known'
+    with pytest.raises(ValueError, match=unknown): retrieval_places(target, {7: TEXTS}, {3: 1.})
+    with pytest.raises(ValueError, match=unknown): self_activation(target, {7: 'a'}, {3: 1.})
