@@ -140,7 +140,7 @@ def test_contexts_stay_in_arrow(tmp_path):
         pa.ListArray.from_arrays(offsets(n*k, length), pa.array(np.tile(np.float16(np.arange(length)), n*k))), pa.array(np.full(n*k, 31, np.int16))],
         fields=list(FEATURES_SCHEMA.field('contexts').type.value_type))
     columns = dict(index=range(n), density=[.1]*n, max_act=[31.]*n, status=['ok']*n, explanation=['x']*n, words=[[]]*n, explanations=[[dict(text='x', model='m', type='')]]*n)
-    table = pa.table([*(pa.array(v, FEATURES_SCHEMA.field(c).type) for c, v in columns.items()), pa.ListArray.from_arrays(offsets(n, k), struct)], schema=FEATURES_SCHEMA)
+    table = pa.table([*(pa.array(v, FEATURES_SCHEMA.field(c).type) for c, v in columns.items()), pa.ListArray.from_arrays(offsets(n, k), struct), pa.nulls(n, FEATURES_SCHEMA.field('test_contexts').type)], schema=FEATURES_SCHEMA)
     pq.write_table(table, file := tmp_path/'features.parquet', row_group_size=4096, compression='none')
     preset = preset_with(file)
     tracemalloc.start()
