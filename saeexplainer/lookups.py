@@ -65,13 +65,14 @@ class TokenMeans:
         means = self.sums[ids]/self.counts[ids, None]
         return ids, means - self.sums.sum(0)/self.counts.sum()
 
-# %% ../nbs/parts/lookups.ipynb #b9c19e11
+# %% ../nbs/parts/lookups.ipynb #5469cba2
 @dataclass(frozen=True)
 class Neighbour:
     "A token near to a direction"
     token: str
     cosine: float
 
+# %% ../nbs/parts/lookups.ipynb #b9c19e11
 @dataclass(frozen=True)
 class TokenDictionary:
     "The mean residual stream of each of n tokens, centred, as unit vectors"

@@ -6,8 +6,8 @@
 __all__ = ['TWINS', 'OTHER', 'FEATURES_AT_ONCE', 'check_texts', 'Tokens', 'special_ids', 'pieces_of_tokens', 'tokenise',
            'check_fits', 'name_words', 'plain_name', 'words_around', 'check_model_name', 'weights_folder',
            'check_weights', 'Reading', 'Unreadable', 'unreadable', 'check_length', 'each_feature', 'distinct_texts',
-           'read_features', 'values_for', 'Batcher', 'TextReader', 'Clamps', 'clamps_for', 'seeds_for', 'check_prompts',
-           'Steerer', 'ClampSearch', 'Target']
+           'read_features', 'values_for', 'Batcher', 'TextReader', 'max_act_table', 'Clamps', 'clamps_for', 'seeds_for',
+           'check_prompts', 'Steerer', 'ClampSearch', 'Target']
 
 # %% ../nbs/parts/target.ipynb #2736788c
 import math, re, sys
@@ -360,27 +360,6 @@ class TextReader:
         for i, values in self.read(self.batcher.tokens(texts), features, progress): out[i] = values.max()
         return out
 
-    def max_act_table(self, texts:Iterable[str], features:Sequence[int], progress:bool=False
-                     ) -> np.ndarray: # (texts, features) fp32; NaN for a text without tokens, or one that is too long
-        "Return the largest activation of every feature on every text; each text is read once"
-        tokens = self.batcher.tokens(check_texts(texts))
-        errors = unreadable(self.batcher.model, tokens)
-        read = [i for i, t in enumerate(tokens) if i not in errors and t.counts.any()]
-        wanted = feature_indices(features).tolist()
-        out = np.full((len(tokens), len(wanted)), np.nan, np.float32)
-        if not wanted: return out
-        with progress_bar(len(read), 'reading texts', progress, unit='text') as bar:
-            for rows in self.batcher.batches([tokens[i] for i in read]):
-                batch = [tokens[read[row]] for row in rows]
-                resid = self.batcher.residual_stream(batch)
-                acts = read_features(self.batcher.reader, resid, [wanted]*len(rows)) # (rows, features, t)
-                for row, t, values in zip(rows, batch, acts):
-                    counted = values[:, :len(t.ids)][:, t.counts]
-                    _check_finite(wanted, counted)
-                    out[read[row]] = counted.max(1)
-                bar.update(len(rows))
-        return out
-
     def scores(self, texts:Iterable[str], features:Features, progress:bool=False) -> list[float|str]: # one per text
         "Return the largest activation on each text, or why it has none: 'empty', 'too long', 'unknown token'"
         texts = check_texts(texts)
@@ -392,6 +371,30 @@ class TextReader:
         for i, score in zip(read, found.tolist()):
             if not math.isnan(score): out[i] = score
         return out
+
+# %% ../nbs/parts/target.ipynb #3d23a7ed
+def max_act_table(batcher:Batcher, # model and SAE, and how texts go through them
+                  texts:Iterable[str],
+                  features:Sequence[int], # indices
+                  progress:bool=False
+                 ) -> np.ndarray: # (texts, features) fp32; NaN for a text without tokens, or one that is too long
+    "Return the largest activation of every feature on every text"
+    tokens = batcher.tokens(check_texts(texts))
+    errors = unreadable(batcher.model, tokens)
+    read = [i for i, t in enumerate(tokens) if i not in errors and t.counts.any()]
+    wanted = feature_indices(features).tolist()
+    table = np.full((len(tokens), len(wanted)), np.nan, np.float32)
+    if not wanted: return table
+    with progress_bar(len(read), 'reading texts', progress, unit='text') as bar:
+        for rows in batcher.batches([tokens[i] for i in read]):
+            batch = [tokens[read[row]] for row in rows]
+            acts = read_features(batcher.reader, batcher.residual_stream(batch), [wanted]*len(rows))
+            for row, t, values in zip(rows, batch, acts): # values: (features, t)
+                counted = values[:, :len(t.ids)][:, t.counts]
+                _check_finite(wanted, counted)
+                table[read[row]] = counted.max(1)
+            bar.update(len(rows))
+    return table
 
 # %% ../nbs/parts/target.ipynb #3dc41db2
 @dataclass(frozen=True)
@@ -568,7 +571,7 @@ class Target:
     def max_act_table(self, texts:Iterable[str], features:Sequence[int], progress:bool=False
                      ) -> np.ndarray: # (texts, features) fp32; NaN for a text without tokens, or one that is too long
         "Return the largest activation of every feature on every text; each text is read once"
-        return self.text_reader.max_act_table(texts, features, progress)
+        return max_act_table(self.text_reader.batcher, texts, features, progress)
 
     def scores(self, texts:Iterable[str], features:Features, progress:bool=False) -> list: # one per text
         "Return the largest activation on each text, or why it has none: 'empty', 'too long', 'unknown token'"

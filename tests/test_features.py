@@ -310,7 +310,8 @@ def large(file):
     same['explanations'] = [dict(text='x', model='m', type='')]
     values = dict(index=range(N)) | {name: [value]*N for name, value in same.items()}
     columns = [pa.array(column, FEATURES_SCHEMA.field(name).type) for name, column in values.items()]
-    table = pa.table([*columns, many_contexts()], schema=FEATURES_SCHEMA)
+    nothing = pa.nulls(N, FEATURES_SCHEMA.field('test_contexts').type)
+    table = pa.table([*columns, many_contexts(), nothing], schema=FEATURES_SCHEMA)
     pq.write_table(table, file, row_group_size=1024, compression='none')
     return preset_with(file)
 

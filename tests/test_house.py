@@ -14,7 +14,10 @@ NOTEBOOKS = sorted(path.relative_to(ROOT/'nbs').as_posix() for path in PAGES)
 MOST_NODES = 12 # a line
 MOST_LINES = 50 # exported in a row without a cell that runs something
 LONG = {'parts/presets.ipynb': 200} # one dataclass: the fields of a run, each with its help
-NO_EXAMPLE = {'parts/run.ipynb': ['sft_stage']} # it trains: the page runs a whole run further down
+NO_EXAMPLE = { # notebook -> what takes too long for its page
+    'parts/run.ipynb': ['sft_stage'], # it trains: the page runs a whole run further down
+    'parts/benchmark.ipynb': ['measure_built_in'], # hours
+}
 
 
 def test_imports_go_down_only():
