@@ -13,7 +13,10 @@ PAGES = [path for path in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' 
 NOTEBOOKS = sorted(path.relative_to(ROOT/'nbs').as_posix() for path in PAGES)
 MOST_NODES = 12 # a line
 MOST_LINES = 50 # exported in a row without a cell that runs something
-LONG = {'parts/presets.ipynb': 200} # one dataclass: the fields of a run, each with its help
+LONG = { # what is one class, in one cell
+    'parts/presets.ipynb': 200, # the fields of a run, each with its help
+    'parts/target.ipynb': 54, # the doors of `Target`
+}
 NO_EXAMPLE = { # notebook -> what takes too long for its page
     'parts/run.ipynb': ['sft_stage'], # it trains: the page runs a whole run further down
     'parts/benchmark.ipynb': ['measure_built_in'], # hours
