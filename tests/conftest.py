@@ -14,6 +14,8 @@ SETTINGS = dict(
     NEURONPEDIA_API='http://127.0.0.1:9', NEURONPEDIA_STORE='http://127.0.0.1:9')
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
+if 'PYTEST_XDIST_WORKER' in os.environ: # workers share the cores: threads of each would wait for those of the others
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 for name in ('OPENAI_API_KEY', 'OPENAI_BASE_URL'):
     os.environ.pop(name, None) # no test asks a server that is not its own
 
