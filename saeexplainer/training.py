@@ -8,7 +8,7 @@ __all__ = ['Checkpoints', 'last_checkpoint', 'TrainingBar', 'Finite', 'training_
            'labels_only', 'quiet', 'writes', 'train_to_the_end', 'finish_training']
 
 # %% ../nbs/parts/training.ipynb #4f1ca9b0
-import hashlib, json, math, shutil
+import hashlib, json, math, os, shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +69,8 @@ class TrainingBar(TrainerCallback):
         self.bar = None # until the training begins
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = progress_bar(state.max_steps, self.description, unit='step', done=state.global_step)
+        shown = os.environ.get('TQDM_DISABLE', '') in ('', '0')
+        self.bar = progress_bar(state.max_steps, self.description, shown, unit='step', done=state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)

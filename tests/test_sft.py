@@ -17,7 +17,7 @@ from saeexplainer.explainer import CARD, Explainer, ExplainerCard
 from saeexplainer.injection import explanation_prompt
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sft import SFTResult, check_disjoint, sft_dataset, sft_trainer, train_sft
-from saeexplainer.training import claim, labels_only, last_checkpoint, one_gpu, quiet
+from saeexplainer.training import TrainingBar, claim, labels_only, last_checkpoint, one_gpu, quiet
 
 LONG = dict(sft_epochs=60., sft_batch=12, lora_r=16, lora_alpha=32, lora_dropout=0.) # it learns its labels by heart
 
@@ -467,3 +467,12 @@ def test_damaged_settings_of_checkpoints(tmp_path):
     (tmp_path/'checkpoint-1').mkdir()
     with pytest.raises(ValueError, match='settings.json is not JSON'): claim(tmp_path, dict(lr=1))
     assert (tmp_path/'checkpoint-1').exists()
+
+
+@pytest.mark.parametrize('setting, shown', [('1', False), ('0', True), ('', True)])
+def test_the_bar_of_a_training_can_be_turned_off(monkeypatch, setting, shown):
+    monkeypatch.setenv('TQDM_DISABLE', setting)
+    bar = TrainingBar('sft')
+    bar.on_train_begin(None, SimpleNamespace(max_steps=3, global_step=0), None)
+    assert bar.bar.disable is not shown
+    bar.bar.close()
