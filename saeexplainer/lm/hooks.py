@@ -9,6 +9,7 @@ __all__ = ['backbone', 'decoder_layers', 'final_norm', 'context_length', 'router
 # %% ../../nbs/parts/lm/hooks.ipynb #1f76354e
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 import torch
 
 # %% ../../nbs/parts/lm/hooks.ipynb #216be6e5
@@ -19,28 +20,30 @@ def backbone(model # a causal LM, with or without PEFT around it
     body = getattr(base, 'model', base) if base.base_model is base else base.base_model
     return getattr(body, 'decoder', body) # OPT's head calls the decoder inside
 
-def decoder_layers(model # a causal LM, with or without PEFT around it
-                  ) -> torch.nn.ModuleList:
-    "Return the decoder layers; raise `ValueError` where they are not known"
+def _part_named(model, names, kind) -> Any: # of the backbone, or of the text model inside; None: there is none
     body = backbone(model)
     inside = (getattr(body, name, None) for name in ('language_model', 'text_model'))
     for part in (body, *inside):
-        for name in ('layers', 'h', 'blocks'):
+        for name in names:
             found = getattr(part, name, None)
-            if isinstance(found, torch.nn.ModuleList): return found
-    raise ValueError(f'{type(body).__name__} has no decoder layers that are known here '
+            if isinstance(found, kind): return found
+    return None
+
+def decoder_layers(model # a causal LM, with or without PEFT around it
+                  ) -> torch.nn.ModuleList:
+    "Return the decoder layers; raise `ValueError` where they are not known"
+    found = _part_named(model, ('layers', 'h', 'blocks'), torch.nn.ModuleList)
+    if found is not None: return found
+    raise ValueError(f'{type(backbone(model)).__name__} has no decoder layers that are known here '
                      '(looked for .layers, .h and .blocks)')
 
 def final_norm(model # a causal LM, with or without PEFT around it
               ) -> torch.nn.Module:
     "Return the norm in front of the LM head; raise `ValueError` where it is not known"
-    body = backbone(model)
-    inside = (getattr(body, name, None) for name in ('language_model', 'text_model'))
-    for part in (body, *inside):
-        for name in ('norm', 'ln_f', 'norm_f', 'final_layer_norm', 'final_layernorm'):
-            found = getattr(part, name, None)
-            if isinstance(found, torch.nn.Module): return found
-    raise ValueError(f'{type(body).__name__} has no final norm that is known here')
+    names = ('norm', 'ln_f', 'norm_f', 'final_layer_norm', 'final_layernorm')
+    found = _part_named(model, names, torch.nn.Module)
+    if found is not None: return found
+    raise ValueError(f'{type(backbone(model)).__name__} has no final norm that is known here')
 
 def context_length(model # or its configuration
                   ) -> int|None: # None: it has no limit
