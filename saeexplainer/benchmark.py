@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/parts/benchmark.ipynb #26428b32
-from .evaluation.stats import bootstrap_ci
-from .evaluation.tables import ACTIVATIONS, BEYOND
+from .evaluation.tables import BEYOND, stage_table, summary
 from .explainer import load_explainer
 from .features import NO_PATTERN, labels_of
 from .files import read_json, whole
@@ -155,15 +154,8 @@ def ranking_table(
 ) -> pd.DataFrame: # index method, best first: texts such as '49.3 [45.9, 52.6]'; shares in per cent
     "Return the ranking as a table to read, with intervals"
     order = ranking(metrics, measures)
-    by_metric = metrics.groupby(['stage', 'metric'])['value']
-    cells:dict[str, dict] = {}
-    for (method, measure), values in by_metric:
-        if measure not in measures: continue
-        scale, digits = (1, 2) if measure in ACTIVATIONS else (100, 1)
-        ci = bootstrap_ci(values)
-        mean, low, high = (f'{scale*value:.{digits}f}' for value in (ci.mean, ci.low, ci.high))
-        cells.setdefault(measure, {})[method] = f'{mean} [{low}, {high}]'
-    table = pd.DataFrame(cells).reindex(index=order.index, columns=list(measures)).fillna('-')
+    cells = stage_table(summary(metrics))
+    table = cells.reindex(index=order.index, columns=list(measures)).fillna('-')
     table.insert(0, 'rank', order['rank'])
     return table
 
