@@ -103,5 +103,5 @@ def test_explorer_in_jupyterlab(page, tmp_path):
     keep_picture(page, tmp_path)
     # what cannot be found is said, and nothing is lost
     search_for(page, 'qqqqqq')
-    page.get_by_role('alert').wait_for()
+    page.get_by_role('alert').filter(has_text='qqqqqq').wait_for() # JupyterLab has alerts of its own
     assert page.locator('.saex h2', has_text=f'9-res-4k/{OTHER}').count() == 1
