@@ -121,7 +121,19 @@ def test_writers_agree_with_themselves():
                         for feature in range(4) for metric in METRICS])
     table = agreement(rows, rows, ['a', 'b'])
     assert list(table.index) == list(METRICS)
-    assert (table[['values', 'within', 'same_order', 'pairs']] == [8, 1., 1, 1]).all(axis=None)
+    assert (table[['values', 'within', 'same_order', 'pairs', 'tau']] == [8, 1., 1, 1, 1.]).all(axis=None)
+
+
+def test_orders_that_are_turned_round_have_tau_of_minus_one():
+    means = dict(a=1., b=2., c=3.)
+    rows = metrics_of(*[(stage, feature, 'gap', mean) for stage, mean in means.items() for feature in (1, 2)])
+    turned = rows.assign(value=-rows.value)
+    assert agreement(rows, turned, list('abc')).loc['gap', 'tau'] == -1
+
+
+def test_one_method_has_no_order():
+    rows = metrics_of(('a', 1, 'gap', 1.), ('a', 2, 'gap', 2.))
+    assert math.isnan(agreement(rows, rows, ['a']).loc['gap', 'tau'])
 
 
 def test_a_constant_has_no_rank_correlation():

@@ -10,6 +10,7 @@ __all__ = ['METRICS', 'BEYOND', 'COUNTS', 'FAILURES', 'ACTIVATIONS', 'SUMMARY', 
 import itertools
 import numpy as np
 import pandas as pd
+from scipy.stats import kendalltau
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #1f932db1
 from .stats import bootstrap_ci, sign_flip
@@ -111,13 +112,17 @@ def p_text(p:float) -> str: # '-' for NaN
     return '< 0.001' if p < .0005 else f'{p:.3f}'
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #3f9666e0
-AGREEMENT = ['metric', 'values', 'within', 'same_order', 'pairs']
+AGREEMENT = ['metric', 'values', 'within', 'same_order', 'pairs', 'tau']
 
 def _rank_correlation(values) -> float: # columns value_1, value_2; NaN where one of them is constant
     first = values['value_1']
     second = values['value_2']
     if min(first.nunique(), second.nunique()) < 2: return np.nan
     return first.rank().corr(second.rank())
+
+def _kendall(means) -> float: # NaN where one of them is constant, or there is but one
+    if len(means) < 2: return np.nan
+    return float(kendalltau(means['value_1'], means['value_2']).statistic)
 
 def _in_same_order(means, one, other) -> bool: # index stage, columns value_1, value_2
     difference = means.loc[one] - means.loc[other]
@@ -130,7 +135,8 @@ def agreement(first, # rows of one writer, with columns stage, feature, metric, 
              ) -> pd.DataFrame: # one row for each metric
     """Return how far two measurements of the same explanations agree.
 
-    Columns: values that both have; mean rank correlation within a stage; pairs of stages in the same order, and in all.
+    Columns: values that both have; mean rank correlation within a stage; pairs of stages in the same order, and in all;
+    Kendall's tau of the stages' means.
     """
     for one in (first, second): _check_once(one)
     both = first.merge(second, on=['stage', 'feature', 'metric'], suffixes=('_1', '_2')).dropna()
@@ -149,7 +155,8 @@ def agreement(first, # rows of one writer, with columns stage, feature, metric, 
             values=len(values),
             within=float(np.mean(within)) if within else np.nan,
             same_order=same,
-            pairs=len(pairs)))
+            pairs=len(pairs),
+            tau=_kendall(means)))
     return pd.DataFrame(rows, columns=AGREEMENT).set_index('metric')
 
 # %% ../../nbs/parts/evaluation/tables.ipynb #e3be994c
