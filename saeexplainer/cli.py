@@ -14,10 +14,10 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all',
            'check_explained', 'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of',
            'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking',
-           'benchmark_command', 'methods_in', 'methods_to_read', 'reading_tables', 'show_readings', 'make_sheet',
-           'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command', 'file_at_fault',
-           'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line',
-           'library_line', 'one_line', 'kept', 'arguments', 'main']
+           'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read', 'reading_tables', 'show_readings',
+           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
+           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
+           'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -1083,6 +1083,8 @@ def evaluate_command( # noqa: PLR0913
 
 # %% ../nbs/parts/cli.ipynb #2e2ceb47
 _BENCH = 'the frozen features, excerpts and settings to measure on'
+_TO_RANK = f'{_TO_MEASURE}; none: show the ranking of the methods that are built in'
+_BUILT_IN = 'measure the methods that are built in, and keep the values with the bench: hours'
 
 def texts_of(
     file:Path, # of explanations
@@ -1108,26 +1110,44 @@ def show_ranking(
         shown.add_row(str(rank), Text(method), *values, style='bold' if method in own else None)
     out.print(shown)
 
+def ranked_with(
+    chosen:'Bench',
+    values:'pd.DataFrame|None' # of methods of one's own; None: there are none
+) -> 'pd.DataFrame': # what methods are compared by, those that are built in among them
+    "Return the values of all methods; raise `ValueError` where there are none"
+    import pandas as pd
+    from saeexplainer.benchmark import built_in, completed
+    known = built_in(chosen)
+    if values is not None: known = pd.concat([known, values])
+    if not len(known): raise ValueError(f'nothing was measured on {chosen.name} yet: --built-in measures its methods')
+    return completed(known, chosen.features)
+
 @app.command('benchmark', cls=_Command, epilog=_examples(
+    'saeexplainer benchmark',
     'saeexplainer benchmark mine.csv',
     'saeexplainer benchmark mine.csv theirs.parquet --json'))
 def benchmark_command(
-    files: Annotated[list[Path], typer.Argument(help=_TO_MEASURE)],
+    files: Annotated[Optional[list[Path]], typer.Argument(help=_TO_RANK)] = None,
     bench: Annotated[str, typer.Option(help=_BENCH)] = 'bench-1',
     name: Annotated[Optional[str], typer.Option(help=_NAME)] = None,
+    built_in: Annotated[bool, typer.Option('--built-in', help=_BUILT_IN)] = False,
     root: Root = Path('runs'),
     as_json: JSON = False,
 ) -> None:
     "Rank explanations from whatever method among those that are built in"
-    import pandas as pd
-    from saeexplainer.benchmark import Bench, benchmark, built_in, completed, ranking, ranking_table
+    from saeexplainer.benchmark import Bench, benchmark, measure_built_in, ranking, ranking_table
     from saeexplainer.features import load_features
+    if files and built_in: raise ValueError('--built-in measures the methods that are built in: give no files with it')
     chosen = Bench.load(bench)
-    features = load_features(chosen.resolved())
-    methods = {stage_of(file): texts_of(file, features) for file in files}
-    if len(methods) < len(files): raise ValueError('two files have the same name: a method is called like its file')
-    values = benchmark(chosen, methods, root/check_name(name or f'{bench}-{next(iter(methods))}'))
-    compared = completed(pd.concat([built_in(chosen), values]), chosen.features)
+    values = None
+    methods: dict[str, dict[int, str]] = {}
+    if built_in: measure_built_in(chosen, root/check_name(name or bench))
+    if files:
+        features = load_features(chosen.resolved())
+        methods = {stage_of(file): texts_of(file, features) for file in files}
+        if len(methods) < len(files): raise ValueError('two files have the same name: a method is called like its file')
+        values = benchmark(chosen, methods, root/check_name(name or f'{bench}-{next(iter(methods))}'))
+    compared = ranked_with(chosen, values)
     if as_json: return print(ranking(compared).reset_index().to_json(orient='records'))
     show_ranking(ranking_table(compared), methods)
     tell(f'{len(chosen.features)} features of {bench}; means with 95% intervals; what is missing counts as nothing.')

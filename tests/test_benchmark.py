@@ -241,6 +241,24 @@ def test_wrong_options_get_one_line(bench, mine, tmp_path, capsys):
     assert "the stage 'control' is taken" in fails(capsys, control, *options)
 
 
+def test_without_files_the_built_in_methods_are_ranked(bench, tmp_path, capsys):
+    file = bench_folder('tiny-bench')/'metrics.parquet'
+    kept = file.read_bytes() if file.exists() else None
+    file.unlink(missing_ok=True)
+    line = fails(capsys, '--bench', 'tiny-bench')
+    assert 'nothing was measured on tiny-bench yet: --built-in measures its methods' in line
+    rows(('label', 2, 'coverage', 1.), ('random label', 2, 'coverage', 0.)).to_parquet(file)
+    order = json.loads(command(capsys, '--bench', 'tiny-bench', '--json'))
+    assert [row['method'] for row in order] == ['label', 'random label']
+    file.unlink()
+    if kept: file.write_bytes(kept)
+
+
+def test_built_in_methods_are_measured_alone(bench, mine, capsys):
+    line = fails(capsys, mine, '--bench', 'tiny-bench', '--built-in')
+    assert '--built-in measures the methods that are built in: give no files with it' in line
+
+
 def test_two_values_of_a_method_get_one_line():
     with pytest.raises(ValueError, match='feature 3 has two values of coverage by a: keep one of each'):
         completed(rows(('a', 3, 'coverage', .5), ('a', 3, 'coverage', .1)), [3], ['coverage'])
