@@ -14,10 +14,10 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all',
            'check_explained', 'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of',
            'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking',
-           'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read', 'reading_tables', 'show_readings',
-           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
-           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
-           'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
+           'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read', 'reading_tables', 'metrics_in',
+           'show_readings', 'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command',
+           'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line',
+           'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -39,6 +39,7 @@ from .show import visible
 
 if TYPE_CHECKING: # commands import what they use, or `--help` would be slow
     import pandas as pd
+    from saeexplainer.benchmark import Bench
     from saeexplainer.features import Feature
     from saeexplainer.presets import Preset
     from saeexplainer.run import Run
@@ -1154,13 +1155,17 @@ def benchmark_command(
 
 # %% ../nbs/parts/cli.ipynb #2897841e
 def methods_in(
-    source:Path, # file of explanations, or folder of results
+    source:Path, # file of explanations, or folder of results or of a bench
     features:Iterable['Feature'] # of the preset
 ) -> dict[str, dict[int, str]]: # method -> feature -> explanation; '': nothing was said
-    """Return the explanations of a file, under its name, or of every method of a folder of results.
+    """Return the explanations of a file, under its name, or of every method of a folder of results or of a bench.
 
-    Raises `ValueError` where the results are of another SAE."""
+    Raises `ValueError` where the results are of another SAE, and where nothing was explained on the bench."""
     if not source.is_dir(): return {stage_of(source): texts_of(source, features)}
+    if (source/'bench.json').exists():
+        from saeexplainer.benchmark import Bench, explained
+        if methods := explained(Bench.load(source.name)): return methods
+        raise ValueError(f'{source} has no explanations yet: `saeexplainer benchmark --built-in` makes them')
     from saeexplainer.results import Results
     results = Results(source)
     known = next((f'{feature.id.model}/{feature.id.source}' for feature in features), None)
@@ -1180,13 +1185,15 @@ def methods_to_read(
     methods: dict[str, dict[int, str]] = {}
     for source in sources:
         for method, texts in methods_in(source, features).items():
-            if method in methods or method == RANDOM_LABEL:
+            of_bench = (source/'bench.json').exists() # which has random labels of its own
+            if method in methods or method == RANDOM_LABEL and not of_bench:
                 raise ValueError(f'{source}: the name {method!r} is taken by another method: rename the file')
             methods[method] = texts
     names = list(names) or list(methods)
     if unknown := [name for name in names if name not in methods]:
         raise ValueError(f"there is no method {unknown[0]!r}: there are {', '.join(methods)}")
     chosen = {name: methods[name] for name in names}
+    if RANDOM_LABEL in chosen: return chosen
     labels = {feature.index: feature.explanation for feature in features if feature.explanation}
     asked = sorted(set.intersection(*map(set, chosen.values())))
     return chosen | {RANDOM_LABEL: random_labels(asked, labels, seed)}
@@ -1204,6 +1211,16 @@ def reading_tables(
     if metrics is not None: tables['metrics'] = metric_correlations(readings, metrics).reset_index()
     return tables
 
+def metrics_in(
+    folder:Path # of results, or of a bench
+) -> 'pd.DataFrame': # stage, feature, metric, value
+    "Return what was measured"
+    if (folder/'bench.json').exists():
+        from saeexplainer.benchmark import Bench, built_in
+        return built_in(Bench.load(folder.name))
+    from saeexplainer.results import Results
+    return Results(folder)['metrics']
+
 def show_readings(
     tables:dict[str, 'pd.DataFrame'] # of `reading_tables`
 ) -> None:
@@ -1218,9 +1235,9 @@ def show_readings(
 
 # %% ../nbs/parts/cli.ipynb #2fed4747
 _SHEET = 'folder of the sheet; key and readings lie beside it, as FOLDER.key.json and FOLDER.readings.parquet'
-_EXPLAINED = 'make a sheet of these: files of explanations, or folders of results; none: show what was read'
+_EXPLAINED = 'make a sheet of these: files of explanations, folders of results or of a bench; none: show what was read'
 _RATED = 'ratings.csv, filled in: store it'
-_MEASURED = 'folder of results whose metrics are compared with the reading'
+_MEASURED = 'folder of results, or of a bench, whose metrics are compared with the reading'
 
 def make_sheet(
     folder:Path,
@@ -1241,6 +1258,7 @@ def make_sheet(
 
 @app.command('read-blind', cls=_Command, epilog=_examples(
     'saeexplainer read-blind blind/one data/smollm2-135m/results --methods label,sft,dpo2 --features 60',
+    'saeexplainer read-blind blind/bench data/smollm2-135m/bench-1',
     'saeexplainer read-blind blind/one --ratings blind/one/ratings.csv --reader Ada',
     'saeexplainer read-blind blind/one --measured data/smollm2-135m/results'))
 def read_blind_command( # noqa: PLR0913
@@ -1257,7 +1275,6 @@ def read_blind_command( # noqa: PLR0913
 ) -> None:
     "Make a sheet to rate explanations blindly, take its ratings back, and show what they say"
     from saeexplainer.blind import load_readings, store_reading
-    from saeexplainer.results import Results
     if sources and ratings: raise ValueError('a sheet is made of explanations, or its --ratings are stored: not both')
     if ratings and not reader.strip(): raise ValueError('--ratings needs the name of who rated: --reader NAME')
     if sources:
@@ -1265,7 +1282,7 @@ def read_blind_command( # noqa: PLR0913
         return make_sheet(folder, sources, names, resolve(preset or 'smollm2-135m'), n, seed)
     readings = store_reading(folder, ratings, reader) if ratings else load_readings(folder)
     if not len(readings): raise ValueError(f'nobody has read {folder} yet: store ratings with --ratings and --reader')
-    tables = reading_tables(readings, Results(measured)['metrics'] if measured else None)
+    tables = reading_tables(readings, metrics_in(measured) if measured else None)
     if not as_json: return show_readings(tables)
     print(json.dumps({title: json.loads(table.to_json(orient='records')) for title, table in tables.items()}, indent=1))
 

@@ -259,6 +259,23 @@ def test_built_in_methods_are_measured_alone(bench, mine, capsys):
     assert '--built-in measures the methods that are built in: give no files with it' in line
 
 
+def test_explanations_of_a_bench_can_be_read_blindly(bench, tmp_path, capsys):
+    folder = bench_folder('tiny-bench')
+    file = folder/'explanations.parquet'
+    file.unlink(missing_ok=True)
+    sheet = tmp_path/'sheet'
+    options = ['read-blind', sheet, folder, '--preset', bench.preset, '--features', '2']
+    with pytest.raises(SystemExit): main([*map(str, options)])
+    assert '`saeexplainer benchmark --built-in` makes them' in capsys.readouterr().err
+    said = {'mine': MINE, 'random label': {index: f'rain {index}' for index in WANTED}}
+    explained = [(method, index, text) for method, texts in said.items() for index, text in texts.items()]
+    pd.DataFrame(explained, columns=['stage', 'feature', 'text']).to_parquet(file)
+    main([*map(str, options)])
+    assert 'by 2 methods' in capsys.readouterr().out
+    assert 'rain' in (sheet/'sheet.md').read_text()
+    file.unlink()
+
+
 def test_two_values_of_a_method_get_one_line():
     with pytest.raises(ValueError, match='feature 3 has two values of coverage by a: keep one of each'):
         completed(rows(('a', 3, 'coverage', .5), ('a', 3, 'coverage', .1)), [3], ['coverage'])
