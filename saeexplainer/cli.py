@@ -14,7 +14,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions', 'explain_all',
            'check_explained', 'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of',
            'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking',
-           'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read', 'reading_tables', 'metrics_in',
+           'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables',
            'show_readings', 'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command',
            'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line',
            'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
@@ -1123,6 +1123,7 @@ def ranked_with(
     if not len(known): raise ValueError(f'nothing was measured on {chosen.name} yet: --built-in measures its methods')
     return completed(known, chosen.features)
 
+# %% ../nbs/parts/cli.ipynb #ad79794a
 @app.command('benchmark', cls=_Command, epilog=_examples(
     'saeexplainer benchmark',
     'saeexplainer benchmark mine.csv',
@@ -1198,6 +1199,17 @@ def methods_to_read(
     asked = sorted(set.intersection(*map(set, chosen.values())))
     return chosen | {RANDOM_LABEL: random_labels(asked, labels, seed)}
 
+# %% ../nbs/parts/cli.ipynb #5b84b2f3
+def metrics_in(
+    folder:Path # of results, or of a bench
+) -> 'pd.DataFrame': # stage, feature, metric, value
+    "Return what was measured"
+    if (folder/'bench.json').exists():
+        from saeexplainer.benchmark import Bench, built_in
+        return built_in(Bench.load(folder.name))
+    from saeexplainer.results import Results
+    return Results(folder)['metrics']
+
 # %% ../nbs/parts/cli.ipynb #cc2c6255
 def reading_tables(
     readings:'pd.DataFrame', # of a sheet
@@ -1210,16 +1222,6 @@ def reading_tables(
     if pairs := reading_agreement(readings): tables['readers'] = pd.DataFrame(pairs)
     if metrics is not None: tables['metrics'] = metric_correlations(readings, metrics).reset_index()
     return tables
-
-def metrics_in(
-    folder:Path # of results, or of a bench
-) -> 'pd.DataFrame': # stage, feature, metric, value
-    "Return what was measured"
-    if (folder/'bench.json').exists():
-        from saeexplainer.benchmark import Bench, built_in
-        return built_in(Bench.load(folder.name))
-    from saeexplainer.results import Results
-    return Results(folder)['metrics']
 
 def show_readings(
     tables:dict[str, 'pd.DataFrame'] # of `reading_tables`
