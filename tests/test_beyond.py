@@ -198,6 +198,14 @@ def test_places_among_different_features_are_not_mixed(run):
     evaluate(run, {'mine': TEXTS}, ['retrieval'], progress=False, competing=[8, 5, 3]) # the same in another order
 
 
+def test_another_reader_can_be_given(run):
+    reader = ListReader(Scripted('1'))
+    evaluate(run, {'mine': {3: 'rain'}}, ['detection', 'balanced', 'simulation'], progress=False, reader=reader)
+    assert len(reader.writer.asked) == 1
+    assert math.isnan(value(run, 'simulation', 3)) # it answers with lists
+    assert 0 <= value(run, 'balanced', 3) <= 1
+
+
 def test_an_unknown_measure(run):
     with pytest.raises(ValueError, match="unknown metric 'recall': choose from generative, .*self_activation"):
         evaluate(run, {'mine': TEXTS}, ['recall'], progress=False)

@@ -2,6 +2,7 @@
 import math
 import warnings
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import tiny_model, tiny_tokenizer
@@ -9,7 +10,7 @@ from judged import Scripted, context, feature, judging_contexts
 from saeexplainer.evaluation.beyond import detection_values, reader_for, sheets_of
 from saeexplainer.evaluation.detection import (
     REFERENCES, LikelihoodReader, ListReader, Sheet, auroc, balanced_accuracy, evidence, excerpt_text, said_numbers,
-    simulation, token_activations,
+    load_references, save_references, simulation, token_activations,
 )
 from saeexplainer.evaluation.texts import Claim
 from saeexplainer.features import Context
@@ -236,6 +237,80 @@ def test_a_very_long_explanation_is_unavailable_and_no_other(writer):
 def test_odd_explanations_are_read(writer, text):
     [scores] = scores_of(writer, sheet_of(text))
     assert np.isfinite(scores).all()
+
+
+# references in a file
+
+@pytest.fixture
+def kept(narrow, tmp_path): # a file of references, and the reader that has read them
+    reader = LikelihoodReader(narrow)
+    reader.read(mixed_sheets())
+    save_references(reader.known, tmp_path/'references.parquet', reader.about)
+    return tmp_path/'references.parquet', reader
+
+
+def test_known_references_give_the_same_digits(narrow, kept, monkeypatch):
+    file, reader = kept
+    again = LikelihoodReader(narrow, known=load_references(file, reader.about))
+    expected = [reading.scores.tolist() for reading in reader.read(mixed_sheets())]
+    asked = []
+    read = narrow.token_log_probs
+    monkeypatch.setattr(narrow, 'token_log_probs', lambda *args: asked.append(1) or read(*args))
+    assert [reading.scores.tolist() for reading in again.read(mixed_sheets())] == expected
+    assert len(asked) == len(mixed_sheets()) # no reference was read
+
+
+def test_an_excerpt_beyond_the_context_is_kept_as_such(narrow, tmp_path):
+    long = Context('a book', (' a',)*520, (0.,)*520, 0, 'random')
+    reader = LikelihoodReader(narrow)
+    sheet = sheet_of(contexts=[*judging_contexts('rain'), long])
+    reader.read([sheet])
+    save_references(reader.known, tmp_path/'references.parquet', reader.about)
+    [found] = load_references(tmp_path/'references.parquet', reader.about).values()
+    assert [np.isnan(values).any() for values in found] == [False]*4 + [True]
+
+
+def test_nothing_known_can_be_kept(tmp_path):
+    save_references({}, tmp_path/'references.parquet', {})
+    assert load_references(tmp_path/'references.parquet', {}) == {}
+
+
+@pytest.mark.parametrize('about', ['model', 'dtype', 'prompts'])
+def test_references_of_another_reader_are_refused(kept, about):
+    file, reader = kept
+    line = f'references.parquet was read with {about} .*, not other: delete it, and the references are read anew'
+    with pytest.raises(ValueError, match=line): load_references(file, reader.about | {about: 'other'})
+
+
+def test_readers_differ_in_what_they_say_of_themselves(writer, narrow):
+    wide = LikelihoodReader(writer).about
+    assert wide['dtype'] == 'torch.float32'
+    assert LikelihoodReader(narrow).about == wide | {'dtype': 'torch.bfloat16'} # a model that no folder holds
+
+
+def test_a_saved_model_is_known_by_its_weights(tmp_path):
+    hashes = set()
+    for seed in range(2):
+        model = tiny_model(n_layers=1)
+        torch.nn.init.constant_(model.lm_head.weight, seed)
+        model.save_pretrained(tmp_path/str(seed))
+        model.name_or_path = str(tmp_path/str(seed))
+        hashes.add(LikelihoodReader(LocalWriter(model, tiny_tokenizer())).about['model'])
+    assert len(hashes) == 2
+    assert {len(found) for found in hashes} == {64}
+
+
+@pytest.mark.parametrize('content', [b'', b'not parquet', b'PAR1'*20])
+def test_a_broken_file_of_references_gets_one_line(tmp_path, content):
+    (tmp_path/'references.parquet').write_bytes(content)
+    with pytest.raises(ValueError, match='references.parquet holds no references') as error:
+        load_references(tmp_path/'references.parquet', {})
+    assert '\n' not in str(error.value)
+
+
+def test_another_table_holds_no_references(tmp_path):
+    pd.DataFrame({'feature': [3]}).to_parquet(tmp_path/'references.parquet')
+    with pytest.raises(ValueError, match='holds no references'): load_references(tmp_path/'references.parquet', {})
 
 
 # simulation

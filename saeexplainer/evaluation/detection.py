@@ -4,24 +4,30 @@
 
 # %% auto #0
 __all__ = ['DETECTION', 'FUZZING', 'REFERENCES', 'auroc', 'balanced_accuracy', 'excerpt_text', 'said_numbers', 'Sheet', 'Reading',
-           'Reader', 'ListReader', 'evidence', 'token_activations', 'simulation', 'LikelihoodReader']
+           'Reader', 'ListReader', 'evidence', 'token_activations', 'simulation', 'LikelihoodReader', 'save_references',
+           'load_references']
 
 # %% ../../nbs/parts/evaluation/detection.ipynb #b8e411c0
 import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import ArrayLike
 
 # %% ../../nbs/parts/evaluation/detection.ipynb #b5e7acae
 from .texts import GENERATIVE_ONE, Claim, whole_characters
+from ..files import whole
+from ..lm.models import weights_sha256
 from ..lm.sampling import seed_for
 from ..replies import Request
-from ..show import progress_bar
+from ..show import first_line, progress_bar
 from ..writers.local import chat_ids
 from ..writers.parsing import answers
 
@@ -218,6 +224,16 @@ class LikelihoodReader:
     threshold: float = 0.
     known: dict = field(default_factory=dict) # key of a sheet -> what `references` returns for it
 
+    @property
+    def about(self) -> dict[str, str]: # model, dtype and prompts
+        "What the log-probabilities behind the references depend on"
+        folder = str(self.writer.model.name_or_path)
+        prompts = [self.prompt(reference) for reference in REFERENCES]
+        return dict(
+            model=weights_sha256(folder) if folder and Path(folder).is_dir() else folder,
+            dtype=str(self.writer.model.dtype),
+            prompts=hashlib.sha256(json.dumps(prompts).encode()).hexdigest())
+
     def prompt(
         self,
         explanation:str,
@@ -255,3 +271,36 @@ class LikelihoodReader:
                 readings.append(Reading(scores - np.median(scores), simulation(gains, activations)))
                 bar.update(1)
         return readings
+
+# %% ../../nbs/parts/evaluation/detection.ipynb #9c122eb1
+_BY_SHEET = pa.schema({'sheet': pa.string(), 'means': pa.list_(pa.list_(pa.float32()))})
+
+def save_references(
+    known:Mapping[str, Sequence[np.ndarray]], # of a `LikelihoodReader`
+    file:str|Path, # .parquet
+    about:Mapping[str, str], # of the reader
+) -> None:
+    "Write what a reader has read behind its references"
+    rows = {'sheet': list(known), 'means': [list(means) for means in known.values()]}
+    table = pa.table(rows, _BY_SHEET.with_metadata(dict(about)))
+    with whole(Path(file)) as part: pq.write_table(table, part, compression='zstd', use_dictionary=['sheet'])
+
+def load_references(
+    file:str|Path, # .parquet
+    about:Mapping[str, str], # of the reader that will use them
+) -> dict[str, list[np.ndarray]]: # key of a sheet -> for each excerpt (tokens,) float32
+    "Read what `save_references` wrote; raises `ValueError` where another reader has read it"
+    try:
+        table = pq.read_table(file)
+        keys = table['sheet'].to_pylist()
+        means = table['means'].to_pylist()
+    except (pa.ArrowException, KeyError) as error:
+        why = first_line(error)
+        raise ValueError(f'{file} holds no references ({why}): delete it, and they are read anew') from None
+    stored = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+    for name, wanted in about.items():
+        found = stored.get(name, 'unknown')
+        if found == wanted: continue
+        raise ValueError(f'{file} was read with {name} {found[:16]}, not {wanted[:16]}: delete it, and the references '
+                         'are read anew')
+    return {key: [np.array(values, np.float32) for values in of_sheet] for key, of_sheet in zip(keys, means)}
