@@ -336,8 +336,7 @@ def _without_values(texts, wanted, stored) -> dict: # {feature: text} of feature
     return {feature: text for feature, text in texts.items()
             if not all((feature, name) in known for name in wanted)}
 
-def _measure_beyond(run, explanations, competing, metrics, progress) -> None: # what the store has not yet; kept at once
-    reader = reader_for(run.judge, run.preset.seed)
+def _measure_beyond(run, explanations, competing, metrics, reader, progress) -> None: # what the store has not yet
     groups = [names for names in TOGETHER if set(names) & set(metrics)]
     for stage, names in itertools.product(explanations, groups):
         left = _without_values(explanations[stage], names, run.store.metrics([stage]))
@@ -457,7 +456,8 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              explanations:dict, # {stage: {feature: text}}; a stage 'label' gives the judge's controls
              metrics=METRICS, # which to compute: of `METRICS` and `BEYOND`
              progress:bool=True,
-             competing=None # features among which retrieval looks for the right one; None: all that are explained
+             competing=None, # features among which retrieval looks for the right one; None: all that are explained
+             reader=None # that sorts excerpts; None: the judge does, see `reader_for`
             ) -> pd.DataFrame: # `summary`: n, mean, interval and failures for each (stage, metric)
     """Measure explanations, from whatever method; what is stored is not made again.
 
@@ -483,6 +483,7 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     store.note('measured by', settings)
     values = _measured(run, explanations, with_output, metrics)
     store.put_metrics(values)
-    _measure_beyond(run, explanations, competing, metrics, progress)
+    reader = reader or reader_for(run.judge, preset.seed)
+    _measure_beyond(run, explanations, competing, metrics, reader, progress)
     asked = explanations | {'control': with_output}
     return _summary_of(store, asked, metrics)

@@ -233,6 +233,7 @@ MEANINGS = { # of the columns of a summary
     'coverage': 'share of the strongest contexts of a feature whose word at the peak is named',
     'detection': 'area under the ROC curve with which a reader sorts excerpts that fire from others; chance is 50%',
     'balanced': 'balanced accuracy of that reader; chance is 50%',
+    'simulation': 'correlation of how much likelier the explanation makes a token with its activation; chance is 0',
     'retrieval': 'share of features that their texts set off more than any other of those explained',
     'retrieval_5': 'share of features among the five that their texts set off most',
     'self_activation': "activation on the explanation's own words, as a share of the strongest known one",

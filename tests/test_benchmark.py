@@ -5,16 +5,19 @@ import os
 from dataclasses import replace
 import pandas as pd
 import pytest
-from judged import WORDS, feature, judged_preset
+from judged import WORDS, Scripted, feature, judged_preset
 import saeexplainer.benchmark as B
 from saeexplainer.benchmark import (
-    MEASURES, Bench, bench_folder, benchmark, built_in, completed, contexts_sha256, measure_built_in, ranking,
-    ranking_table, with_missing,
+    MEASURES, REFERENCES_FILE, Bench, bench_folder, bench_reader, benchmark, built_in, completed, contexts_sha256,
+    keep_references, measure_built_in, ranking, ranking_table, with_missing,
 )
 from saeexplainer.cli import main
+from saeexplainer.evaluation.detection import ListReader, save_references
 from saeexplainer.features import load_features
 from saeexplainer.presets import LOOKUPS, load_preset
+from saeexplainer.run import Run
 from saeexplainer.saes import FeatureReader
+from saeexplainer.writers.local import Likelihoods
 
 COLUMNS = ['stage', 'feature', 'metric', 'value']
 WANTED = (2, 3, 5, 7)
@@ -73,6 +76,46 @@ def test_the_same_again_gives_the_same_digits(bench, values, tmp_path):
     pd.testing.assert_frame_equal(again, values, check_exact=True)
     stored = benchmark(bench, {'mine': MINE}, tmp_path/'again', progress=False)
     pd.testing.assert_frame_equal(stored, values, check_exact=True)
+
+
+@pytest.fixture
+def kept(bench, tmp_path): # the file of what the reader has read behind its references
+    with Run(tmp_path/'keeps', bench.resolved(), progress=False) as run: file = keep_references(run, bench)
+    yield file
+    file.unlink()
+
+
+def test_references_lie_with_the_bench(bench, kept, tmp_path):
+    assert kept == bench_folder(bench.name)/REFERENCES_FILE
+    with Run(tmp_path/'run', bench.resolved(), progress=False) as run: reader = bench_reader(run, bench)
+    assert len(reader.known) == len(WANTED)
+
+
+def test_known_references_change_no_digit(bench, kept, values, tmp_path):
+    again = benchmark(bench, {'mine': MINE}, tmp_path/'run', progress=False)
+    pd.testing.assert_frame_equal(again, values, check_exact=True)
+
+
+def test_keeping_references_again_reads_nothing(bench, kept, tmp_path, monkeypatch):
+    before = pd.read_parquet(kept)
+    monkeypatch.setattr(Likelihoods, 'token_log_probs', None)
+    with Run(tmp_path/'run', bench.resolved(), progress=False) as run: keep_references(run, bench)
+    pd.testing.assert_frame_equal(pd.read_parquet(kept), before)
+
+
+def test_references_of_another_reader_are_refused(bench, tmp_path):
+    file = bench_folder(bench.name)/REFERENCES_FILE
+    save_references({}, file, {'model': 'other'})
+    with pytest.raises(ValueError, match='references.parquet was read with model other, not'):
+        benchmark(bench, {'mine': MINE}, tmp_path/'run', progress=False)
+    file.unlink()
+
+
+def test_a_reader_that_is_asked_keeps_nothing(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, 'writer', lambda self, which: Scripted('1'))
+    with Run(tmp_path/'run', bench.resolved(), progress=False) as run:
+        assert isinstance(bench_reader(run, bench), ListReader)
+        with pytest.raises(ValueError, match='the reader of tiny-bench is not a local one'): keep_references(run, bench)
 
 
 def test_features_of_others_are_left_out(bench, tmp_path):

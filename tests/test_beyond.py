@@ -72,7 +72,9 @@ def test_groups_hold_every_measure_once():
 def test_a_local_writer_measures_all(run):
     table = evaluate(run, {'mine': TEXTS}, BEYOND, progress=False)
     assert list(table.loc['mine'].index) == list(BEYOND)
-    assert (table['mean'].dropna().between(0, 1)).all()
+    means = table['mean'].dropna()
+    assert means.drop(('mine', 'simulation')).between(0, 1).all()
+    assert -1 <= means['mine', 'simulation'] <= 1
     assert value(run, 'coverage', 3) == 1
     assert 0 <= value(run, 'detection', 3) <= 1
 
@@ -116,11 +118,11 @@ def test_another_method_costs_its_own_questions_alone(asked):
 
 def test_what_an_interruption_leaves_is_kept(asked, monkeypatch):
     run, writer = asked
-    read = ListReader.scores
+    read = ListReader.read
     def breaks(self, sheets, progress=False):
         if sheets[0].claim.text == 'wet weather': raise KeyboardInterrupt
         return read(self, sheets, progress)
-    monkeypatch.setattr(ListReader, 'scores', breaks)
+    monkeypatch.setattr(ListReader, 'read', breaks)
     stages = {'mine': TEXTS, 'yours': {3: 'wet weather'}}
     with pytest.raises(KeyboardInterrupt): evaluate(run, stages, ['coverage', 'detection'], progress=False)
     assert len(writer.asked) == 2
@@ -140,7 +142,7 @@ def test_a_writer_of_nonsense_is_recorded_as_unavailable(run, nonsense):
 
 
 @pytest.mark.parametrize('index, metrics', [
-    (9, ['detection', 'balanced']), # no test contexts
+    (9, ['detection', 'balanced', 'simulation']), # no test contexts
     (10, ['coverage']), # no contexts
     (11, ['retrieval', 'retrieval_5', 'self_activation']), # never fires
     (12, ['retrieval', 'self_activation']), # its strongest activation is not known
@@ -194,6 +196,14 @@ def test_places_among_different_features_are_not_mixed(run):
         evaluate(run, {'mine': TEXTS | {9: 'land'}}, ['retrieval'], progress=False)
     evaluate(run, {'mine': TEXTS | {9: 'land'}}, ['coverage'], progress=False) # depends on no others
     evaluate(run, {'mine': TEXTS}, ['retrieval'], progress=False, competing=[8, 5, 3]) # the same in another order
+
+
+def test_another_reader_can_be_given(run):
+    reader = ListReader(Scripted('1'))
+    evaluate(run, {'mine': {3: 'rain'}}, ['detection', 'balanced', 'simulation'], progress=False, reader=reader)
+    assert len(reader.writer.asked) == 1
+    assert math.isnan(value(run, 'simulation', 3)) # it answers with lists
+    assert 0 <= value(run, 'balanced', 3) <= 1
 
 
 def test_an_unknown_measure(run):

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 # %% ../../nbs/parts/evaluation/beyond.ipynb #301f5e79
-from .detection import LikelihoodReader, ListReader, Reader, Sheet, auroc, balanced_accuracy
+from saeexplainer.evaluation.detection import (
+    LikelihoodReader, ListReader, Reader, Sheet, auroc, balanced_accuracy,
+)
 from .retrieval import retrieval_places, self_activation, top
 from .texts import Claim
 from .words import coverage
@@ -33,16 +35,20 @@ def detection_values(
     texts:Mapping[int, str], # explanations by feature
     features:Mapping[int, Any], # `Feature`s by index
     progress:bool=False,
-) -> dict[str, dict[int, float]]: # 'detection' (AUROC) and 'balanced' by feature; a feature without an answer is NaN
+) -> dict[str, dict[int, float]]: # 'detection' (AUROC), 'balanced' and 'simulation' by feature; NaN: no answer
     "Have excerpts sorted by explanations, and return how well that went"
     areas:dict[int, float] = {}
     shares:dict[int, float] = {}
+    correlations:dict[int, float] = {}
     sheets = sheets_of(texts, features)
-    for sheet, scores in zip(sheets, reader.scores(sheets, progress)):
-        unread = np.isnan(scores).any()
-        areas[sheet.claim.feature] = np.nan if unread else auroc(scores, sheet.fires)
-        shares[sheet.claim.feature] = np.nan if unread else balanced_accuracy(scores > reader.threshold, sheet.fires)
-    return {'detection': areas, 'balanced': shares}
+    for sheet, reading in zip(sheets, reader.read(sheets, progress)):
+        feature = sheet.claim.feature
+        unread = np.isnan(reading.scores).any()
+        said = reading.scores > reader.threshold
+        areas[feature] = np.nan if unread else auroc(reading.scores, sheet.fires)
+        shares[feature] = np.nan if unread else balanced_accuracy(said, sheet.fires)
+        correlations[feature] = np.nan if unread else reading.simulation
+    return {'detection': areas, 'balanced': shares, 'simulation': correlations}
 
 def reader_for(
     writer, # `Writer`
@@ -52,7 +58,12 @@ def reader_for(
     return LikelihoodReader(writer) if hasattr(writer, 'log_probs') else ListReader(writer, seed)
 
 # %% ../../nbs/parts/evaluation/beyond.ipynb #a263f8e9
-TOGETHER = (('coverage',), ('retrieval', 'retrieval_5'), ('self_activation',), ('detection', 'balanced')) # at one go
+TOGETHER = ( # at one go
+    ('coverage',),
+    ('retrieval', 'retrieval_5'),
+    ('self_activation',),
+    ('detection', 'balanced', 'simulation'),
+)
 
 def _written(store, stage:str, features) -> dict[int, list]: # the generative texts of each feature
     texts:dict[int, list] = {feature: [] for feature in features}
@@ -83,6 +94,6 @@ def beyond_values( # noqa: PLR0913
     if 'self_activation' in metrics:
         own = {index: text for index, text in said.items() if index in alive}
         found['self_activation'] = self_activation(run.target, own, alive, progress)
-    if {'detection', 'balanced'} & set(metrics):
+    if {'detection', 'balanced', 'simulation'} & set(metrics):
         found |= detection_values(reader, said, features, progress)
     return {metric: values for metric, values in found.items() if metric in metrics}

@@ -22,6 +22,7 @@ METRICS = ('generative', 'input', 'output', 'high', 'low', 'gap', # as in the pa
 BEYOND = ('coverage', # share of the strongest contexts whose word at the peak is named
           'detection', # AUROC of a reader that sorts excerpts by the explanation
           'balanced', # its balanced accuracy
+          'simulation', # correlation of how much likelier a token becomes with the activation on it
           'retrieval', # the texts set off no other feature more
           'retrieval_5', # at most four others
           'self_activation') # on the explanation's own words, as a share of the strongest

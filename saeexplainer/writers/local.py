@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOGITS_AT_ONCE', 'chat_ids', 'context_ids', 'Context', 'grouped_contexts', 'token_scores', 'ContextPass',
-           'batch_token_log_probs', 'Likelihoods', 'Draw', 'Continuation', 'Generator', 'answer_text', 'TextWriter',
-           'StringRead', 'open_string', 'read_string', 'Draft', 'ListWriter', 'choose', 'Answerer', 'local_name',
-           'copied', 'in_order', 'LocalWriter']
+           'batch_token_log_probs', 'most_tokens', 'most_texts', 'Likelihoods', 'Draw', 'Continuation', 'Generator',
+           'answer_text', 'TextWriter', 'StringRead', 'open_string', 'read_string', 'Draft', 'ListWriter', 'choose',
+           'Answerer', 'local_name', 'copied', 'in_order', 'LocalWriter']
 
 # %% ../../nbs/parts/writers/local.ipynb #42bb580f
 import json, math, os, re, sys
@@ -140,15 +140,31 @@ def batch_token_log_probs(
     several = tokens.shape[1] > 1
     first = ContextPass(model, contexts, keep=several)
     scores = token_scores(first.logits, tokens[:, 0])[:, None]
-    if several: scores = torch.cat([scores, token_scores(first.rest(tokens, there), tokens[:, 1:])], 1)
+    if several:
+        pairs = zip(first.rest(tokens, there), tokens[:, 1:]) # one by one: logits in float32 need much memory
+        scores = torch.cat([scores, torch.stack([token_scores(*pair) for pair in pairs])], 1)
     if scores[there.bool()].isnan().any():
         advice = 'float16 overflows with it, use dtype bfloat16'
         raise ValueError(f'the log-probabilities of {model.name_or_path} are not numbers: {advice}')
     return scores.double()*there
 
-# %% ../../nbs/parts/writers/local.ipynb #7f9174d6
+# %% ../../nbs/parts/writers/local.ipynb #f44918c3
 LOGITS_AT_ONCE = 2**28 # numbers in the logits of one forward pass: 1 GB
 
+def most_tokens(
+    model, # a causal language model
+) -> int: # at least one
+    "Return how many tokens get logits in one forward pass"
+    return max(1, LOGITS_AT_ONCE//model.get_input_embeddings().weight.shape[0])
+
+def most_texts(
+    model, # a causal language model
+    longest:int=1, # tokens of the longest text
+) -> int: # at least one
+    "Return how many texts are read at once behind one context"
+    return max(1, min(16 if can_share(model) else 1, most_tokens(model)//max(1, longest)))
+
+# %% ../../nbs/parts/writers/local.ipynb #7f9174d6
 class Likelihoods:
     "Log-probabilities of texts under a model"
     def __init__(
@@ -167,12 +183,20 @@ class Likelihoods:
         for rows, scores in self._batches(contexts, texts, progress): out[rows] = scores.sum(-1).cpu().numpy()
         return out
 
-    def token_log_probs(self, contexts:list, texts:list, progress:bool=False) -> list: # an array for each text
-        "Return log P(token | context and what stands before it) of each token; NaN alone beyond the model's context"
+    @torch.no_grad()
+    def token_log_probs(self, context:str|list, texts:list) -> list: # an array for each text
+        """Return log P(token | context and what stands before it) of each token of texts that are read together.
+
+        In the model's own dtype: digits depend on these texts alone. NaN alone stands for a text beyond the context.
+        """
+        before = tuple(context_ids(self.tokenizer, context))
+        after = [encode(self.tokenizer, as_text(self.tokenizer, text)) for text in texts]
+        fitting = [i for i, text in enumerate(after) if self._fits(before, text)]
+        longest = max((len(after[i]) for i in fitting), default=1)
         out = [np.array([np.nan])]*len(texts)
-        sizes = [len(encode(self.tokenizer, as_text(self.tokenizer, text))) for text in texts]
-        for rows, scores in self._batches(contexts, texts, progress):
-            for row, values in zip(rows, scores.cpu().numpy()): out[row] = values[:sizes[row]]
+        for group in grouped_contexts([before]*len(texts), fitting, most_texts(self.model, longest)):
+            scores = batch_token_log_probs(self.model, [group], group.of(after)).cpu().numpy()
+            for i, values in zip(group.texts, scores): out[i] = values[:len(after[i])]
         return out
 
     @torch.no_grad()
@@ -181,12 +205,11 @@ class Likelihoods:
         after = [encode(self.tokenizer, as_text(self.tokenizer, text)) for text in texts]
         before = [tuple(context_ids(self.tokenizer, context)) for context in contexts]
         fitting = [i for i, pair in enumerate(zip(before, after)) if self._fits(*pair)]
-        groups = grouped_contexts(before, fitting, most=16 if can_share(self.model) else 1)
+        groups = grouped_contexts(before, fitting, most_texts(self.model))
         sizes = [len(group.texts) * max(map(len, group.of(after))) for group in groups] # tokens that get logits
-        most = LOGITS_AT_ONCE//self.model.get_input_embeddings().weight.shape[0]
         bar = progress_bar(len(texts), 'log-probabilities', progress, 'text')
         with bar, in_float32(self.model): # or they would depend on what else is in the batch
-            for batch in batches(sizes, self.batch_size, most):
+            for batch in batches(sizes, self.batch_size, most_tokens(self.model)):
                 part = [groups[b] for b in batch]
                 rows = [i for group in part for i in group.texts]
                 read = [text for group in part for text in group.of(after)]
@@ -497,9 +520,9 @@ class LocalWriter:
         "Return log P(continuation | context) of texts, or of contexts in token ids; see `Likelihoods.log_probs`"
         return self.likelihoods.log_probs(contexts, continuations, progress)
 
-    def token_log_probs(self, contexts:list, continuations:list, progress:bool=False) -> list: # an array for each text
-        "Return the log-probability of each token of the continuations; see `Likelihoods.token_log_probs`"
-        return self.likelihoods.token_log_probs(contexts, continuations, progress)
+    def token_log_probs(self, context:str|list, continuations:list) -> list: # an array for each text
+        "Return the log-probability of each token of texts behind one context; see `Likelihoods.token_log_probs`"
+        return self.likelihoods.token_log_probs(context, continuations)
 
     def write(self, requests:list, schema:dict|None=None, choices:list|None=None, stage:str='',
               progress:bool=False) -> list[Reply]:
