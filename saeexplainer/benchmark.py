@@ -21,6 +21,8 @@ import pandas as pd
 
 # %% ../nbs/parts/benchmark.ipynb #26428b32
 from .blind import READING
+from .evaluation.beyond import reader_for, sheets_of
+from .evaluation.detection import LikelihoodReader, Reader, load_references, save_references
 from .evaluation.tables import BEYOND, stage_table, summary
 from .explainer import load_explainer
 from .features import NO_PATTERN, labels_of
@@ -31,6 +33,7 @@ from .lookups import look_up
 from .metrics import evaluate
 from .presets import LOOKUPS, Preset, data_dir, load_preset
 from .run import Run
+from .show import progress_bar
 
 # %% ../nbs/parts/benchmark.ipynb #55936cd4
 MEASURES = ('generative', 'input', 'high', 'low', 'gap', 'names_word', *BEYOND) # output is near chance for all
