@@ -24,8 +24,8 @@ from .files import read_json, whole
 from .labels import autointerp
 from .lookups import look_up
 from .metrics import evaluate
-from .presets import LOOKUPS, Preset, data_dir, load_preset
-from .run import Run
+from .presets import LOOKUPS, SELFIE, Preset, data_dir, load_preset
+from .run import Run, silent_of
 
 # %% ../nbs/parts/benchmark.ipynb #55936cd4
 MEASURES = ('generative', 'input', 'high', 'low', 'gap', 'names_word', *BEYOND) # output is near chance for all
@@ -194,15 +194,15 @@ def benchmark(
 SHIPPED = ('untrained', 'sft', 'dpo1', 'dpo2') # explainers
 
 def _greedy(run:Run, stage:str, features:Sequence[int], folder:Path) -> dict[int, str]: # folder: of explainers
-    explainer = load_explainer(stage if stage == 'untrained' else folder/stage, run.preset, run.reader)
+    explainer = load_explainer(stage if stage in ('untrained', SELFIE) else folder/stage, run.preset, run.reader)
     texts = explainer.explain(run.reader.directions(features), max_new_tokens=run.preset.explanation_tokens,
                               batch_size=run.preset.batch_size, progress=run.progress)
     return dict(zip(features, texts))
 
-def _by_contexts(run:Run, features:Sequence[int]) -> dict[int, str]: # of a writer that reads contexts
+def _by_contexts(run:Run, features:Sequence[int], silent=None) -> dict[int, str]: # of a writer that reads contexts
     said = autointerp(run.writer('evaluation_writer'), [run.features[feature] for feature in features],
                       small=run.preset.one_text('evaluation_writer'), max_tokens=run.preset.explanation_tokens,
-                      progress=run.progress)
+                      progress=run.progress, silent=silent)
     return {feature: '' if text == NO_PATTERN else text for feature, text in said.items()}
 
 def _labels(bench:Bench) -> dict[int, str]: # of a strong reader
@@ -221,7 +221,9 @@ def explain_built_in(
     yield 'peak words', labels_of([run.features[feature] for feature in wanted], 'peak words')
     for name in LOOKUPS: yield name, look_up(name, run.preset, run.target, wanted, labels, run.progress)
     yield 'autointerp', _by_contexts(run, wanted)
-    for stage in SHIPPED: yield stage, _greedy(run, stage, wanted, bench_folder(bench.name).parent/'explainer')
+    yield 'contrastive', _by_contexts(run, wanted, silent_of(run, wanted))
+    explainers = bench_folder(bench.name).parent/'explainer'
+    for stage in (SELFIE, *SHIPPED): yield stage, _greedy(run, stage, wanted, explainers)
 
 # %% ../nbs/parts/benchmark.ipynb #da21cc21
 def _stored(store, names:Iterable[str]) -> dict[str, dict[int, str]]: # explanations by method
@@ -238,7 +240,7 @@ def measure_built_in(
     progress:bool=True,
 ) -> pd.DataFrame: # columns stage, feature, metric, value
     "Measure every method that is built in, and write `explanations.parquet` and `metrics.parquet` of the bench"
-    names = ('label', 'peak words', *LOOKUPS, 'autointerp', *SHIPPED)
+    names = ('label', 'peak words', *LOOKUPS, 'autointerp', 'contrastive', SELFIE, *SHIPPED)
     with Run(Path(folder), bench.resolved(), progress=progress) as run:
         bench.check(run.features, run.reader.sha256)
         methods = _stored(run.store, names)

@@ -13,7 +13,7 @@ from saeexplainer.benchmark import (
 )
 from saeexplainer.cli import main
 from saeexplainer.features import load_features
-from saeexplainer.presets import LOOKUPS, load_preset
+from saeexplainer.presets import LOOKUPS, SELFIE, load_preset
 from saeexplainer.saes import FeatureReader
 
 COLUMNS = ['stage', 'feature', 'metric', 'value']
@@ -107,7 +107,8 @@ def test_methods_that_are_built_in(bench, tmp_path, monkeypatch):
     "Explained and measured once; resumed, the same table"
     monkeypatch.setattr(B, 'SHIPPED', ('untrained',)) # the others are trained
     table = measure_built_in(bench, tmp_path/'run', ('coverage', 'retrieval'), progress=False)
-    assert set(table['stage']) == {'label', *LOOKUPS, 'autointerp', 'untrained'} # no feature here has peak words
+    expected = {'label', *LOOKUPS, 'autointerp', 'contrastive', SELFIE, 'untrained'} # no feature here has peak words
+    assert set(table['stage']) == expected
     texts = pd.read_parquet(bench_folder(bench.name)/'explanations.parquet')
     assert texts.query("stage == 'label'")['text'].tolist() == list(MINE.values())
     again = measure_built_in(bench, tmp_path/'run', ('coverage', 'retrieval'), progress=False)
