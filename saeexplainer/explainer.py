@@ -303,10 +303,9 @@ def _oracle(adapter, preset, reader, device) -> tuple: # model, tokenizer, card,
 SELFIE_TEMPLATE = 'Message:{placeholder}' # a word stands before it: chat templates strip the space of ' ?'
 SELFIE_ANSWER = 'Sure, I will summarize the message:' # and its summary follows
 
-def _selfie(preset, reader, device) -> tuple: # model, tokenizer, card, no adapter, the answer's begin
+def _selfie(preset, reader) -> tuple: # model, tokenizer, card, no adapter, the answer's begin
     card = replace(ExplainerCard.from_preset(preset, reader), template=SELFIE_TEMPLATE)
-    model, tokenizer = load_model(preset.explainer, device=device or preset.device)
-    return model, tokenizer, card, None, SELFIE_ANSWER
+    return *load_model(preset.explainer, device=preset.device), card, None, SELFIE_ANSWER
 
 # %% ../nbs/parts/explainer.ipynb #41fd99ea
 def _directions(given, d_model:int) -> torch.Tensor: # (n, d_model); raises `ValueError` for what cannot be injected
@@ -317,6 +316,11 @@ def _directions(given, d_model:int) -> torch.Tensor: # (n, d_model); raises `Val
         raise ValueError('an explainer reads directions, not indices of features: '
                          f'give it reader.directions({indices})')
     return check_directions(tensor, d_model)
+
+def _prompt(tokenizer, card:ExplainerCard, begun:str) -> list[int]: # the tokenizer gets the card's chat template
+    if card.chat_template: tokenizer.chat_template = card.chat_template
+    ids = explanation_prompt(tokenizer, card.template, card.placeholder)
+    return ids + tokenizer.encode(begun, add_special_tokens=False)
 
 def _sampling(card:ExplainerCard, temperature:float, top_p:float, max_new_tokens:int|None) -> Sampling:
     if max_new_tokens is None: max_new_tokens = card.explanation_tokens or 64 # older cards do not say it
@@ -360,10 +364,8 @@ class Explainer:
     begun: str = '' # the words that each answer is begun with; they are not returned
 
     def __post_init__(self) -> None:
-        if self.card.chat_template: self.tokenizer.chat_template = self.card.chat_template
         self.card.check_model(self.model)
-        self.prompt = explanation_prompt(self.tokenizer, self.card.template, self.card.placeholder)
-        self.prompt += self.tokenizer.encode(self.begun, add_special_tokens=False)
+        self.prompt = _prompt(self.tokenizer, self.card, self.begun)
         self.placeholder_id = placeholder_id(self.tokenizer, self.card.placeholder)
         self.injector = Injector(self.model, self.placeholder_id, self.card.layer, self.card.coefficient)
 
@@ -385,11 +387,6 @@ class Explainer:
                     preset:Preset, reader:FeatureReader, device:str|None=None) -> 'Explainer': # with its adapter merged
         "Load an Activation Oracle; raises as `from_pretrained` does"
         return cls(*_oracle(adapter, preset, reader, device))
-
-    @classmethod
-    def from_selfie(cls, preset:Preset, reader:FeatureReader, device:str|None=None) -> 'Explainer': # without an adapter
-        "Return the untrained explainer of a preset, asked in the manner of SelfIE"
-        return cls(*_selfie(preset, reader, device))
 
     def explain(self, directions:Any, # (n, d_model)
                 max_new_tokens:int|None=None, # None: the card's
@@ -433,7 +430,7 @@ def load_explainer(
 ) -> Explainer: # on the preset's device
     "Load an explainer, the preset's Activation Oracle, or the bare model with the injection"
     if explainer == 'untrained': return Explainer.from_preset(preset, reader)
-    if explainer == SELFIE: return Explainer.from_selfie(preset, reader)
+    if explainer == SELFIE: return Explainer(*_selfie(preset, reader))
     adapter = adapter_of(explainer, preset)
     if explainer == 'ao': return Explainer.from_oracle(adapter, preset, reader)
     return Explainer.from_pretrained(adapter, reader=reader, device=preset.device)

@@ -88,11 +88,7 @@ On the excerpts below it stays silent, though many of them hold the same words.
 
 What do the first excerpts have that the second lack?''')
 
-CONTRASTIVE_SHORT = '''Words: {words}
-
-Other words: {silent}
-
-Say in one short phrase which words the first ones are and when they are used, unlike the other words.'''
+CONTRASTIVE_SHORT = AUTOINTERP_SHORT.replace('{words}', '{words} (unlike {silent})')
 
 def contrastive_prompt(contexts, # of `Context`s, strongest first
                        silent, # of `Context`s of other features, on which this one does not fire; none: not mentioned
@@ -131,13 +127,14 @@ def _drawn(feature, pool, n, seed) -> list: # contexts of others: those with the
     same = [rng.choice(pool.holding[word]) for word in words if word in pool.holding]
     others = rng.sample(range(len(pool.contexts)), min(n, len(pool.contexts)))
     judged_by = [str(context) for context in feature.test_contexts]
-    drawn = {}
+    drawn:dict[str, Any] = {}
     for place in [*same, *others]:
         text = str(pool.contexts[place])
         is_judge = any(one in text or text in one for one in judged_by)
         if pool.features[place] != feature.index and not is_judge: drawn.setdefault(text, pool.contexts[place])
     return list(drawn.values())
 
+# %% ../nbs/parts/labels.ipynb #775eeee4
 def silent_contexts(target, # `Target`
                     features, # `Feature`s
                     others, # `Feature`s whose contexts are taken

@@ -725,15 +725,6 @@ def best_candidates(
     best = scored.loc[scored.groupby('feature')['reward'].idxmax()]
     return dict(zip(best['feature'].tolist(), best['text']))
 
-def silent_of(
-    run:Run,
-    test:list[int], # features
-) -> dict[int, list]: # feature -> `Context`s
-    "Return contexts of SFT features on which other features stay silent"
-    others = [run.features[i] for i in run.splits['sft']]
-    asked = [run.features[i] for i in test]
-    return silent_contexts(run.target, asked, others, seed=run.preset.seed, progress=run.progress)
-
 def _by_contexts(run:Run, test:list[int], silent=None) -> dict[int, str]: # of a writer that reads contexts
     said = autointerp(
         run.writer('evaluation_writer'), [run.features[i] for i in test],
@@ -758,6 +749,16 @@ def _baseline(run:Run, name:str, test:list[int]) -> dict[int, str]:
     if name == 'best': return best_candidates(run, test)
     if name == 'contrastive': return _by_contexts(run, test, silent_of(run, test))
     return _by_contexts(run, test)
+
+# %% ../nbs/parts/run.ipynb #f1f8052c
+def silent_of(
+    run:Run,
+    test:list[int], # features
+) -> dict[int, list]: # feature -> `Context`s
+    "Return contexts of SFT features on which other features stay silent"
+    others = [run.features[i] for i in run.splits['sft']]
+    asked = [run.features[i] for i in test]
+    return silent_contexts(run.target, asked, others, seed=run.preset.seed, progress=run.progress)
 
 # %% ../nbs/parts/run.ipynb #2de77ecd
 def _lacking_note(labels:dict, test:list[int], by:str='') -> list[str]: # empty where all have one

@@ -171,8 +171,7 @@ def test_a_contrastive_prompt_shows_both():
 def test_the_short_form_names_other_words():
     silent = [context('the| cat', 1), context('a| dog', 1), context('my| dog', 1)]
     prompt = contrastive_prompt([context('the| cat', 1)], silent, small=True)
-    assert "Words: 'cat'\n" in prompt
-    assert "Other words: 'dog'\n" in prompt
+    assert "Words: 'cat' (unlike 'dog')\n" in prompt
 
 
 @pytest.mark.parametrize('small', [False, True])
