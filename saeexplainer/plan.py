@@ -202,6 +202,7 @@ def evaluation_hours(
 _CHARACTERS_PER_TOKEN = 4
 _FORM_TOKENS = 12 # of a JSON list around its texts
 _TEN_CONTEXTS = 600 # tokens of a prompt of `autointerp`
+_FIFTEEN_CONTEXTS = 800 # the same with contexts on which the feature stays silent
 _JUDGEMENT = 4 # tokens of a judge's reply
 
 @dataclass(frozen=True)
@@ -248,6 +249,8 @@ def _evaluation_requests(preset, lengths) -> list[Asked]:
     asked.append(Asked('judge', judgements, judge_tokens, _JUDGEMENT))
     if 'autointerp' in preset.baselines:
         asked.append(Asked('autointerp', preset.n_test, _TEN_CONTEXTS, lengths.explanation))
+    if 'contrastive' in preset.baselines:
+        asked.append(Asked('contrastive', preset.n_test, _FIFTEEN_CONTEXTS, lengths.explanation))
     return asked
 
 def writer_work(

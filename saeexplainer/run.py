@@ -6,8 +6,8 @@
 __all__ = ['STEERED_BY', 'BegunWith', 'check_model', 'features_identity', 'file_hashes', 'check_files', 'Adapters',
            'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_writers', 'check_local_weights',
            'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of', 'Run', 'forget_empty_claim', 'sft_stage',
-           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'best_candidates', 'explain_test',
-           'evaluate_stage', 'stage_functions', 'execute']
+           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'best_candidates',
+           'explain_by_contexts', 'silent_of', 'explain_test', 'evaluate_stage', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -24,7 +24,7 @@ from saeexplainer.features import (
     NO_PATTERN, check_features_of, features_file, labels_of, load_features, split_features, unused,
 )
 from .files import hold, whole
-from .labels import autointerp
+from .labels import autointerp, silent_contexts
 from .lm.hooks import context_length
 from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
 from .lookups import check_dictionary, look_up
@@ -33,7 +33,7 @@ from saeexplainer.prefs import (
     build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_candidates, threshold_of,
     write_texts,
 )
-from .presets import LOOKUPS, Preset, evaluated_stages, explainer_stages, is_local, validation_size
+from .presets import LOOKUPS, SELFIE, Preset, evaluated_stages, explainer_stages, is_local, validation_size
 from .replies import Request
 from .report import write_report
 from .results import git_commit, machine, write_results
@@ -70,7 +70,7 @@ _MADE_WITH = (
               'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight max_length'),
     _MadeWith('explanations', "stage = 'sft'", 'n_test dpo_rounds explanation_tokens batch_size device'),
     _MadeWith('explanations', "stage = 'ao'", 'ao_adapter'),
-    _MadeWith('explanations', "stage = 'autointerp'", 'evaluation_writer text_form'),
+    _MadeWith('explanations', "stage IN ('autointerp', 'contrastive')", 'evaluation_writer text_form'),
     _MadeWith('texts', "kind = 'generative'",
               'evaluation_writer text_form n_generative text_tokens text_temperature text_top_p dtype batch_size '
               'device'),
@@ -307,9 +307,9 @@ class Adapters:
         check_files(self.of(stage), self.store.meta(f'files {stage}', kind=dict) or {}, f'stage {stage}')
         return self.of(stage)
 
-    def source(self, stage:str) -> Path|str: # 'ao' and 'untrained' are no stages, and have no adapter here
+    def source(self, stage:str) -> Path|str: # what is no stage has no adapter here
         "Folder or name that an explainer is loaded from"
-        return stage if stage in ('ao', 'untrained') else self.trained(stage)
+        return stage if stage in ('ao', 'untrained', SELFIE) else self.trained(stage)
 
     def origin(self, stage:str) -> str: # to say behind what a stage has done; '' where it was trained here
         "Name of the run that an adapter was taken over from; a log holds its seconds, so no two are equal"
@@ -395,7 +395,7 @@ class Models:
 
     def explainer(
         self,
-        source, # folder of an adapter, 'ao' or 'untrained'
+        source, # folder of an adapter, 'ao', 'untrained' or `SELFIE`
     ) -> Any: # `Explainer`
         "Load an explainer"
         self.make_room()
@@ -725,11 +725,16 @@ def best_candidates(
     best = scored.loc[scored.groupby('feature')['reward'].idxmax()]
     return dict(zip(best['feature'].tolist(), best['text']))
 
-def _by_contexts(run:Run, test:list[int]) -> dict[int, str]: # of a writer that reads contexts
+def explain_by_contexts(
+    run:Run,
+    test:list[int], # features
+    silent:dict|None=None, # contexts without the feature, as `silent_of` returns them; None: none is shown
+) -> dict[int, str]: # feature -> explanation; '' where there is none
+    "Return what the evaluation writer says of features whose contexts it reads"
     said = autointerp(
         run.writer('evaluation_writer'), [run.features[i] for i in test],
         small=run.preset.one_text('evaluation_writer'),
-        max_tokens=run.preset.explanation_tokens, progress=run.progress)
+        max_tokens=run.preset.explanation_tokens, progress=run.progress, silent=silent)
     return {i: '' if text == NO_PATTERN else text for i, text in said.items()}
 
 def _looked_up(run:Run, name:str, test:list[int]) -> dict[int, str]: # with the labels of SFT features alone
@@ -745,9 +750,20 @@ def _looked_up(run:Run, name:str, test:list[int]) -> dict[int, str]: # with the 
 
 def _baseline(run:Run, name:str, test:list[int]) -> dict[int, str]:
     if name in LOOKUPS: return _looked_up(run, name, test)
-    if name == 'untrained': return _explained_by(run, name, test)
+    if name in ('untrained', SELFIE): return _explained_by(run, name, test)
     if name == 'best': return best_candidates(run, test)
-    return _by_contexts(run, test)
+    if name == 'contrastive': return explain_by_contexts(run, test, silent_of(run, test))
+    return explain_by_contexts(run, test)
+
+# %% ../nbs/parts/run.ipynb #f1f8052c
+def silent_of(
+    run:Run,
+    test:list[int], # features
+) -> dict[int, list]: # feature -> `Context`s
+    "Return contexts of SFT features on which other features stay silent"
+    others = [run.features[i] for i in run.splits['sft']]
+    asked = [run.features[i] for i in test]
+    return silent_contexts(run.target, asked, others, seed=run.preset.seed, progress=run.progress)
 
 # %% ../nbs/parts/run.ipynb #2de77ecd
 def _lacking_note(labels:dict, test:list[int], by:str='') -> list[str]: # empty where all have one

@@ -6,15 +6,14 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 from judged import WORDS, Scripted, feature, judged_preset
-import saeexplainer.benchmark as B
 from saeexplainer.benchmark import (
-    MEASURES, REFERENCES_FILE, Bench, bench_folder, bench_reader, benchmark, built_in, completed, contexts_sha256,
-    keep_references, measure_built_in, ranking, ranking_table, with_missing,
+    BUILT_IN, MEASURES, REFERENCES_FILE, Bench, bench_folder, bench_reader, benchmark, built_in, completed,
+    contexts_sha256, keep_references, measure_built_in, ranking, ranking_table, with_missing,
 )
 from saeexplainer.cli import main
 from saeexplainer.evaluation.detection import ListReader, save_references
 from saeexplainer.features import load_features
-from saeexplainer.presets import LOOKUPS, load_preset
+from saeexplainer.presets import load_preset
 from saeexplainer.run import Run
 from saeexplainer.saes import FeatureReader
 from saeexplainer.writers.local import Likelihoods
@@ -146,17 +145,28 @@ def test_what_is_not_the_bench_is_refused(bench, tmp_path, changed, line):
         benchmark(replace(bench, **changed), {'mine': {2: 'rain'}}, tmp_path/'run', progress=False)
 
 
-def test_methods_that_are_built_in(bench, tmp_path, monkeypatch):
+QUICK = [name for name in BUILT_IN if name not in ('sft', 'dpo1', 'dpo2')] # the others are trained
+CHEAP = ('coverage', 'retrieval')
+
+
+def test_methods_that_are_built_in(bench, tmp_path):
     "Explained and measured once; resumed, the same table"
-    monkeypatch.setattr(B, 'SHIPPED', ('untrained',)) # the others are trained
-    table = measure_built_in(bench, tmp_path/'run', ('coverage', 'retrieval'), progress=False)
-    assert set(table['stage']) == {'label', *LOOKUPS, 'autointerp', 'untrained'} # no feature here has peak words
+    table = measure_built_in(bench, tmp_path/'run', CHEAP, progress=False, names=QUICK)
+    assert table['stage'].unique().tolist() == QUICK
     texts = pd.read_parquet(bench_folder(bench.name)/'explanations.parquet')
     assert texts.query("stage == 'label'")['text'].tolist() == list(MINE.values())
-    again = measure_built_in(bench, tmp_path/'run', ('coverage', 'retrieval'), progress=False)
+    assert texts.query("stage == 'peak words'")['text'].tolist() == ['']*4 # no feature here has them
+    again = measure_built_in(bench, tmp_path/'run', CHEAP, progress=False, names=QUICK)
     pd.testing.assert_frame_equal(again, table, check_exact=True)
     with pytest.raises(ValueError, match="the name 'label' is taken"):
         benchmark(bench, {'label': MINE}, tmp_path/'other', progress=False)
+    (bench_folder(bench.name)/'metrics.parquet').unlink()
+
+
+def test_one_method_measured_anew_leaves_the_others(bench, tmp_path):
+    measure_built_in(bench, tmp_path/'one', CHEAP, progress=False, names=['nearest label', 'label'])
+    table = measure_built_in(bench, tmp_path/'other', CHEAP, progress=False, names=['label'])
+    assert table['stage'].unique().tolist() == ['label', 'nearest label']
     (bench_folder(bench.name)/'metrics.parquet').unlink()
 
 

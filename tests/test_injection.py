@@ -15,7 +15,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from helpers import ARCHITECTURES, PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.explainer import (
-    CARD, Explainer, ExplainerCard, adapter_sha256, oracle_layers, oracle_note, save_adapter,
+    CARD, SELFIE_ANSWER, Explainer, ExplainerCard, adapter_sha256, load_explainer, oracle_layers, oracle_note,
+    save_adapter,
 )
 from saeexplainer.injection import (
     FeatureCollator, Injector, explanation_prompt, placeholder_id, prompt_messages, without_placeholder,
@@ -23,7 +24,7 @@ from saeexplainer.injection import (
 from saeexplainer.lm.hooks import decoder_layers
 from saeexplainer.lm.models import load_model
 from saeexplainer.lm.sampling import seed_for
-from saeexplainer.presets import load_preset
+from saeexplainer.presets import SELFIE, load_preset
 from saeexplainer.saes import FeatureReader
 
 TEMPLATE = 'Feature {placeholder} of the model. What does it mean?'
@@ -490,6 +491,22 @@ def test_a_card_without_its_adapter(made, tmp_path):
 def test_an_untrained_explainer_is_not_saved(made, tmp_path):
     with pytest.raises(ValueError, match='an untrained explainer has no adapter to save'):
         Explainer.from_preset(made.preset, made.reader).save(tmp_path)
+
+
+def test_selfie_begins_the_answer(made):
+    explainer = load_explainer(SELFIE, made.preset, made.reader)
+    prompt = explainer.tokenizer.decode(explainer.prompt)
+    assert prompt.endswith(SELFIE_ANSWER)
+    assert f'Message:{made.preset.placeholder}<' in prompt
+    assert explainer.prompt.count(explainer.placeholder_id) == 1
+
+
+def test_selfie_says_something_else_than_the_untrained_explainer(made):
+    vectors = made.reader.directions(range(5))
+    said = load_explainer(SELFIE, made.preset, made.reader).explain(vectors, max_new_tokens=5)
+    assert len(said) == 5
+    assert not any(SELFIE_ANSWER in text for text in said)
+    assert said != Explainer.from_preset(made.preset, made.reader).explain(vectors, max_new_tokens=5)
 
 
 def test_chat_template_of_the_preset(made, tmp_path):

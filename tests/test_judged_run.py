@@ -1,12 +1,14 @@
-"A tiny run whose baselines are all lookups, end to end, with the published rules; resumed; and what is refused early"
+"A tiny run whose baselines need no training, end to end, with the published rules; resumed; and what is refused early"
 import pytest
 from judged import judged_preset
 from saeexplainer.lookups import DICTIONARY
 from saeexplainer.metrics import evaluate
 from saeexplainer.evaluation.tables import BEYOND
-from saeexplainer.presets import LOOKUPS, load_preset
+from saeexplainer.presets import LOOKUPS, SELFIE, load_preset
 from saeexplainer.results import Results
 from saeexplainer.run import Run, execute
+
+WITHOUT_TRAINING = (*LOOKUPS, 'contrastive', SELFIE)
 
 
 @pytest.fixture(scope='module')
@@ -15,7 +17,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SAEEXPLAINER_DATA', str(folder/'data'))
         patch.setenv('SAEEXPLAINER_CACHE', str(folder/'cache'))
-        fields = dict(baselines=list(LOOKUPS), rules='published', negative='lower half', n_candidates=4)
+        fields = dict(baselines=list(WITHOUT_TRAINING), rules='published', negative='lower half', n_candidates=4)
         yield folder, judged_preset(folder, **fields)
 
 
@@ -36,9 +38,9 @@ def measured_features(metrics, stage):
     return set(rows['feature'])
 
 
-def test_every_lookup_explains_every_test_feature(finished):
+def test_every_baseline_explains_every_test_feature(finished):
     _, explanations, metrics = finished
-    for name in LOOKUPS:
+    for name in WITHOUT_TRAINING:
         assert (explanations['stage'] == name).sum() == 3
         assert measured_features(metrics, name) == measured_features(metrics, 'sft')
 
@@ -52,10 +54,10 @@ def test_labels_are_those_of_training_features(world, finished):
     assert set(texts) <= known
 
 
-def test_the_report_names_every_lookup(finished):
+def test_the_report_names_every_baseline(finished):
     folder = finished[0]
     text = (folder/'report'/'report.md').read_text()
-    for name in LOOKUPS: assert name in text
+    for name in WITHOUT_TRAINING: assert name in text
     Results(folder/'report') # can be read
 
 
@@ -96,6 +98,6 @@ def test_unknown_baselines_are_named(world):
         load_preset(world[1], baselines=['guess'])
 
 
-@pytest.mark.parametrize('name', LOOKUPS)
-def test_a_labelling_model_cannot_be_called_like_a_lookup(world, name):
+@pytest.mark.parametrize('name', WITHOUT_TRAINING)
+def test_a_labelling_model_cannot_be_called_like_a_baseline(world, name):
     with pytest.raises(ValueError, match='baseline_labels'): load_preset(world[1], baseline_labels=[name])

@@ -1,14 +1,21 @@
 "What a reader of contexts is shown, what is made of its answers, and the labels that were made so"
 import hashlib
 import json
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import tiny_tokenizer
+from judged import feature as real_feature
+from judged import running_text, tiny_target
 from saeexplainer.features import NO_PATTERN, Context, Explanation, labels_of, load_features, save_features
-from saeexplainer.labels import AUTOINTERP, CONTEXTS, autointerp, autointerp_prompt, marked_context, one_phrase
+from saeexplainer.labels import (
+    AUTOINTERP, CONTEXTS, SILENT, SILENT_SHARE, autointerp, autointerp_prompt, contrastive_prompt, marked_context,
+    one_phrase, silent_contexts,
+)
 from saeexplainer.presets import data_dir, load_preset
 from saeexplainer.replies import Reply, Request
 from saeexplainer.writers.local import chat_ids
@@ -149,3 +156,100 @@ def test_an_unknown_maximum_is_the_strongest_of_what_is_shown(unknown):
 
 def test_contexts_on_which_nothing_fires():
     assert '\n-100: ' in autointerp_prompt([context('the| cat', 1, [-2., -1.])])
+
+
+# contexts without the feature
+
+def test_a_contrastive_prompt_shows_both():
+    prompt = contrastive_prompt([context('the| cat', 1)], [context('no| cat\n|!', 0)], max_act=10.)
+    fires, silent = prompt.split('it stays silent')
+    assert '\n50: the «cat»\n' in fires
+    assert '\nno cat⏎!\n' in silent
+    assert prompt.endswith(NO_PATTERN)
+
+
+def test_the_short_form_names_other_words():
+    silent = [context('the| cat', 1), context('a| dog', 1), context('my| dog', 1)]
+    prompt = contrastive_prompt([context('the| cat', 1)], silent, small=True)
+    assert "Words: 'cat' (unlike 'dog')\n" in prompt
+
+
+@pytest.mark.parametrize('small', [False, True])
+def test_nothing_to_contrast_with(small):
+    fires = [context('the| cat', 1)]
+    assert contrastive_prompt(fires, [], 10., small) == autointerp_prompt(fires, 10., small)
+
+
+def test_the_same_words_alone_are_no_contrast_for_a_small_writer():
+    fires = [context('the| cat', 1)]
+    assert contrastive_prompt(fires, [context('a| cat', 1)], small=True) == autointerp_prompt(fires, small=True)
+
+
+def test_a_contrastive_reader_is_shown_what_was_found(monkeypatch):
+    monkeypatch.setenv('OPENAI_API_KEY', 'sk-test')
+    many = [feature(i, context(f'the| w{i}', 1)) for i in range(2)]
+    with Server(lambda asked, n: 'ships') as server:
+        writer = OpenAIWriter('reader', base_url=server.url, prices={'reader': (0., 0.)})
+        autointerp(writer, many, silent={0: [context('a| dog', 1)]})
+    prompts = {asked['messages'][-1]['content'] for asked in server.asked}
+    with_contrast = contrastive_prompt(many[0].contexts, [context('a| dog', 1)], 10.)
+    assert prompts == {with_contrast, autointerp_prompt(many[1].contexts, 10.)}
+
+
+@pytest.fixture(scope='module')
+def target(tmp_path_factory): return tiny_target(tmp_path_factory.mktemp('sae'))
+
+
+def sentences(index): # contexts of a feature, from running text
+    words = [f' {word}' for word in running_text(index, sentences=4).split()]
+    return [context('|'.join(words[place:place + 8]), 4) for place in range(0, 32, 8)]
+
+
+@pytest.fixture(scope='module')
+def others(): return [real_feature(index, contexts=sentences(index)) for index in range(20, 32)]
+
+
+@pytest.fixture(scope='module')
+def asked(target): # with the strongest activation that each has on running text
+    known = {}
+    for index in range(8):
+        known[index] = float(target.max_acts([running_text(number, 2) for number in range(9)], index).max())
+    return [real_feature(index, max_act=max_act, contexts=sentences(index)) for index, max_act in known.items()]
+
+
+def test_silent_contexts_are_silent_when_read(target, asked, others):
+    found = silent_contexts(target, asked, others)
+    assert any(found.values())
+    for one in asked:
+        texts = [str(context) for context in found[one.index]]
+        assert (target.max_acts(texts, one.index) <= SILENT_SHARE*one.max_act).all()
+
+
+def test_each_feature_has_its_own_few(target, asked, others):
+    found = silent_contexts(target, asked, others)
+    assert list(found) == [one.index for one in asked]
+    assert max(map(len, found.values())) <= SILENT
+    for contexts in found.values(): assert len({str(context) for context in contexts}) == len(contexts)
+
+
+def test_what_is_drawn_depends_on_seed_and_feature_alone(target, asked, others):
+    found = silent_contexts(target, asked, others)
+    assert silent_contexts(target, asked[:2], others) == {one.index: found[one.index] for one in asked[:2]}
+    assert silent_contexts(target, asked, others, seed=1) != found
+
+
+def test_contexts_that_judge_are_never_shown(target, asked, others):
+    "Nor texts that hold one of them, or are held by one"
+    every = [context for other in others for context in other.contexts]
+    judged = [replace(one, test_contexts=every) for one in asked]
+    assert silent_contexts(target, judged, others) == {one.index: [] for one in asked}
+
+
+def test_own_contexts_are_no_contrast(target, others):
+    dead = [replace(other, max_act=math.inf) for other in others[:1]]
+    assert silent_contexts(target, dead, dead) == {dead[0].index: []}
+
+
+def test_nothing_to_draw_from(target, asked):
+    assert silent_contexts(target, asked[:1], []) == {asked[0].index: []}
+    assert silent_contexts(target, [], []) == {}

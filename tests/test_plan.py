@@ -127,3 +127,9 @@ def test_features_of_each_split():
 
 def test_lengths_go_by_the_explainer():
     assert lengths_of(preset())['explanation'] < lengths_of(preset(explainer='org/unknown'))['explanation']
+
+
+@pytest.mark.parametrize('name', ['autointerp', 'contrastive'])
+def test_a_writer_that_reads_contexts_is_asked_once_a_feature(name):
+    asked = writer_work(preset(evaluation_writer='far', baselines=(name,)), LENGTHS)
+    assert asked.loc[name, 'requests'] == 5
