@@ -183,6 +183,10 @@ class ListReader:
 # %% ../../nbs/parts/evaluation/detection.ipynb #59d1b54b
 REFERENCES = ("the word 'time'", 'lines of Python code') # explanations of no feature in particular
 
+def _mean_of(behind:Sequence[np.ndarray]) -> np.ndarray: # float32; NaN alone where one of them could not be read
+    if any(np.isnan(values).any() for values in behind): return np.full(1, np.nan, np.float32)
+    return np.mean(behind, axis=0).astype(np.float32)
+
 def evidence(
     gains:ArrayLike, # how much likelier each token of an excerpt becomes, as a difference of log-probabilities
 ) -> float: # NaN where a token has none
@@ -213,10 +217,6 @@ def simulation(
     return float(np.corrcoef(guess, activation)[0, 1]) if varies else np.nan
 
 # %% ../../nbs/parts/evaluation/detection.ipynb #b54c31fe
-def _mean_of(behind:Sequence[np.ndarray]) -> np.ndarray: # float32; NaN alone where one of them could not be read
-    if any(np.isnan(values).any() for values in behind): return np.full(1, np.nan, np.float32)
-    return np.mean(behind, axis=0).astype(np.float32)
-
 @dataclass(frozen=True)
 class LikelihoodReader:
     "A local model that reads excerpts behind the explanation, and behind others"
