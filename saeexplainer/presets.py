@@ -207,6 +207,10 @@ class Preset:
         "'sigmoid': Eq. 11; 'sigmoid_norm': with log-probabilities per token instead of their sums; "
         "'sft': none, only the SFT term on the chosen")
     dpo_sft_weight: float = _field(0., 'weight of an SFT term on the chosen explanation (the paper: none)')
+    dpo_keep: str = _field('last',
+        "which checkpoint of a round is its result: 'last'; or 'best', the one that prefers the chosen "
+        "explanation in most validation pairs (ties: the larger margin), with early stopping, as in the "
+        "authors' code: a tenth of the preference features is not trained on for that")
     # metrics, Eq. 12-18
     evaluation_writer: str = _field('gpt-5.4-mini', "writes the texts of the metrics and judges; as `writer`")
     n_generative: int = _field(10, 'texts per feature for generative accuracy')
@@ -404,6 +408,7 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda p: p.rules in ('paper', 'published'), "rules must be 'paper' or 'published', not {p.rules}"),
     Rule(lambda p: p.dpo_loss in ('sigmoid', 'sigmoid_norm', 'sft'),
          "dpo_loss must be 'sigmoid', 'sigmoid_norm' or 'sft', not {p.dpo_loss}"),
+    Rule(lambda p: p.dpo_keep in ('last', 'best'), "dpo_keep must be 'last' or 'best', not {p.dpo_keep}"),
     Rule(lambda p: p.negative in ('hard', 'lower half', 'worst'),
          "negative must be 'hard', 'lower half' or 'worst', not {p.negative}"),
     Rule(lambda p: p.threshold == 'auto' or isinstance(p.threshold, float),

@@ -163,6 +163,7 @@ def test_a_preset_does_not_change():
     (dict(baselines=['nearest']), "baselines are 'autointerp', 'untrained', 'best', 'nearest token'"),
     (dict(baselines=['logit lens', 'logit lens']), 'baselines holds one of them twice'),
     (dict(rules='ours'), "rules must be 'paper' or 'published', not 'ours'"),
+    (dict(dpo_keep='first'), "dpo_keep must be 'last' or 'best', not 'first'"),
     (dict(negative='upper half'), "negative must be 'hard', 'lower half' or 'worst', not 'upper half'"),
     (dict(baseline_labels=['gpt-5', 'gpt-5']), 'baseline_labels holds one of them twice'),
     (dict(baseline_labels=['label']), 'baseline_labels are names of models'),
