@@ -124,7 +124,7 @@ def preference_rows(rows, # of `preference_dataset`
                               for chosen, rejected, feature in zip(answers[::2], answers[1::2], rows['feature'])])
 
 # %% ../nbs/03_dpo.ipynb #5625ac8a
-PATIENCE = 5 # evaluations without a better checkpoint: half of those of a training, as in the authors' code
+PATIENCE = 5 # evaluations without a better checkpoint: half of a training's, about as in the authors' configuration
 
 def _mean_answer_length(rows) -> float: # tokens; rows of `preference_rows`
     lengths = [len(ids) for side in ('chosen_ids', 'rejected_ids') for ids in rows[side]]

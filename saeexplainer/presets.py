@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'REQUIRED', 'LOOKUPS', 'BASELINES', 'KIND_WORDS', 'RULES', 'STAGE_NAMES', 'RANGES',
-           'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED', 'CPU_LOGIT', 'Injection', 'Lora', 'Schedule',
-           'Sampling', 'PairRule', 'TextCounts', 'Steering', 'Preset', 'short_repr', 'shown', 'stays_inside',
-           'kind_in_words', 'as_annotated', 'Rule', 'Range', 'check_preset', 'presets', 'is_local', 'data_dir',
-           'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of', 'model_size',
-           'sae_size', 'on_cpu', 'training_memory', 'sampling_memory', 'memory_parts', 'needs', 'preset_table',
-           'field_help', 'validation_size', 'explainer_stages', 'evaluated_stages']
+           'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED', 'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora',
+           'Schedule', 'Sampling', 'PairRule', 'TextCounts', 'Steering', 'Preset', 'short_repr', 'shown',
+           'stays_inside', 'kind_in_words', 'as_annotated', 'Rule', 'Range', 'check_preset', 'presets', 'is_local',
+           'data_dir', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of',
+           'model_size', 'sae_size', 'on_cpu', 'training_memory', 'sampling_memory', 'memory_parts', 'needs',
+           'preset_table', 'field_help', 'rules_of', 'validation_size', 'explainer_stages', 'evaluated_stages']
 
 # %% ../nbs/parts/presets.ipynb #d051ce90
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -862,6 +862,19 @@ def preset_table(names=None # default: all built-in presets; `smollm2-135m` at b
 def field_help() -> dict[str, str]: # field -> help text
     "Return the help text of every field of `Preset`"
     return {f.name: f.metadata['help'] for f in dataclasses.fields(Preset)}
+
+# %% ../nbs/parts/presets.ipynb #cb269ba5
+# fields that the authors' code has otherwise than the paper's text
+PUBLISHED:dict[str, str] = dict(negative='lower half', rules='published', dpo_keep='best')
+_RULED = ('reward', 'negative', 'rules', 'dpo_keep', 'dpo_loss', 'dpo_sft_weight')
+
+def rules_of(preset:Preset) -> str: # 'paper', 'published' or 'own'
+    "Say whose rules make a preset's pairs and train on them: the paper's text, its authors' code, or others"
+    defaults = {f.name: f.default for f in dataclasses.fields(Preset)}
+    paper = {name: defaults[name] for name in _RULED}
+    own = {name: getattr(preset, name) for name in _RULED}
+    if own == paper: return 'paper'
+    return 'published' if own == paper | PUBLISHED else 'own'
 
 # %% ../nbs/parts/presets.ipynb #b2baf6f7
 def validation_size(preset:Preset) -> int:

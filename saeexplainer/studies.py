@@ -300,8 +300,8 @@ def recorded_pairs(
 @dataclass(frozen=True)
 class SmallTraining:
     "Sizes of the trainings that `compare_rules` makes"
-    features: int = 180 # with their validation features
-    judged: int = 40 # others
+    features: int = 120 # with their validation features
+    judged: int = 30 # others
     epochs: float = 1.
     texts: int = 4 # from each greedy explanation
 
@@ -362,16 +362,17 @@ class RuleLab:
         return pd.DataFrame(rows).drop(columns='k')
 
 # %% ../nbs/parts/studies.ipynb #4889c7d5
+def _first_round(pairs:pd.DataFrame, reward:str) -> pd.DataFrame: # without features that were dropped
+    is_wanted = (pairs['round'] == 1) & (pairs['reward'] == reward) & pairs['dropped'].isna()
+    return pairs[is_wanted].set_index('feature', drop=False)
+
 def _shared(pairs:dict, preset:Preset) -> list[int]: # features with a pair by both rules, in an order of their own
-    def features(rule):
-        rows = pairs[rule].query('round == 1 and reward == @preset.reward').dropna(subset='chosen')
-        return set(rows['feature'].tolist())
+    both = [set(_first_round(pairs[rule], preset.reward)['feature'].tolist()) for rule in ('paper', 'published')]
     def place(feature): return seed_for(preset.seed, 'rules', feature)
-    return sorted(features('paper') & features('published'), key=place)
+    return sorted(set.intersection(*both), key=place)
 
 def _of(pairs, preset, features) -> pd.DataFrame: # pairs of the first round by the preset's reward, in that order
-    rows = pairs.query('round == 1 and reward == @preset.reward').set_index('feature', drop=False)
-    return rows.loc[features].reset_index(drop=True)
+    return _first_round(pairs, preset.reward).loc[features].reset_index(drop=True)
 
 def _with_margins(lab, judged, adapter, pairs, features) -> pd.DataFrame: # of the pairs by each rule
     for rule in ('paper', 'published'):
@@ -391,8 +392,11 @@ def compare_rules(
     preset = load_preset(results.made['preset'], size='full')
     lab = RuleLab(results, preset, data_dir()/preset.name/'explainer'/'sft', Path(work), progress)
     pairs = lab.pairs()
+    everything = pd.concat(pairs.values(), ignore_index=True).drop(columns=['chosen', 'rejected'])
+    write_table(everything, Path(out)/'rules_pairs.parquet')
     order = _shared(pairs, preset)
-    trained, judged = order[:size.features], order[size.features:][:size.judged]
+    trained = order[:size.features]
+    judged = order[size.features:][:size.judged]
     made = {rule: lab.train(rule, _of(pairs[rule], preset, trained), size.epochs) for rule in ('paper', 'published')}
     target = Target.load(preset, lab.reader)
     parts = [lab.judge(target, lab.sft, judged, size.texts).assign(rule='sft')]
@@ -400,8 +404,6 @@ def compare_rules(
         rows = lab.judge(target, result.folder, judged, size.texts).assign(rule=rule)
         parts.append(_with_margins(lab, rows, result.folder, pairs, judged))
     write_table(pd.concat(parts, ignore_index=True), Path(out)/'rules_training.parquet')
-    everything = pd.concat(pairs.values(), ignore_index=True).drop(columns=['chosen', 'rejected'])
-    write_table(everything, Path(out)/'rules_pairs.parquet')
     write_json(_about_rules(preset, size, made), Path(out)/'rules.json')
 
 def _about_rules(preset, size, made) -> dict: # what made the tables of `compare_rules`
