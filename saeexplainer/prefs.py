@@ -353,7 +353,7 @@ def build_preferences(
     store.put_pairs(rows.where(rows.notna(), None).to_dict('records'))
     return store.pairs(round)
 
-# %% ../nbs/02_prefs.ipynb #1921d70a
+# %% ../nbs/02_prefs.ipynb #f3c7d0b2
 class _Verdict(NamedTuple):
     "The judgement of a half of the texts on a pair that the other half made"
     feature: int
@@ -392,6 +392,7 @@ def _verdicts(makers, judges, rule:PairRule) -> Iterator[_Verdict]: # of each pa
         gap = (chosen - rejected)/pair.chosen_score
         yield _Verdict(feature, agrees, gap)
 
+# %% ../nbs/02_prefs.ipynb #1921d70a
 def split_verdicts(
     texts:pd.DataFrame, # rows of `texts` of one round: feature, k, j, score
     rule:PairRule, # with a threshold that is a number

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'SMALLER', 'LAYERS', 'ARMS', 'ARM_COLUMNS', 'RULE_SETS', 'Explained', 'screen_row', 'screen',
-           'collect_screening', 'arm_preset', 'run_arms', 'collect_arms', 'recorded_pairs', 'SmallTraining', 'RuleLab',
-           'compare_rules']
+           'collect_screening', 'arm_preset', 'run_arms', 'collect_arms', 'recorded_pairs', 'SmallTraining',
+           'pair_log_probs', 'RuleLab', 'compare_rules']
 
 # %% ../nbs/parts/studies.ipynb #ec626115
 import tempfile
@@ -21,7 +21,7 @@ from .explainer import Explainer, load_explainer
 from .files import read_json, read_table, write_json, write_table
 from .lm.sampling import seed_for
 from .prefs import Dropped, choose_pairs, select_pair, split_verdicts, stage_of, threshold_of
-from .presets import Preset, data_dir, diff, load_preset
+from .presets import Preset, diff, load_preset
 from .results import Results, git_commit
 from .run import Run, execute
 from .saes import FeatureReader
@@ -258,6 +258,8 @@ RULE_SETS:dict[str, dict] = { # fields of the preset that choose pairs
     'published': dict(negative='lower half', rules='published'),
     'embedded': dict(negative='worst', rules='paper')}
 
+_PAIR_COLUMNS = ['feature', 'chosen', 'rejected', 'chosen_k', 'rejected_k', 'chosen_score', 'rejected_score', 'dropped']
+
 def _recorded_texts(results:Results, round:int) -> pd.DataFrame: # feature, k, j, score
     texts = results['texts']
     is_wanted = (texts['kind'] == 'preference') & (texts['stage'] == stage_of(round))
@@ -278,12 +280,13 @@ def recorded_pairs(
 ) -> pd.DataFrame: # feature, chosen, rejected, their k and scores, dropped, agreement
     "Choose pairs of recorded candidates; `agreement` is that of halves of the texts (`split_verdicts`)"
     trained = results['features'].query("split == 'sft'").itertuples()
-    rule = replace(preset.pair_rule, threshold=threshold_of(preset, list(trained)))
+    threshold = threshold_of(preset, list(trained))
+    rule = replace(preset.pair_rule, threshold=threshold)
     rows = []
     for feature, candidates in _recorded_rewards(results, round, rule.reward).groupby('feature'):
         texts = candidates['text'].tolist()
         rewards = candidates['reward'].tolist()
-        pair = select_pair(texts, rewards, rule.threshold, rule.spread, rule.margin, rule.negative, rule.inclusive)
+        pair = select_pair(texts, rewards, threshold, rule.spread, rule.margin, rule.negative, rule.inclusive)
         row = dict(feature=int(feature))
         if isinstance(pair, Dropped):
             rows.append(row | dict(dropped=pair.reason))
@@ -294,7 +297,8 @@ def recorded_pairs(
         rows.append(row | vars(pair) | dict(chosen_k=chosen_k, rejected_k=rejected_k))
     verdicts = split_verdicts(_recorded_texts(results, round), rule)
     agreement = verdicts.groupby('feature')['agrees'].mean()
-    return pd.DataFrame(rows).assign(agreement=lambda made: made['feature'].map(agreement))
+    made = pd.DataFrame(rows, columns=_PAIR_COLUMNS)
+    return made.assign(agreement=made['feature'].map(agreement))
 
 # %% ../nbs/parts/studies.ipynb #4d657145
 @dataclass(frozen=True)
@@ -305,6 +309,25 @@ class SmallTraining:
     epochs: float = 1.
     texts: int = 4 # from each greedy explanation
 
+def pair_log_probs(
+    preset:Preset,
+    reader:FeatureReader,
+    adapter, # folder of an explainer
+    pairs:pd.DataFrame, # feature, chosen, rejected
+) -> np.ndarray: # (pairs, 2): of the chosen one and the rejected
+    "Return log-probabilities of both explanations of each pair, summed over their tokens"
+    import torch
+    explainer = Explainer.from_pretrained(adapter, reader=reader, trainable=True, device=preset.device)
+    rows = preference_dataset(pairs, explainer.card)
+    found = []
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        trainer = dpo_trainer(preset, rows, reader, explainer, folder, progress=False)
+        for i in range(len(rows)):
+            batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i]]))
+            found.append(torch.cat(trainer.compute_ref_log_probs(trainer.model, batch)).tolist())
+    return np.array(found)
+
+# %% ../nbs/parts/studies.ipynb #7dccabb0
 @dataclass
 class RuleLab:
     "What trainings by several rules share"
@@ -330,25 +353,23 @@ class RuleLab:
             made[name] = pd.concat(parts, ignore_index=True)
         return made
 
-    def train(self, rule:str, pairs:pd.DataFrame, epochs:float) -> DPOResult: # the same, if it was done before
+    def train(
+        self,
+        rule:str, # of `RULE_SETS`
+        pairs:pd.DataFrame, # that it made
+        epochs:float,
+    ) -> DPOResult: # of this call, or of an earlier one
         "Train one round by a rule, and keep its best checkpoint"
         preset = load_preset(self.preset, **RULE_SETS[rule], dpo_keep='best', dpo_epochs=epochs)
         return train_dpo(preset, pairs, self.reader, self.sft, self.work/rule, progress=self.progress)
 
-    def log_probs(self, adapter, pairs:pd.DataFrame) -> np.ndarray: # (pairs, 2): of the chosen one and the rejected
-        "Return log-probabilities of both explanations of each pair"
-        import torch
-        explainer = Explainer.from_pretrained(adapter, reader=self.reader, trainable=True, device=self.preset.device)
-        rows = preference_dataset(pairs, explainer.card)
-        with tempfile.TemporaryDirectory() as folder, quiet():
-            trainer = dpo_trainer(self.preset, rows, self.reader, explainer, folder, progress=False)
-            found = []
-            for i in range(len(rows)):
-                batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i]]))
-                found.append(torch.cat(trainer.compute_ref_log_probs(trainer.model, batch)).tolist())
-        return np.array(found)
-
-    def judge(self, target:Target, adapter, features, n:int) -> pd.DataFrame: # feature, text, score, reached
+    def judge(
+        self,
+        target:Target, # writes the texts too, if the preset's writer is local
+        adapter, # folder of an explainer
+        features, # indices
+        n:int, # texts of each explanation
+    ) -> pd.DataFrame: # feature, text, score, reached
         "Have texts written from the greedy explanations of an adapter"
         preset = self.preset
         explainer = load_explainer(adapter, preset, self.reader)
@@ -361,7 +382,7 @@ class RuleLab:
                 for feature, text, made in zip(features, texts, verified)]
         return pd.DataFrame(rows).drop(columns='k')
 
-# %% ../nbs/parts/studies.ipynb #4889c7d5
+# %% ../nbs/parts/studies.ipynb #fe740932
 def _first_round(pairs:pd.DataFrame, reward:str) -> pd.DataFrame: # without features that were dropped
     is_wanted = (pairs['round'] == 1) & (pairs['reward'] == reward) & pairs['dropped'].isna()
     return pairs[is_wanted].set_index('feature', drop=False)
@@ -377,20 +398,23 @@ def _of(pairs, preset, features) -> pd.DataFrame: # pairs of the first round by 
 def _with_margins(lab, judged, adapter, pairs, features) -> pd.DataFrame: # of the pairs by each rule
     for rule in ('paper', 'published'):
         rows = _of(pairs[rule], lab.preset, features)
-        gain = lab.log_probs(adapter, rows) - lab.log_probs(lab.sft, rows)
+        after = pair_log_probs(lab.preset, lab.reader, adapter, rows)
+        gain = after - pair_log_probs(lab.preset, lab.reader, lab.sft, rows)
         judged[f'margin {rule}'] = gain[:, 0] - gain[:, 1]
     return judged
 
-def compare_rules(
-    results:Results, # of the recorded run
+# %% ../nbs/parts/studies.ipynb #4889c7d5
+def compare_rules( # noqa: PLR0913
+    results:Results, # of a finished run
+    preset:Preset, # that run's
+    sft, # folder of its SFT explainer, which both trainings begin with
     out, # folder: rules_pairs.parquet, rules_training.parquet and rules.json are written there
     work, # folder of the trainings; what is finished there is not trained again
     size:SmallTraining=SmallTraining(), # noqa: B008 (it is frozen)
     progress:bool=False,
 ) -> None:
     "Compare the paper's rule with the published one: pairs of recorded candidates, and a small training by each"
-    preset = load_preset(results.made['preset'], size='full')
-    lab = RuleLab(results, preset, data_dir()/preset.name/'explainer'/'sft', Path(work), progress)
+    lab = RuleLab(results, preset, Path(sft), Path(work), progress)
     pairs = lab.pairs()
     everything = pd.concat(pairs.values(), ignore_index=True).drop(columns=['chosen', 'rejected'])
     write_table(everything, Path(out)/'rules_pairs.parquet')
