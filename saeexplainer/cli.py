@@ -252,6 +252,8 @@ def last_part(
 # %% ../nbs/parts/cli.ipynb #fde5ec11
 _CAPTION = ('First the one that is shipped, then in the order of memory. features: for SFT / preferences / test. '
             'memory: at the peak of a run, expected. disk: what is fetched. '
+            "rules: of pairs, as the paper's text has them, or own ones; those of its authors' code: "
+            "`-s rules=published -s 'negative=lower half' -s dpo_keep=best`. "
             '`saeexplainer presets NAME` shows every field of one.')
 
 def preset_row(
@@ -260,6 +262,7 @@ def preset_row(
 ) -> dict[str, str]: # column -> cell
     "Return what the table of presets says of one"
     from saeexplainer.doctor import gigabytes
+    from saeexplainer.presets import rules_of
     return {
         'preset': preset.name,
         'SAE': last_part(preset.source),
@@ -267,6 +270,7 @@ def preset_row(
         'explainer': last_part(preset.explainer),
         'labels': preset.label_model or ('words' if preset.corpus else 'default'),
         'features': f'{in_thousands(preset.n_sft)}/{in_thousands(preset.n_pref)}/{preset.n_test}',
+        'rules': rules_of(preset),
         'memory': gigabytes(takes.get('memory_gb')),
         'disk': gigabytes(takes.get('disk_gb')),
     }
@@ -277,6 +281,7 @@ def presets_table(
     "Return presets side by side"
     left_out = set()
     if out.width < 120: left_out |= {'target', 'explainer', 'labels'}
+    if out.width < 90: left_out |= {'rules'}
     if out.width < 76: left_out |= {'features'}
     rows = [preset_row(preset, takes) for preset, takes in found]
     columns = [name for name in rows[0] if name not in left_out]

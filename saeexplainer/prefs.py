@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'below_margin', 'select_pair', 'threshold_of', 'preference_prompt',
            'stage_of', 'sample_candidates', 'distinct_candidates', 'write_texts', 'score_candidates',
-           'candidate_rewards', 'choose_pairs', 'build_preferences', 'split_half']
+           'candidate_rewards', 'choose_pairs', 'build_preferences', 'split_verdicts', 'split_half']
 
 # %% ../nbs/02_prefs.ipynb #adffe148
 import math, statistics
@@ -353,9 +353,10 @@ def build_preferences(
     store.put_pairs(rows.where(rows.notna(), None).to_dict('records'))
     return store.pairs(round)
 
-# %% ../nbs/02_prefs.ipynb #1921d70a
+# %% ../nbs/02_prefs.ipynb #f3c7d0b2
 class _Verdict(NamedTuple):
     "The judgement of a half of the texts on a pair that the other half made"
+    feature: int
     agrees: float # 1, or 0; .5 for a tie
     gap: float # of the judging half's rewards, as a share of the chosen one's
 
@@ -371,19 +372,41 @@ def _half_rewards(texts, reward:str, rng) -> tuple[pd.Series, pd.Series]: # by e
     second = _of_candidates(texts[~in_first]).agg(reward)
     return first, second
 
+def _by_feature(rewards:pd.Series) -> dict[int, dict]: # feature -> k -> reward
+    found: dict[int, dict] = {}
+    for (feature, k), reward in rewards.items(): found.setdefault(feature, {})[k] = reward
+    return found
+
 def _verdicts(makers, judges, rule:PairRule) -> Iterator[_Verdict]: # of each pair
     threshold = float(rule.threshold)
-    for feature, scores in makers.groupby(level=0):
-        judge = judges.loc[feature] if feature in judges.index else {}
-        ks = [k for k in scores.index.get_level_values(1) if k in judge]
-        made = [scores[feature, k] for k in ks]
+    judging = _by_feature(judges)
+    for feature, scores in _by_feature(makers).items():
+        judge = judging.get(feature, {})
+        ks = [k for k in scores if k in judge]
+        made = [scores[k] for k in ks]
         pair = select_pair(ks, made, threshold, rule.spread, rule.margin, rule.negative, rule.inclusive)
         if isinstance(pair, Dropped): continue
         chosen = judge[pair.chosen]
         rejected = judge[pair.rejected]
         agrees = (chosen > rejected) + .5*(chosen == rejected)
         gap = (chosen - rejected)/pair.chosen_score
-        yield _Verdict(agrees, gap)
+        yield _Verdict(feature, agrees, gap)
+
+# %% ../nbs/02_prefs.ipynb #1921d70a
+def split_verdicts(
+    texts:pd.DataFrame, # rows of `texts` of one round: feature, k, j, score
+    rule:PairRule, # with a threshold that is a number
+    splits:int=20, # random halvings
+    seed:int=0,
+) -> pd.DataFrame: # feature, agrees, gap: a row for each pair that a half of the texts makes
+    "Return what the other half of the texts says of each pair"
+    texts = texts.dropna(subset='score')
+    rng = np.random.default_rng(seed)
+    verdicts: list[_Verdict] = []
+    for _ in range(splits):
+        makers, judges = _half_rewards(texts, rule.reward, rng)
+        verdicts += _verdicts(makers, judges, rule)
+    return pd.DataFrame(verdicts, columns=list(_Verdict._fields))
 
 def split_half( # noqa: PLR0913
     texts:pd.DataFrame, # rows of `texts` of one round: feature, k, j, score
@@ -396,14 +419,9 @@ def split_half( # noqa: PLR0913
     seed:int=0,
 ) -> dict: # pairs per split, agreement (ties count half), mean gap
     "Return how far a half of the texts agrees with the pairs that the other half makes"
-    texts = texts.dropna(subset='score')
-    rng = np.random.default_rng(seed)
     rule = PairRule(reward, threshold, spread, margin, negative)
-    verdicts: list[_Verdict] = []
-    for _ in range(splits):
-        makers, judges = _half_rewards(texts, reward, rng)
-        verdicts += _verdicts(makers, judges, rule)
-    if not verdicts: return dict(pairs=0., agreement=math.nan, gap=math.nan)
-    agreement = float(np.mean([verdict.agrees for verdict in verdicts]))
-    gap = float(np.mean([verdict.gap for verdict in verdicts]))
+    verdicts = split_verdicts(texts, rule, splits, seed)
+    if not len(verdicts): return dict(pairs=0., agreement=math.nan, gap=math.nan)
+    agreement = float(np.mean(verdicts['agrees']))
+    gap = float(np.mean(verdicts['gap']))
     return dict(pairs=len(verdicts)/splits, agreement=agreement, gap=gap)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'REQUIRED', 'LOOKUPS', 'SELFIE', 'BASELINES', 'KIND_WORDS', 'RULES', 'STAGE_NAMES',
-           'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED', 'CPU_LOGIT', 'Injection', 'Lora',
-           'Schedule', 'Sampling', 'PairRule', 'TextCounts', 'Steering', 'Preset', 'short_repr', 'shown',
-           'stays_inside', 'kind_in_words', 'as_annotated', 'Rule', 'Range', 'check_preset', 'presets', 'is_local',
-           'data_dir', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of',
+           'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED', 'CPU_LOGIT', 'PUBLISHED',
+           'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts', 'Steering', 'Preset', 'short_repr',
+           'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule', 'Range', 'check_preset', 'presets',
+           'is_local', 'data_dir', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of',
            'model_size', 'sae_size', 'on_cpu', 'training_memory', 'sampling_memory', 'memory_parts', 'needs',
-           'preset_table', 'field_help', 'validation_size', 'explainer_stages', 'evaluated_stages']
+           'preset_table', 'field_help', 'rules_of', 'validation_size', 'explainer_stages', 'evaluated_stages']
 
 # %% ../nbs/parts/presets.ipynb #d051ce90
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -209,6 +209,10 @@ class Preset:
         "'sigmoid': Eq. 11; 'sigmoid_norm': with log-probabilities per token instead of their sums; "
         "'sft': none, only the SFT term on the chosen")
     dpo_sft_weight: float = _field(0., 'weight of an SFT term on the chosen explanation (the paper: none)')
+    dpo_keep: str = _field('last',
+        "which checkpoint of a round is its result: 'last'; or 'best', the one that prefers the chosen "
+        "explanation in most validation pairs (ties: the larger margin), with early stopping, as in the "
+        "authors' code: a tenth of the preference features is not trained on for that")
     # metrics, Eq. 12-18
     evaluation_writer: str = _field('gpt-5.4-mini', "writes the texts of the metrics and judges; as `writer`")
     n_generative: int = _field(10, 'texts per feature for generative accuracy')
@@ -406,6 +410,7 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda p: p.rules in ('paper', 'published'), "rules must be 'paper' or 'published', not {p.rules}"),
     Rule(lambda p: p.dpo_loss in ('sigmoid', 'sigmoid_norm', 'sft'),
          "dpo_loss must be 'sigmoid', 'sigmoid_norm' or 'sft', not {p.dpo_loss}"),
+    Rule(lambda p: p.dpo_keep in ('last', 'best'), "dpo_keep must be 'last' or 'best', not {p.dpo_keep}"),
     Rule(lambda p: p.negative in ('hard', 'lower half', 'worst'),
          "negative must be 'hard', 'lower half' or 'worst', not {p.negative}"),
     Rule(lambda p: p.threshold == 'auto' or isinstance(p.threshold, float),
@@ -859,6 +864,19 @@ def preset_table(names=None # default: all built-in presets; `smollm2-135m` at b
 def field_help() -> dict[str, str]: # field -> help text
     "Return the help text of every field of `Preset`"
     return {f.name: f.metadata['help'] for f in dataclasses.fields(Preset)}
+
+# %% ../nbs/parts/presets.ipynb #cb269ba5
+# fields that the authors' code has otherwise than the paper's text
+PUBLISHED:dict[str, str] = dict(negative='lower half', rules='published', dpo_keep='best')
+_RULED = ('reward', 'negative', 'rules', 'dpo_keep', 'dpo_loss', 'dpo_sft_weight')
+
+def rules_of(preset:Preset) -> str: # 'paper', 'published' or 'own'
+    "Say whose rules make a preset's pairs and train on them: the paper's text, its authors' code, or others"
+    defaults = {f.name: f.default for f in dataclasses.fields(Preset)}
+    paper = {name: defaults[name] for name in _RULED}
+    own = {name: getattr(preset, name) for name in _RULED}
+    if own == paper: return 'paper'
+    return 'published' if own == paper | PUBLISHED else 'own'
 
 # %% ../nbs/parts/presets.ipynb #b2baf6f7
 def validation_size(preset:Preset) -> int:

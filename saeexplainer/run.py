@@ -67,7 +67,7 @@ _MADE_WITH = (
     _MadeWith('texts', 'score IS NOT NULL', 'dtype batch_tokens device'),
     _MadeWith('pairs', 'dropped IS NULL', 'reward threshold spread margin negative rules'),
     _MadeWith('progress', "stage GLOB 'dpo[0-9]*' AND finished IS NOT NULL",
-              'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight max_length'),
+              'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight dpo_keep max_length'),
     _MadeWith('explanations', "stage = 'sft'", 'n_test dpo_rounds explanation_tokens batch_size device'),
     _MadeWith('explanations', "stage = 'ao'", 'ao_adapter'),
     _MadeWith('explanations', "stage IN ('autointerp', 'contrastive')", 'evaluation_writer text_form'),
@@ -698,7 +698,8 @@ def dpo_stage(
         run.progress, run.adapters.of_like(stage))
     losses = result.losses
     loss = f'step-0 loss {result.step0_loss:.4f}, loss {losses[0]:.3f} -> {losses[-1]:.3f}'
-    return f'{result.pairs} pairs, {loss}{run.adapters.origin(stage)}'
+    kept = f', step {result.kept_step} kept by {result.validation} validation pairs' if result.validation else ''
+    return f'{result.pairs} pairs, {loss}{kept}{run.adapters.origin(stage)}'
 
 # %% ../nbs/parts/run.ipynb #524bf3b9
 def _explained_by(run:Run, stage:str, test:list[int]) -> dict[int, str]: # feature -> text; stored as they are made

@@ -5,6 +5,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ import trl
 from forks import is_alive, kill
 from helpers import PLACEHOLDER, tiny_sae
 from safetensors.torch import load_file
-from trainings import PAIRS, tiny_run
+from trainings import CONTRARY, PAIRS, tiny_run
 
-from saeexplainer.dpo import _settings, dpo_trainer, preference_dataset, step0_loss, train_dpo
+from saeexplainer.dpo import (
+    PATIENCE, DPOResult, _settings, divide_pairs, dpo_trainer, preference_dataset, step0_loss, train_dpo,
+    validation_features,
+)
 from saeexplainer.explainer import Explainer, ExplainerCard
 from saeexplainer.injection import explanation_prompt
 from saeexplainer.saes import FeatureReader
@@ -162,15 +166,15 @@ def test_another_sae_is_refused(run, tmp_path):
 
 ROUND = '''
 from saeexplainer.dpo import train_dpo
-from trainings import PAIRS, tiny_run
-preset, reader, sft = tiny_run({run!r}, dpo_epochs=6.)
-train_dpo(preset, PAIRS, reader, sft, {out!r})
+from trainings import CONTRARY, PAIRS, tiny_run
+preset, reader, sft = tiny_run({run!r}, **{fields!r})
+train_dpo(preset, {pairs}, reader, sft, {out!r})
 '''
 
-def killed_after_a_checkpoint(forks, run, out):
+def killed_after_a_checkpoint(forks, run, out, pairs='PAIRS', **fields):
     "Exit code of a round that was killed when its first checkpoint was complete"
     deadline = time.time() + 120
-    pid = forks.start(ROUND.format(run=str(run), out=str(out)))
+    pid = forks.start(ROUND.format(run=str(run), out=str(out), pairs=pairs, fields=fields))
     def is_waited_for(): return is_alive(pid) and time.time() < deadline
     while not list(out.glob('checkpoints/*/files.json')) and is_waited_for(): time.sleep(.01)
     kill(pid)
@@ -179,7 +183,8 @@ def killed_after_a_checkpoint(forks, run, out):
 
 def test_kill_9_in_the_middle_changes_nothing(run, forks, tmp_path):
     preset, reader, sft = tiny_run(run, dpo_epochs=6.)
-    assert killed_after_a_checkpoint(forks, run, tmp_path/'killed') == -signal.SIGKILL, forks.errors()
+    code = killed_after_a_checkpoint(forks, run, tmp_path/'killed', dpo_epochs=6.)
+    assert code == -signal.SIGKILL, forks.errors()
     assert not (tmp_path/'killed'/'explainer.json').exists()
     resumed = train_dpo(preset, PAIRS, reader, sft, tmp_path/'killed')
     whole = train_dpo(preset, PAIRS, reader, sft, tmp_path/'whole')
@@ -207,6 +212,121 @@ def test_killed_between_training_and_saving(run, tmp_path):
     for n, p in saved.named_parameters():
         if n not in trained: continue
         torch.testing.assert_close(p.float(), trained[n].detach().bfloat16().float())
+
+
+# ---- the best checkpoint by validation pairs
+
+BEST = dict(dpo_keep='best', dpo_epochs=20.)
+
+
+def preset_of(run, **fields): return tiny_run(run, **fields)[0]
+
+
+def test_validation_features_are_the_same_in_every_round():
+    first = validation_features(range(1000), seed=3)
+    second = validation_features(reversed(range(1000)), seed=3)
+    assert first == second
+    assert len(first) == 100
+
+
+def test_validation_features_depend_on_the_seed():
+    assert validation_features(range(100), seed=3) != validation_features(range(100), seed=4)
+
+
+@pytest.mark.parametrize('features, held_out', [(100, 10), (30, 8), (9, 4), (1, 0)])
+def test_a_tenth_is_held_out_and_never_more_than_half(features, held_out):
+    assert len(validation_features(range(features), seed=0)) == held_out
+
+
+def test_no_pair_is_both_trained_on_and_validated(run):
+    division = divide_pairs(PAIRS, preset_of(run, **BEST))
+    trained = division.training.dropna(subset='chosen').feature
+    assert not set(trained) & set(division.validation.feature)
+    assert len(trained) + len(division.validation) == 8
+
+
+def test_all_pairs_are_trained_on_where_the_last_checkpoint_is_kept(run):
+    division = divide_pairs(PAIRS, preset_of(run))
+    assert len(division.training) == len(PAIRS)
+    assert not len(division.validation)
+
+
+def test_no_validation_pair_is_an_error_that_says_so(run):
+    preset = preset_of(run, **BEST)
+    held_out = PAIRS.feature.isin(validation_features(PAIRS.feature, preset.seed))
+    dropped = PAIRS.assign(dropped=PAIRS.dropped.mask(held_out, 'low_spread'))
+    with pytest.raises(ValueError, match='none of the 4 features that are held out has a pair'):
+        divide_pairs(dropped, preset)
+
+
+def test_what_was_trained_before_is_what_it_was(run):
+    "Settings of a round that keeps its last checkpoint hold nothing of validation, so it is not trained again"
+    preset, _, sft = tiny_run(run)
+    card = ExplainerCard.load(sft)
+    settings = _settings(preset, card, preference_dataset(PAIRS, card), sft, 1)
+    assert not {'dpo_keep', 'validation'} & set(settings)
+
+
+@pytest.fixture(scope='module')
+def contrary(run):
+    "A round whose validation pairs are against its training, and its folder"
+    preset, reader, sft = tiny_run(run, **BEST)
+    return train_dpo(preset, CONTRARY, reader, sft, run/'contrary', progress=False)
+
+
+def test_the_best_checkpoint_is_kept_and_the_training_ends_early(contrary):
+    evaluations = contrary.log.dropna(subset='eval_accuracy')
+    order = evaluations.sort_values(['eval_accuracy', 'eval_margin'])
+    assert contrary.kept_step == order.step.iloc[-1]
+    assert (evaluations.step > contrary.kept_step).sum() == PATIENCE
+    assert contrary.log.step.max() < 20
+
+
+def test_the_numbers_of_pairs_are_said(contrary):
+    assert contrary.validation == len(divide_pairs(CONTRARY, SimpleNamespace(dpo_keep='best', seed=0)).validation)
+    assert contrary.pairs + contrary.validation == 8
+    assert DPOResult.load(contrary.folder).kept_step == contrary.kept_step
+
+
+def test_the_saved_adapter_is_that_of_the_kept_step(run, contrary, tmp_path):
+    preset, reader, sft = tiny_run(run, **BEST)
+    explainer = Explainer.from_pretrained(sft, reader=reader, trainable=True, device='cpu')
+    division = divide_pairs(CONTRARY, preset)
+    rows = [preference_dataset(pairs, explainer.card) for pairs in (division.training, division.validation)]
+    trainer = dpo_trainer(preset, rows[0], reader, explainer, tmp_path/'checkpoints', validation=rows[1])
+    trainer.model.load_adapter(contrary.folder, 'default')
+    found = trainer.evaluate()['eval_rewards/margins']
+    kept = contrary.log.dropna(subset='eval_margin').set_index('step').eval_margin
+    assert found == pytest.approx(kept[contrary.kept_step], rel=.05)
+    assert found != pytest.approx(kept.iloc[-1], rel=.05)
+
+
+def test_kill_9_keeps_the_same_checkpoint(run, contrary, forks, tmp_path):
+    preset, reader, sft = tiny_run(run, **BEST)
+    code = killed_after_a_checkpoint(forks, run, tmp_path/'killed', 'CONTRARY', **BEST)
+    assert code == -signal.SIGKILL, forks.errors()
+    assert not (tmp_path/'killed'/'explainer.json').exists()
+    resumed = train_dpo(preset, CONTRARY, reader, sft, tmp_path/'killed', progress=False)
+    assert resumed.kept_step == contrary.kept_step
+    assert resumed.log.step.tolist() == contrary.log.step.tolist()
+    found = load_file(resumed.folder/'adapter_model.safetensors')
+    wanted = load_file(contrary.folder/'adapter_model.safetensors')
+    for name in found: torch.testing.assert_close(found[name], wanted[name], atol=1e-3, rtol=1e-2)
+
+
+def test_killed_after_it_ended_early(run, contrary, tmp_path):
+    "The training has ended, its explainer is not saved yet: no step is taken any more"
+    preset, reader, sft = tiny_run(run, **BEST)
+    explainer = Explainer.from_pretrained(sft, reader=reader, trainable=True, device='cpu')
+    division = divide_pairs(CONTRARY, preset)
+    rows, others = (preference_dataset(pairs, explainer.card) for pairs in (division.training, division.validation))
+    checkpoints = tmp_path/'out'/'checkpoints'
+    trainer = dpo_trainer(preset, rows, reader, explainer, checkpoints, progress=False, validation=others)
+    claim(checkpoints, _settings(preset, explainer.card, rows, sft, 1, others))
+    trainer.train()
+    result = train_dpo(preset, CONTRARY, reader, sft, tmp_path/'out', progress=False)
+    assert result.log.step.tolist() == contrary.log.step.tolist()
+    assert result.kept_step == contrary.kept_step
 
 
 def with_template(sft, to, template):

@@ -4,7 +4,9 @@ import pandas as pd
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from saeexplainer.lm.models import cache_dir
-from saeexplainer.presets import Preset, data_dir, diff, field_help, load_preset, preset_table, presets
+from saeexplainer.presets import (
+    PUBLISHED, Preset, data_dir, diff, field_help, load_preset, preset_table, presets, rules_of,
+)
 
 PAPERS = [name for name in presets() if name != 'smollm2-135m']
 ALL = [*((name, 'full') for name in presets()), ('smollm2-135m', 'demo')]
@@ -163,6 +165,7 @@ def test_a_preset_does_not_change():
     (dict(baselines=['nearest']), "baselines are 'autointerp', 'untrained', 'best', 'nearest token'"),
     (dict(baselines=['logit lens', 'logit lens']), 'baselines holds one of them twice'),
     (dict(rules='ours'), "rules must be 'paper' or 'published', not 'ours'"),
+    (dict(dpo_keep='first'), "dpo_keep must be 'last' or 'best', not 'first'"),
     (dict(negative='upper half'), "negative must be 'hard', 'lower half' or 'worst', not 'upper half'"),
     (dict(baseline_labels=['gpt-5', 'gpt-5']), 'baseline_labels holds one of them twice'),
     (dict(baseline_labels=['label']), 'baseline_labels are names of models'),
@@ -351,3 +354,18 @@ def test_every_field_stands_in_the_table():
 def test_published_rules_count_what_equals_a_threshold():
     assert load_preset('smollm2-135m', rules='published').pair_rule.inclusive is True
     assert load_preset('smollm2-135m').pair_rule.inclusive is False
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_presets_of_the_paper_follow_its_text(name):
+    assert rules_of(load_preset(name)) == 'paper'
+    assert rules_of(load_preset(name, **PUBLISHED)) == 'published'
+
+
+def test_a_preset_that_is_neither_has_rules_of_its_own():
+    assert rules_of(load_preset('gemma-2-9b-l20', rules='published')) == 'own'
+    assert rules_of(load_preset('smollm2-135m', size='full')) == 'own'
+
+
+def test_the_last_checkpoint_is_kept_unless_a_preset_says_otherwise():
+    assert all(load_preset(name).dpo_keep == 'last' for name in presets())

@@ -1,5 +1,6 @@
 "The closed loop at its smallest, on a tiny real model: its splits, its models, its paid writer and its report"
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from tiny_lab import STAGES, copy_of, finish, flip, keys_of, rows_of
 from transformers import Trainer
 from writer_server import capable
 
+from saeexplainer.dpo import validation_features
 from saeexplainer.explainer import Explainer
 from saeexplainer.metrics import evaluate
 from saeexplainer.report import write_report
 from saeexplainer.results import Results, check_measured, provenance
-from saeexplainer.run import check_target, prefs_stage
+from saeexplainer.run import check_target, execute, prefs_stage
 from saeexplainer.sft import train_sft
 from saeexplainer.target import Target
 from saeexplainer.writers.budget import BudgetSpent
@@ -351,3 +353,38 @@ def test_a_run_can_be_evaluated_as_it_is(lab, tmp_path):
     with lab.run(tmp_path/'run') as run:
         table = evaluate(run, {'mine': mine}, metrics=('generative',), progress=False)
     assert table.loc[('mine', 'generative'), 'n'] == 2
+
+
+# ---- the best checkpoint by validation pairs
+
+@pytest.fixture(scope='module')
+def validated_run(tiny_lab, finished_run, tmp_path_factory):
+    "Folder of a run that keeps the best checkpoint of each round, and its lines"
+    folder = tmp_path_factory.mktemp('validated')/'run'
+    lines = []
+    with tiny_lab.in_use(), tiny_lab.run(folder, like=finished_run, dpo_keep='best') as run:
+        execute(run, say=lines.append)
+    return folder, lines
+
+
+def test_a_run_says_how_many_pairs_chose_its_checkpoint(validated_run):
+    _, lines = validated_run
+    rounds = [line for line in lines if line.startswith('dpo')]
+    assert len(rounds) == 2
+    for line in rounds: assert re.search(r'step \d+ kept by [12] validation pairs', line)
+
+
+def test_the_log_of_a_run_has_the_accuracy_of_validation_pairs(validated_run):
+    folder, _ = validated_run
+    log = Results(folder/'report')['dpo_log']
+    evaluated = log.dropna(subset='eval_accuracy')
+    assert evaluated['round'].unique().tolist() == [1, 2]
+    assert evaluated['eval_accuracy'].between(0, 1).all()
+
+
+def test_validation_features_are_preference_features(lab, validated_run):
+    folder, _ = validated_run
+    with lab.run(folder, dpo_keep='best') as run:
+        held_out = set(validation_features(run.preference_features(1), run.preset.seed))
+        assert held_out <= set(run.splits['preference1'])
+        assert not held_out & set(run.splits['test'])

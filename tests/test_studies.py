@@ -8,7 +8,10 @@ from tiny_lab import copy_of
 from saeexplainer.ablations import arms_figure
 from saeexplainer.evaluation.tables import screen_table
 from saeexplainer.presets import diff, load_preset
-from saeexplainer.studies import ARMS, SMALLER, arm_preset, collect_arms, screen
+from saeexplainer.results import Results
+from saeexplainer.studies import (
+    ARMS, RULE_SETS, SMALLER, SmallTraining, arm_preset, collect_arms, compare_rules, recorded_pairs, screen,
+)
 
 # ---- screening
 
@@ -127,3 +130,46 @@ def test_arms_are_drawn(collected):
     figure = arms_figure(arms, dict(a='2', b='6'), 'K', stages=('sft', 'dpo1'), panels=('generative', 'gap'))
     assert [ax.get_title() for ax in figure.axes] == ['generative accuracy (%)', 'gap H - L (activation)']
     assert figure.axes[0].get_lines()[0].get_ydata().tolist() == [150., 150.]
+
+
+# ---- the paper's rule and the published one
+
+def test_pairs_of_recorded_candidates_are_those_of_the_run(tiny_lab, finished_run):
+    results = Results(finished_run/'report')
+    with tiny_lab.in_use(): preset = tiny_lab.preset()
+    wanted = results['pairs'].query('round == 1').set_index('feature')
+    found = recorded_pairs(results, preset, round=1).set_index('feature').reindex(columns=wanted.columns)
+    for column in ('chosen', 'rejected', 'dropped'):
+        assert found[column].fillna('').to_dict() == wanted[column].fillna('').to_dict()
+
+
+@pytest.fixture(scope='module')
+def compared(tiny_lab, finished_run, tmp_path_factory):
+    "Folder with what a comparison of rules has written"
+    folder = tmp_path_factory.mktemp('rules')
+    size = SmallTraining(features=2, judged=1, texts=2)
+    with tiny_lab.in_use():
+        compare_rules(Results(finished_run/'report'), tiny_lab.preset(), finished_run/'explainer'/'sft',
+                      folder, folder/'work', size)
+    return folder
+
+
+def test_every_rule_and_reward_has_its_pairs(compared):
+    pairs = pd.read_parquet(compared/'rules_pairs.parquet')
+    assert set(pairs['rule']) == set(RULE_SETS)
+    assert pairs.groupby(['rule', 'reward', 'round']).size().unique().tolist() == [4]
+
+
+def test_both_trainings_begin_with_the_same_explainer_and_are_judged_alike(compared):
+    rows = pd.read_parquet(compared/'rules_training.parquet')
+    assert rows['rule'].tolist() == ['sft', 'paper', 'published']
+    assert rows['feature'].nunique() == 1
+    margins = rows.set_index('rule')[['margin paper', 'margin published']]
+    assert margins.drop('sft').notna().all(axis=None)
+
+
+def test_what_made_a_comparison_is_written_down(compared):
+    made = json.loads((compared/'rules.json').read_text())
+    for training in made['trainings'].values():
+        assert training['pairs'] == training['validation'] == 1
+        assert training['kept_step'] in {row['step'] for row in training['evaluations']}

@@ -7,6 +7,7 @@ import torch
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 
+from saeexplainer.dpo import validation_features
 from saeexplainer.explainer import Explainer, save_adapter
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
@@ -60,6 +61,11 @@ PAIRS = pd.DataFrame(
     [dict(round=1, feature=i, chosen=f'words such as rain {i}', rejected='a sea', chosen_score=2., rejected_score=1.)
      for i in range(8)]
     + [dict(round=1, feature=9, dropped='low_spread')])
+
+_HELD_OUT = PAIRS.feature.isin(validation_features(PAIRS.feature, seed=0))
+CONTRARY = PAIRS.assign( # validation pairs that say the opposite
+    chosen=PAIRS.chosen.mask(_HELD_OUT, PAIRS.rejected),
+    rejected=PAIRS.rejected.mask(_HELD_OUT, PAIRS.chosen))
 
 
 def tiny_run(folder, **fields):
