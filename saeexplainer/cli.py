@@ -722,16 +722,18 @@ def ensure_features(
 def judging_contexts(
     preset:'Preset',
     corpus:str|None, # None: the one that the features were read from
-    tokens:int|None # None: a million
+    tokens:int|None, # None: a million
+    check:bool=True # whether the target reads what Neuronpedia does not list as silent
 ) -> str: # what came of it, to print
     "Give a preset's file of features its test contexts"
     from saeexplainer.sources.contexts import TEST_TOKENS, add_test_contexts
-    return add_test_contexts(preset, corpus, tokens or TEST_TOKENS)
+    return add_test_contexts(preset, corpus, tokens or TEST_TOKENS, check=check)
 
 # %% ../nbs/parts/cli.ipynb #1a31ea2f
 _NAMES = 'a preset, then names or indices of features; none: a summary'
 _TEST_CONTEXTS = ('add excerpts to judge explanations by, from documents that the features were not read from; of '
-                  '--corpus, up to --tokens')
+                  '--corpus, up to --tokens, or of what Neuronpedia lists')
+_UNCHECKED = 'with --test-contexts from Neuronpedia: do not load the target to read what should be silent'
 _CORPUS = "read the SAE on these texts: 'embedded', text files, or a dataset; default: the preset's, or Neuronpedia"
 
 @app.command('features', cls=_Command, epilog=_examples(
@@ -747,6 +749,7 @@ def features_command( # noqa: PLR0913
     tokens: Annotated[Optional[int], typer.Option(min=1, help='tokens of the corpus to read')] = None,
     anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False,
     test_contexts: Annotated[bool, typer.Option('--test-contexts', help=_TEST_CONTEXTS)] = False,
+    unchecked: Annotated[bool, typer.Option('--unchecked', help=_UNCHECKED)] = False,
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
@@ -757,7 +760,8 @@ def features_command( # noqa: PLR0913
     read: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     chosen = resolve(name, settings=settings, **read)
     ensure_features(chosen, names, bool(read) and not test_contexts, anew)
-    if test_contexts: print(judging_contexts(chosen, corpus, tokens), file=sys.stderr)
+    if unchecked and not test_contexts: raise ValueError('--unchecked is for --test-contexts, which is not given')
+    if test_contexts: print(judging_contexts(chosen, corpus, tokens, not unchecked), file=sys.stderr)
     features = known_features(chosen, names)
     shown = chosen_features(chosen, names, random, seed, features)
     if not shown: return show_counts(features, as_json)

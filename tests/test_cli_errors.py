@@ -61,6 +61,7 @@ def quick(monkeypatch):
     (['benchmark', 'no-such.csv', '--bench', 'bench-0'], "there is no bench 'bench-0': there is "),
     (['features', 'gpt2-small-l8', '--test-contexts', '--corpus', 'c.txt', '5'],
      '`saeexplainer features gpt2-small-l8` makes it'),
+    (['features', 'gpt2-small-l8', '5', '--unchecked'], '--unchecked is for --test-contexts, which is not given'),
     (['report', 'no-such-run'], 'there is no run'),
     (['explain', '--random', '-2'], "Invalid value for '--random'"),
     (['features', '--random', '-2'], "Invalid value for '--random'"),

@@ -32,7 +32,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
         writers/budget writers/traffic writers/parsing
         sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training labels lookups
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
-        evaluation/words evaluation/detection evaluation/retrieval evaluation/beyond
+        evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
         run results report plots studies dictionaries selection verdicts measuring benchmark
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''
