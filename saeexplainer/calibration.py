@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLED', 'FILE', 'SIGNS', 'reached_counts', 'calibration', 'calibration_table', 'write_calibration', 'fresh_share',
-           'calibration_of', 'content_words', 'sample_agreement', 'predicts_reward', 'signs_of_samples']
+           'share_or_none', 'in_words', 'calibration_of', 'content_words', 'sample_agreement', 'predicts_reward',
+           'signs_of_samples']
 
 # %% ../nbs/parts/calibration.ipynb #8878f8da
 import re
@@ -117,6 +118,22 @@ def fresh_share(
     curve = pooled[pooled['texts'] == most]
     if not len(curve): return np.nan
     return float(np.interp(reached/texts, curve['reached']/most, curve['fresh']))
+
+def share_or_none(
+    table:pd.DataFrame|None, # of `calibration_of`
+    reached:int|None, # texts that did; None: that cannot be said
+    texts:int # of so many
+) -> float|None: # JSON has no NaN
+    "Return what `fresh_share` does, or None where nothing is known"
+    if table is None or reached is None: return None
+    share = fresh_share(table, reached, texts)
+    return None if np.isnan(share) else share
+
+def in_words(
+    share:float # of `fresh_share`
+) -> str: # stands behind a count
+    "Say how far a count can be trusted"
+    return f'on fresh texts such explanations reach it {share:.0%} of the time'
 
 def calibration_of(
     preset:Preset

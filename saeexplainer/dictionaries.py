@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 # %% ../nbs/parts/dictionaries.ipynb #8508e39d
+from .calibration import calibration_of, share_or_none
 from .evaluation.texts import verify
 from .explainer import ExplainerCard, _fetch, adapter_of, adapter_sha256, load_explainer, model_sha256
 from .features import FeatureId, check_features_of, features_file, load_features
@@ -462,8 +463,15 @@ def _joined(parts:list[Rows]) -> list[dict]: # in the order of features
             rows[index] |= row
     return [rows[index] for index in sorted(rows)]
 
-def _finish(out:Path, parts:list[Rows]) -> dict: # counts; the parts are removed
+def _add_fresh(rows:list[dict], calibrated:pd.DataFrame|None) -> None: # how often fresh texts reach it
+    for row in rows:
+        if 'reached' not in row: continue # not verified
+        made = len(row['texts']) - row['unmade']
+        row['fresh'] = share_or_none(calibrated, row['reached'], made)
+
+def _finish(out:Path, parts:list[Rows], calibrated:pd.DataFrame|None=None) -> dict: # counts; the parts are removed
     rows = _joined(parts)
+    _add_fresh(rows, calibrated)
     table = pd.DataFrame(rows)
     if out.suffix == '.parquet':
         write_table(table, out)
@@ -550,4 +558,4 @@ def explain_dictionary(
         verified = held.enter_context(closing(Rows(files[1], verified_with)))
         _check_rows(verified, reader.n_features)
         _verify_all(work, explained, verified, out)
-        return _finish(out, [explained, verified])
+        return _finish(out, [explained, verified], calibration_of(preset))

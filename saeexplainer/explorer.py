@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/parts/explorer.ipynb #57117f24
+from .calibration import calibration_of, in_words, share_or_none
 from .evaluation.texts import Verified, verify
 from .explainer import Explainer
 from .features import Feature, FeatureId
@@ -148,14 +149,19 @@ class KnownFeatures:
 def summed_up(
     checked:Verified, # texts of an explanation, and their activations
     feature:Feature,
-    success:float # share of the strongest activation that counts
+    success:float, # share of the strongest activation that counts
+    calibrated:pd.DataFrame|None=None # of `calibration_of`
 ) -> str: # '' where no text could be written
-    "Return in words how many texts reach the share of the strongest known activation"
-    reached = 'none can be called a hit: no strongest activation is known'
+    "Return in words how many texts reach the share of the strongest known activation, and how far that can be trusted"
+    said = ['none can be called a hit: no strongest activation is known']
     if feature.max_act > 0:
-        reached = f'{checked.reached(feature.max_act, success)} reach {success:.0%} of the strongest known activation'
+        reached = checked.reached(feature.max_act, success)
+        said = [f'{reached} reach {success:.0%} of the strongest known activation']
+        share = share_or_none(calibrated, reached, checked.made)
+        if share is not None: said.append(in_words(share))
     lost = len(checked.texts) - checked.made
-    return reached + (f'; {lost} more could not be written' if lost else '')
+    if lost: said.append(f'{lost} more could not be written')
+    return '; '.join(said)
 
 def readings_html(
     readings:Iterable[Reading], # of texts
@@ -252,7 +258,8 @@ def verified_html(
     if not checked.made:
         return f'<p class="note">None of the {n} texts from {what} could be written: nothing can be said of it.</p>'
     texts = [text for text, score in zip(checked.texts, checked.scores) if text and not np.isnan(score)]
-    note = f'Of {checked.made} texts written from {what}, {summed_up(checked, f, asked.preset.success)}.'
+    counted = summed_up(checked, f, asked.preset.success, calibration_of(asked.preset))
+    note = f'Of {checked.made} texts written from {what}, {counted}.'
     return f'<p class="note">{note}</p>{readings_html(lab.target.activations(texts, f.index), f)}'
 
 # %% ../nbs/parts/explorer.ipynb #f3d39ee7

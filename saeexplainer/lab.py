@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/parts/lab.ipynb #01ed07f1
+from .calibration import calibration_of, share_or_none
 from .evaluation.tables import METRICS
 from .evaluation.texts import Verified, verify
 from .explainer import Explainer, explainer_of, load_explainer
@@ -154,17 +155,23 @@ def checked_explanations(
 def hits_table(
     checked:Iterable[Verified], # texts and activations of explanations
     strongest:Mapping[int, float], # feature -> activation; NaN where it is not known
-    success:float # share of it that counts
-) -> pd.DataFrame: # feature, text, activation, hit
-    "Return one row for each text; `hit` is missing where the text or the strongest activation is"
+    success:float, # share of it that counts
+    calibrated:pd.DataFrame|None=None # of `calibration_of`
+) -> pd.DataFrame: # feature, text, activation, hit, fresh
+    """Return one row for each text; `hit` is missing where the text or the strongest activation is.
+
+    `fresh` is of the explanation: how often fresh texts are hits, where so many are; missing where not known."""
     rows = []
     for verified in checked:
-        enough = success*strongest[verified.feature]
+        most = strongest[verified.feature]
+        enough = success*most
+        reached = verified.reached(most, success) if enough > 0 else None
+        fresh = share_or_none(calibrated, reached, verified.made)
         for text, score in zip(verified.texts, verified.scores):
             known = enough > 0 and not math.isnan(score)
-            rows.append((verified.feature, text, float(score), bool(score > enough) if known else None))
-    table = pd.DataFrame(rows, columns=['feature', 'text', 'activation', 'hit'])
-    return table.astype({'hit': 'boolean'})
+            rows.append((verified.feature, text, float(score), bool(score > enough) if known else None, fresh))
+    table = pd.DataFrame(rows, columns=['feature', 'text', 'activation', 'hit', 'fresh'])
+    return table.astype({'hit': 'boolean', 'fresh': float})
 
 # %% ../nbs/parts/lab.ipynb #8cc3fde5
 class KeptStore:
@@ -375,11 +382,12 @@ class Lab(Instruments):
         explanations:Mapping, # feature -> text
         n:int=10, # texts that are written from each
         progress:bool=False # show a bar
-    ) -> pd.DataFrame: # feature, text, activation, hit (Eq. 12)
+    ) -> pd.DataFrame: # feature, text, activation, hit (Eq. 12), and how often fresh texts are one
         "Let the target's activation judge explanations, on texts that a writer makes of them"
         asked = [(self.index_of(f), text) for f, text in checked_explanations(explanations).items()]
         checked = verify(self.target, self.writer, asked, self.preset, n, progress)
-        return hits_table(checked, {index: self.strongest(index) for index, _ in asked}, self.preset.success)
+        strongest = {index: self.strongest(index) for index, _ in asked}
+        return hits_table(checked, strongest, self.preset.success, calibration_of(self.preset))
 
     def steer(
         self,

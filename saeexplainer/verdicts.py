@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 # %% ../nbs/parts/verdicts.ipynb #a52daf75
-from .calibration import calibration_of, fresh_share
+from .calibration import calibration_of, share_or_none
 from .evaluation.texts import Verified, verify
 from .features import Feature, check_features_of, features_file
 from .presets import Preset
@@ -54,9 +54,6 @@ def verdict_of(
     best = verified.texts[place] if made and place is not None else None
     pieces = lit_words(target.activations([best], [feature.index])[0]) if best else []
     reached = verified.reached(strongest, success) if made and strongest else None
-    fresh = None
-    if reached is not None and calibrated is not None:
-        fresh = _number_or_none(fresh_share(calibrated, reached, len(made)))
     return Verdict(
         reached=reached,
         texts=len(made),
@@ -66,7 +63,7 @@ def verdict_of(
         best=best,
         pieces=[[text, bool(lit)] for text, lit in pieces],
         written=[dict(text=text, activation=round(score, 4)) for text, score in made],
-        fresh=fresh,
+        fresh=share_or_none(calibrated, reached, len(made)),
     )
 
 # %% ../nbs/parts/verdicts.ipynb #3459b1c8

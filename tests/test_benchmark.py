@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from judged import WORDS, Scripted, feature, judged_preset
 from saeexplainer.benchmark import (
-    BUILT_IN, MEASURES, REFERENCES_FILE, Bench, bench_folder, bench_reader, benchmark, built_in, completed,
-    contexts_sha256, keep_references, measure_built_in, ranking, ranking_table, with_missing,
+    BUILT_IN, CHANCE, FRONT, MEASURES, REFERENCES_FILE, Bench, agreement_line, bench_folder, bench_reader, benchmark,
+    blind_readings, built_in, completed, contexts_sha256, front_table, keep_references, measure_built_in, ranking,
+    ranking_table, read_right, with_missing,
 )
 from saeexplainer.cli import main
 from saeexplainer.evaluation.detection import ListReader, save_references
@@ -241,6 +242,71 @@ def test_one_method_among_none_is_first(bench, values):
     compared = completed(pd.concat([built_in(bench), values]), bench.features)
     assert compared['value'].dtype == float
     assert ranking(compared)['rank'].tolist() == [1]
+
+
+# the front page
+
+RATED = [('Ada', 'a', 3, 2), ('Ada', CHANCE, 3, 0), ('Ben', 'a', 3, 1), ('Ben', CHANCE, 3, 0), ('Ada', 'other', 3, 2)]
+
+
+def ratings(sheet='one', rated=RATED):
+    "As `read-blind` stores them"
+    found = [dict(sheet=sheet, reader=reader, time='2026-01-01', row=f'{feature}{method[0]}', feature=feature,
+                  method=method, rating=rating) for reader, method, feature, rating in rated]
+    return pd.DataFrame(found)
+
+
+MEASURED = rows(
+    (CHANCE, 3, 'generative', .9),
+    (CHANCE, 3, 'detection', .5),
+    ('a', 3, 'generative', .5),
+    ('a', 3, 'coverage', 1.),
+    ('b', 3, 'generative', .6),
+    ('b', 5, 'generative', .2),
+)
+
+
+def test_the_front_page_shows_every_method_and_chance_last():
+    "Whatever chance reached, and whoever was only read"
+    table = front_table(MEASURED, ratings(), [3, 5])
+    assert list(table.index) == ['a', 'b', 'other', f'{CHANCE} (chance)']
+    assert list(table.columns) == [*FRONT, 'reading']
+
+
+def test_what_was_not_measured_of_a_method_is_a_dash():
+    table = front_table(MEASURED, ratings(), [3, 5])
+    assert table.loc['b'].tolist() == ['40.0 [20.0, 60.0]', '-', '-', '-', '-']
+    assert table.loc['other'].tolist() == ['-', '-', '-', '-', '100.0 [100.0, 100.0]']
+    assert table.loc['a', 'reading'] == '50.0 [50.0, 50.0]'
+
+
+def test_what_a_method_left_out_counts_on_the_front_page():
+    assert front_table(MEASURED, ratings(), [3, 5]).loc['a', 'generative'].startswith('25.0 ')
+
+
+def test_the_front_page_without_values_or_ratings(bench):
+    assert front_table(built_in(bench), blind_readings(bench), bench.features).empty
+    assert front_table(MEASURED, blind_readings(bench), [3, 5])['reading'].tolist() == ['-']*3
+    assert front_table(MEASURED.head(0), ratings(), [3, 5]).index.tolist() == ['other', 'a', f'{CHANCE} (chance)']
+    assert agreement_line(blind_readings(bench)) == ''
+
+
+def test_rows_of_two_sheets_are_not_mixed_up(bench):
+    "Two sheets number their rows alike; only one of them was read twice"
+    other = ratings('two', [('Ada', 'a', 7, 0), ('Cem', 'a', 3, 0)])
+    both = pd.concat([ratings(), other])
+    both.to_parquet(bench_folder(bench.name)/'readings.parquet')
+    found = blind_readings(bench)
+    (bench_folder(bench.name)/'readings.parquet').unlink()
+    assert set(found['row']) == {'one 3a', 'one 3o', 'one 3r', 'two 7a', 'two 3a'}
+    assert agreement_line(found) == (
+        'Reading: 2 features, 3 blind readers; two of them give the same rating to 50% of the explanations '
+        '(weighted kappa 0.50).')
+
+
+def test_one_reader_agrees_with_nobody():
+    assert agreement_line(ratings(rated=RATED[:2])) == 'Reading: 1 feature, 1 blind reader.'
+    assert read_right(ratings(rated=RATED[:1])) == {'a': '100.0 [100.0, 100.0]'}
 
 
 # the command

@@ -10,7 +10,8 @@ from saeexplainer.cli import main, marked, resolve, safe_text, span
 from saeexplainer.presets import data_dir, load_preset, presets
 from saeexplainer.store import RunStore
 from commands import ends, printed, printed_json
-from helpers import SENTENCES
+from helpers import SENTENCES, tiny_sae
+from judged import judged_preset
 from neuronpedia_server import Neuronpedia, activation, label, stats
 from tiny_lab import make_lab
 from writer_server import Server
@@ -281,6 +282,31 @@ def test_features_from_a_corpus(capsys, tmp_path, monkeypatch):
     assert card['corpus'].endswith('text.txt')
     assert card['sae_sha256']
     assert card['status'] == counts
+
+
+@pytest.fixture
+def read_anew(tmp_path, monkeypatch):
+    "A preset whose labels are by a model that has yet to read the features, and the command that makes their file"
+    file = judged_preset(tmp_path, label_model='claude')
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    tiny_sae(tmp_path/'data'/'tiny'/'sae', d_sae=20, layer=1, model_name='tiny', threshold=(1., 1.5))
+    return 'features', str(file), '--anew'
+
+
+def test_features_made_anew_wait_for_the_labels_of_their_reader(capsys, read_anew):
+    main([*read_anew, '--json'])
+    made = capsys.readouterr()
+    assert json.loads(made.out)['ok'] > 0
+    assert "has no labels of 'claude'" in made.err.splitlines()[-1]
+    assert 'theirs go into labels.parquet beside it, or set label_model' in made.err.splitlines()[-1]
+
+
+def test_features_without_the_labels_of_their_reader_are_refused_later(capsys, read_anew):
+    main([*read_anew])
+    capsys.readouterr()
+    code, line = ends(capsys, *read_anew[:2])
+    assert code == 2
+    assert "has no labels of 'claude'" in line
 
 
 # ---- a tiny model

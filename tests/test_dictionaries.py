@@ -18,7 +18,7 @@ from writer_server import Server, capable
 from saeexplainer import dictionaries
 from saeexplainer.cli import main
 from saeexplainer.dictionaries import (
-    Rows, _explained_with, _paid_store, _verdict, _verified_with, explain_dictionary, read_directions,
+    Rows, _explained_with, _finish, _paid_store, _verdict, _verified_with, explain_dictionary, read_directions,
     read_explanations,
 )
 from saeexplainer.evaluation.texts import Verified
@@ -123,6 +123,18 @@ def test_each_explanation_has_two_scores(verified):
     assert verified.loc[list(NO_DIRECTION), 'scores'].isna().all()
 
 
+def test_fresh_stands_beside_what_was_verified(tmp_path):
+    parts = [Rows(tmp_path/f'{name}.part', {}) for name in ('explained', 'verified')]
+    parts[0].add([dict(index=0, explanation='rain', error=None), dict(index=1, explanation=None, error='empty')])
+    parts[1].add([dict(index=0, texts=['a', None, 'b'], scores=[9., None, 1.], score=5., unmade=1, reached=1)])
+    known = pd.DataFrame(dict(stage='all', texts=2, reached=[0, 1, 2], fresh=[.1, .5, .8]))
+    for part in parts: part.close()
+    _finish(tmp_path/'all.jsonl', parts, known)
+    rows = [json.loads(line) for line in (tmp_path/'all.jsonl').read_text().splitlines()]
+    assert rows[0]['fresh'] == .5
+    assert 'fresh' not in rows[1]
+
+
 def mean_of_known(scores): return np.nan if np.isnan(scores).all() else np.nanmean(scores)
 
 def test_verified_scores_are_those_of_the_target(verified, lab):
@@ -132,6 +144,7 @@ def test_verified_scores_are_those_of_the_target(verified, lab):
         np.testing.assert_allclose(np.array(row['scores'], float), wanted, atol=1e-3)
         np.testing.assert_allclose(row['score'], mean_of_known(wanted), atol=1e-3)
         assert row['reached'] == sum(score > .5*row['max_act'] for score in wanted)
+    assert verified['fresh'].isna().all() # nothing is known of this preset
 
 
 def verdict_on(texts, activations, max_act, lab):

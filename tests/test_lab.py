@@ -13,8 +13,9 @@ from helpers import tiny_sae
 
 import saeexplainer as sx
 from saeexplainer import explainer
+from saeexplainer.evaluation.texts import Verified
 from saeexplainer.features import Feature, FeatureId
-from saeexplainer.lab import Features, KeptStore, Lab, ReadText, SteeredText
+from saeexplainer.lab import Features, KeptStore, Lab, ReadText, SteeredText, hits_table
 from saeexplainer.metrics import evaluate
 from saeexplainer.steering import SteeringValue
 from saeexplainer.store import RunStore
@@ -180,7 +181,8 @@ def test_what_is_read_is_what_the_target_reads(lab):
 
 def test_hits_are_those_of_the_metric(lab):
     table = lab.verify({5: 'the word cat', 'tiny/1-res/6': 'rain'}, n=3)
-    assert table.columns.tolist() == ['feature', 'text', 'activation', 'hit']
+    assert table.columns.tolist() == ['feature', 'text', 'activation', 'hit', 'fresh']
+    assert table['fresh'].isna().all() # nothing is known of this preset
     assert table['feature'].tolist() == [5]*3 + [6]*3
     for row in table.itertuples():
         if not isinstance(row.text, str): continue
@@ -189,6 +191,14 @@ def test_hits_are_those_of_the_metric(lab):
     made = table[table['activation'].notna()]
     assert (made['hit'] == (made['activation'] > .5)).all() # the strongest activation of each is 1
     assert table['hit'].isna().equals(table['activation'].isna())
+
+
+def test_fresh_is_that_of_the_count():
+    known = pd.DataFrame(dict(stage='all', texts=2, reached=[0, 1, 2], fresh=[.1, .5, .8]))
+    checked = [Verified(5, ['rain', 'sun', None], np.array([9., 1., np.nan])), Verified(6, ['sea'], np.array([1.]))]
+    table = hits_table(checked, {5: 10., 6: np.nan}, .5, known)
+    assert table['fresh'].tolist()[:3] == [.5]*3
+    assert np.isnan(table['fresh'].tolist()[3])
 
 
 def test_an_empty_explanation_has_no_texts(lab):
