@@ -55,6 +55,12 @@ def test_it_explains_and_verifies(installed):
     assert ' of 4 texts reach half of ' in out
 
 
+def test_it_holds_a_bench_and_its_ranking(installed):
+    code, out, err = installed('-m', 'saeexplainer', 'benchmark', '--json')
+    assert code == 0, err
+    assert '"random label"' in out
+
+
 def test_a_report_that_is_not_inside_ends_without_a_traceback(installed):
     code, _, err = installed('-m', 'saeexplainer', 'report', 'nothing-here')
     assert code
