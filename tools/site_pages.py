@@ -34,9 +34,10 @@ ORDER = {  # of the pages on the site; those that are not named come last
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
         evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
         run results report plots studies dictionaries selection verdicts measuring benchmark
+        export cards graphs
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''
-        your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'''.split()}
+        ranking your_own_sae writers paper_presets train_sae layer_saes second_writer build_features benchmarks'''.split()}
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md',
          'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
