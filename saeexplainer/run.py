@@ -6,8 +6,8 @@
 __all__ = ['STEERED_BY', 'BegunWith', 'check_model', 'features_identity', 'file_hashes', 'check_files', 'Adapters',
            'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_writers', 'check_local_weights',
            'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of', 'Run', 'forget_empty_claim', 'sft_stage',
-           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'best_candidates',
-           'explain_by_contexts', 'silent_of', 'explain_test', 'evaluate_stage', 'stage_functions', 'execute']
+           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'best_candidates', 'silent_of',
+           'explain_by_contexts', 'explain_test', 'evaluate_stage', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -726,18 +726,6 @@ def best_candidates(
     best = scored.loc[scored.groupby('feature')['reward'].idxmax()]
     return dict(zip(best['feature'].tolist(), best['text']))
 
-def explain_by_contexts(
-    run:Run,
-    test:list[int], # features
-    silent:dict|None=None, # contexts without the feature, as `silent_of` returns them; None: none is shown
-) -> dict[int, str]: # feature -> explanation; '' where there is none
-    "Return what the evaluation writer says of features whose contexts it reads"
-    said = autointerp(
-        run.writer('evaluation_writer'), [run.features[i] for i in test],
-        small=run.preset.one_text('evaluation_writer'),
-        max_tokens=run.preset.explanation_tokens, progress=run.progress, silent=silent)
-    return {i: '' if text == NO_PATTERN else text for i, text in said.items()}
-
 def _looked_up(run:Run, name:str, test:list[int]) -> dict[int, str]: # with the labels of SFT features alone
     features = [run.features[i] for i in run.splits['sft']]
     labels = {feature.index: feature.explanation for feature in features if feature.explanation}
@@ -765,6 +753,19 @@ def silent_of(
     others = [run.features[i] for i in run.splits['sft']]
     asked = [run.features[i] for i in test]
     return silent_contexts(run.target, asked, others, seed=run.preset.seed, progress=run.progress)
+
+# %% ../nbs/parts/run.ipynb #4ec21e46
+def explain_by_contexts(
+    run:Run,
+    test:list[int], # features
+    silent:dict|None=None, # contexts without the feature, as `silent_of` returns them; None: none is shown
+) -> dict[int, str]: # feature -> explanation; '' where there is none
+    "Return what the evaluation writer says of features whose contexts it reads"
+    said = autointerp(
+        run.writer('evaluation_writer'), [run.features[i] for i in test],
+        small=run.preset.one_text('evaluation_writer'),
+        max_tokens=run.preset.explanation_tokens, progress=run.progress, silent=silent)
+    return {i: '' if text == NO_PATTERN else text for i, text in said.items()}
 
 # %% ../nbs/parts/run.ipynb #2de77ecd
 def _lacking_note(labels:dict, test:list[int], by:str='') -> list[str]: # empty where all have one
