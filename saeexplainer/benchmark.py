@@ -36,8 +36,8 @@ from .run import Run, explain_by_contexts, silent_of
 from .show import progress_bar
 
 # %% ../nbs/parts/benchmark.ipynb #55936cd4
-MEASURES = ('generative', 'input', 'high', 'low', 'gap', 'names_word', *BEYOND) # output is near chance for all
-RANKED = ('generative', 'gap', 'coverage', 'detection', 'retrieval') # by which methods are placed
+MEASURES = ('generative', 'names_word', *BEYOND)
+RANKED = ('generative', 'coverage', 'detection', 'retrieval') # by which methods are placed
 CHANCE = 'random label' # the method that knows nothing
 
 def contexts_sha256(
@@ -137,10 +137,11 @@ def completed(
     features:Sequence[int], # of the bench
     measures:Sequence[str]=MEASURES,
 ) -> pd.DataFrame: # likewise
-    "Return the values that methods are compared by"
+    "Return the values that methods are compared by; a measure that was not taken of a method stays out"
     known = measurable(metrics)
+    taken = set(zip(metrics['stage'], metrics['metric']))
     filled = with_missing(metrics, features, measures)
-    there = [pair in known for pair in zip(filled['feature'], filled['metric'])]
+    there = [(row.feature, row.metric) in known and (row.stage, row.metric) in taken for row in filled.itertuples()]
     return filled[there].reset_index(drop=True)
 
 # %% ../nbs/parts/benchmark.ipynb #99f1eda9
@@ -262,10 +263,7 @@ def front_table(
     taken = metrics[metrics['metric'].isin(FRONT)]
     table = pd.DataFrame(columns=list(FRONT))
     if len(taken):
-        known = set(zip(taken['stage'], taken['metric']))
-        filled = completed(taken, features, FRONT)
-        was_taken = [pair in known for pair in zip(filled['stage'], filled['metric'])]
-        table = ranking_table(filled[was_taken], FRONT).drop(columns='rank')
+        table = ranking_table(completed(taken, features, FRONT), FRONT).drop(columns='rank')
     methods = [*table.index, *(method for method in right if method not in table.index)]
     methods.sort(key=CHANCE.__eq__) # last
     table = table.reindex(methods).assign(reading=pd.Series(right, dtype=object)).fillna('-')

@@ -222,6 +222,12 @@ def test_what_nobody_could_have_measured_is_left_out():
     assert found.values.tolist() == [['a', 3, 'coverage', 1.], ['b', 3, 'coverage', 0.]]
 
 
+def test_a_measure_that_was_not_taken_of_a_method_stays_out():
+    found = completed(rows(('a', 3, 'coverage', 1.), ('a', 3, 'detection', .9), ('b', 3, 'coverage', .5)), [3])
+    assert found[found['stage'] == 'b']['metric'].tolist() == ['coverage']
+    assert ranking(found)['mean_place'].to_dict() == {'a': 1, 'b': 2}
+
+
 def test_equal_methods_share_a_rank():
     table = ranking(rows(('a', 3, 'coverage', .5), ('b', 3, 'coverage', .5), ('c', 3, 'coverage', .1)), ['coverage'])
     assert table['rank'].to_dict() == {'a': 1, 'b': 1, 'c': 3}
