@@ -7,9 +7,10 @@ __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'REQUIRED', 'LOOKUPS', 'SELFIE', 'BASEL
            'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED', 'CPU_LOGIT', 'PUBLISHED',
            'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts', 'Steering', 'Preset', 'short_repr',
            'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule', 'Range', 'check_preset', 'presets',
-           'is_local', 'data_dir', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of',
-           'model_size', 'sae_size', 'on_cpu', 'training_memory', 'sampling_memory', 'memory_parts', 'needs',
-           'preset_table', 'field_help', 'rules_of', 'validation_size', 'explainer_stages', 'evaluated_stages']
+           'is_local', 'data_dir', 'bench_folder', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff',
+           'ModelSize', 'sizes_of', 'model_size', 'sae_size', 'on_cpu', 'training_memory', 'sampling_memory',
+           'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of', 'validation_size', 'explainer_stages',
+           'evaluated_stages']
 
 # %% ../nbs/parts/presets.ipynb #d051ce90
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -151,6 +152,8 @@ class Preset:
     n_output: int = _field(300, 'how many of the test features get an output score')
     new_features_in_round_2: bool = _field(False,
         'take new preference features in every later round instead of the same ones')
+    hold_out: str|None = _field(None,
+        'name of a bench, such as bench-1, whose features no split takes; None: all may be taken')
     # injection, Eq. 5-6
     template: str = _field(TEMPLATE, "the user turn of prompt E.1, with {placeholder} once (Eq. 5)")
     placeholder: str = _field(' ?', 'text of the single token at which the direction is added')
@@ -625,6 +628,11 @@ def data_dir() -> Path:
     package = Path(saeexplainer.__file__).resolve().parent
     inside = package/'data'
     return inside if inside.is_dir() else package.parent/'data'
+
+def bench_folder(name:str # of a bench
+                ) -> Path: # it need not exist
+    "Return where a bench and the results of the methods that are built in lie"
+    return data_dir()/'smollm2-135m'/name
 
 def no_data() -> str: # for the end of an error; empty where the folder is there
     "Say where what is shipped can be had"

@@ -1,7 +1,7 @@
 "The closed loop at its smallest, on a tiny real model: its splits, its models, its paid writer and its report"
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,15 @@ from tiny_lab import STAGES, copy_of, finish, flip, keys_of, rows_of
 from transformers import Trainer
 from writer_server import capable
 
+from saeexplainer.benchmark import Bench
 from saeexplainer.dpo import validation_features
 from saeexplainer.explainer import Explainer
+from saeexplainer.features import load_features
 from saeexplainer.metrics import evaluate
+from saeexplainer.presets import load_preset
 from saeexplainer.report import write_report
 from saeexplainer.results import Results, check_measured, provenance
-from saeexplainer.run import check_target, execute, prefs_stage
+from saeexplainer.run import check_target, disjoint_splits, execute, held_out, prefs_stage
 from saeexplainer.sft import train_sft
 from saeexplainer.target import Target
 from saeexplainer.writers.budget import BudgetSpent
@@ -49,6 +52,30 @@ def test_splits_have_no_dead_feature(two_rounds):
 def test_splits_that_labels_are_learned_from_have_labels(two_rounds):
     learned = [*two_rounds.splits['sft'], *two_rounds.splits['validation']]
     assert {two_rounds.features[i].status for i in learned} == {'ok'}
+
+
+@pytest.fixture(scope='module')
+def embedded():
+    "Features of the embedded default, by index"
+    return {feature.index: feature for feature in load_features(load_preset('smollm2-135m'))}
+
+
+def test_a_bench_that_is_held_out_is_in_no_split(embedded):
+    preset = load_preset('smollm2-135m', size='full')
+    kept = set(Bench.load('bench-1').features)
+    free = disjoint_splits(preset, embedded)
+    held = disjoint_splits(replace(preset, hold_out='bench-1', n_pref=400), embedded)
+    assert kept & set(free['preference1'])
+    assert not kept & {i for part in held.values() for i in part}
+    assert held['test'] == free['test']
+
+
+@pytest.mark.parametrize('name, changed, line', [
+    ('smollm2-135m', 'bench-0', "hold_out: there is no bench 'bench-0'"),
+    ('gemma-2-9b-l20', 'bench-1', 'hold_out: bench-1 is of the features of smollm2-135m/9-res-4k, not of gemma'),
+])
+def test_a_bench_that_cannot_be_held_out_gets_one_line(name, changed, line):
+    with pytest.raises(ValueError, match=line): held_out(load_preset(name, hold_out=changed))
 
 
 def test_too_few_features(lab, tmp_path):
