@@ -106,6 +106,9 @@ def contrastive_prompt(contexts, # of `Context`s, strongest first
 # %% ../nbs/parts/labels.ipynb #c2ec5475
 SILENT_SHARE = .01 # of a feature's strongest activation: up to here it is silent
 
+def _readable(contexts) -> list: # those with a peak, and a value for each token; a table from elsewhere may have others
+    return [c for c in contexts if 0 <= c.peak < len(c.tokens) == len(c.values)]
+
 class _Pool(NamedTuple):
     features: list # index of the feature of each context
     contexts: list # of `Context`s
@@ -174,9 +177,6 @@ def _is_quoted(phrase) -> bool: # as a whole, by one pair of quotes
     return phrase[-1] == quote and quote not in phrase[1:-1]
 
 # %% ../nbs/parts/labels.ipynb #a127c362
-def _readable(contexts) -> list: # those with a peak, and a value for each token; a table from elsewhere may have others
-    return [c for c in contexts if 0 <= c.peak < len(c.tokens) == len(c.values)]
-
 def autointerp(writer, # `Writer`
                features, # `Feature`s with contexts
                n_contexts:int=CONTEXTS, # strongest ones shown
