@@ -23,7 +23,7 @@ import pandas as pd
 from .evaluation.beyond import reader_for, sheets_of
 from .evaluation.detection import LikelihoodReader, Reader, load_references, save_references
 from .evaluation.readings import method_table, reading_agreement
-from .evaluation.tables import BEYOND, stage_table, summary
+from .evaluation.tables import BEYOND, check_once, stage_table, summary
 from .explainer import load_explainer
 from .features import NO_PATTERN, labels_of
 from .files import read_json, whole
@@ -108,10 +108,7 @@ def with_missing(
     measures:Sequence[str]=MEASURES,
 ) -> pd.DataFrame: # likewise: a row for each method, feature and measure
     "Give a value to what a method has left out, and to what could not be measured; raises `ValueError` for doubles"
-    double = metrics[metrics.duplicated(['stage', 'feature', 'metric'])]
-    if len(double):
-        row = double.iloc[0]
-        raise ValueError(f'feature {row.feature} has two values of {row.metric} by {row.stage}: keep one of each')
+    check_once(metrics)
     wanted = pd.MultiIndex.from_product(
         [metrics['stage'].unique(), list(features), list(measures)], names=['stage', 'feature', 'metric'])
     values = metrics.set_index(['stage', 'feature', 'metric'])['value'].reindex(wanted)

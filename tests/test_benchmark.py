@@ -402,5 +402,5 @@ def test_explanations_of_a_bench_can_be_read_blindly(bench, tmp_path, capsys):
 
 
 def test_two_values_of_a_method_get_one_line():
-    with pytest.raises(ValueError, match='feature 3 has two values of coverage by a: keep one of each'):
+    with pytest.raises(ValueError, match='feature 3 has two values of coverage at a: keep one of each'):
         completed(rows(('a', 3, 'coverage', .5), ('a', 3, 'coverage', .1)), [3], ['coverage'])
