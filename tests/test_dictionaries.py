@@ -297,7 +297,7 @@ class Begun:
         return explain_dictionary(preset, self.explainer, self.folder/'all.jsonl', n=2, progress=False)
 
 
-def keep_parts(out, parts): "In place of what removes the parts of a finished dictionary"
+def keep_parts(out, parts, shares=None): "In place of what removes the parts of a finished dictionary"
 
 def cut(part, rows):
     "Leave so many rows, as if the work had been killed after them"
