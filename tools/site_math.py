@@ -12,7 +12,8 @@ CONVERTER = LatexToMathML(fancy_error=False)
 NUMBER = re.compile(r'\\tag\{(.*?)\}')
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.S)
 CODE = re.compile(r'<code.*?</code>', re.S)
-CODE_BLOCK = re.compile(r'<details class="quote"|<div class="highlight"')
+NOT_SEARCHED = re.compile(  # code, and tables that a cell shows
+    r'<details(?= class="quote"|>)|<div class="highlight"|<table border="1" class="dataframe"')
 TABLE_CELL = re.compile(r'<td[^>]*>[^<]*\[[^<]*</td>')
 INTERVAL = re.compile(r'([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\]')  # '49.3 [45.9, 52.6]'
 
@@ -46,5 +47,5 @@ def on_page_content(text, page, **_):
     "Return the HTML of a page with its formulas, intervals, and marks for the search"
     text = FORMULA.sub(lambda match: mathml(html.unescape(match[3]), match[2] == '['), text)
     if '$$' in CODE.sub('', text): raise ValueError(f'{page.file.src_path}: a formula was not recognised as one')
-    text = CODE_BLOCK.sub(r'\g<0> data-search-exclude', text)
+    text = NOT_SEARCHED.sub(r'\g<0> data-search-exclude', text)
     return TABLE_CELL.sub(lambda match: interval(match[0]), text)
