@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from judged import WORDS, Scripted, feature, judged_preset
 from saeexplainer.benchmark import (
-    BUILT_IN, CHANCE, FRONT, MEASURES, REFERENCES_FILE, Bench, agreement_line, bench_folder, bench_reader, benchmark,
+    BUILT_IN, CHANCE, MEASURES, RANKED, REFERENCES_FILE, Bench, agreement_line, bench_folder, bench_reader, benchmark,
     blind_readings, built_in, completed, contexts_sha256, front_table, keep_references, measure_built_in, ranking,
     ranking_table, read_right, with_missing,
 )
@@ -276,7 +276,7 @@ def test_the_front_page_shows_every_method_and_chance_last():
     "Whatever chance reached, and whoever was only read"
     table = front_table(MEASURED, ratings(), [3, 5])
     assert list(table.index) == ['a', 'b', 'other', f'{CHANCE} (chance)']
-    assert list(table.columns) == [*FRONT, 'reading']
+    assert list(table.columns) == [*RANKED, 'reading']
 
 
 def test_what_was_not_measured_of_a_method_is_a_dash():
