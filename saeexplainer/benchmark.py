@@ -32,7 +32,7 @@ from .lm.sampling import seed_for
 from .lookups import look_up
 from .metrics import evaluate
 from .presets import LOOKUPS, SELFIE, Preset, bench_folder, load_preset
-from .run import Run, explain_by_contexts, silent_of
+from .run import Run, explain_by_contexts, silent_of, training_labels
 from .show import progress_bar
 
 # %% ../nbs/parts/benchmark.ipynb #55936cd4
@@ -295,15 +295,11 @@ def _labels(bench:Bench) -> dict[int, str]: # of a strong reader
     rows = pd.read_parquet(bench_folder(bench.name)/'labels.parquet')
     return dict(zip(rows['index'].tolist(), rows['text']))
 
-def _training_labels(run:Run) -> dict[int, str]: # of features that are on no bench
-    features = [run.features[feature] for feature in run.splits['sft']]
-    return {feature.index: feature.explanation for feature in features if feature.explanation}
-
 def _said(run:Run, bench:Bench, name:str) -> Mapping[int, str]: # may lack features
     wanted = list(bench.features)
     if name == 'label': return _labels(bench)
     if name == 'peak words': return labels_of([run.features[feature] for feature in wanted], name)
-    if name in LOOKUPS: return look_up(name, run.preset, run.target, wanted, _training_labels(run), run.progress)
+    if name in LOOKUPS: return look_up(name, run.preset, run.target, wanted, training_labels(run), run.progress)
     if name == 'autointerp': return explain_by_contexts(run, wanted)
     if name == 'contrastive': return explain_by_contexts(run, wanted, silent_of(run, wanted))
     return _greedy(run, name, wanted, bench_folder(bench.name).parent/'explainer')

@@ -6,8 +6,9 @@
 __all__ = ['STEERED_BY', 'BegunWith', 'check_model', 'features_identity', 'file_hashes', 'check_files', 'Adapters', 'held_out',
            'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_writers', 'check_local_weights',
            'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of', 'Run', 'forget_empty_claim', 'sft_stage',
-           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'best_candidates', 'silent_of',
-           'explain_by_contexts', 'explain_test', 'evaluate_stage', 'stage_functions', 'execute']
+           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'best_candidates',
+           'training_labels', 'silent_of', 'explain_by_contexts', 'explain_test', 'evaluate_stage', 'stage_functions',
+           'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -743,14 +744,19 @@ def best_candidates(
     best = scored.loc[scored.groupby('feature')['reward'].idxmax()]
     return dict(zip(best['feature'].tolist(), best['text']))
 
-def _looked_up(run:Run, name:str, test:list[int]) -> dict[int, str]: # with the labels of SFT features alone
+def training_labels(
+    run:Run,
+) -> dict[int, str]: # feature -> label
+    "Return the labels of SFT features, which a lookup may take"
     features = [run.features[i] for i in run.splits['sft']]
-    labels = {feature.index: feature.explanation for feature in features if feature.explanation}
+    return {feature.index: feature.explanation for feature in features if feature.explanation}
+
+def _looked_up(run:Run, name:str, test:list[int]) -> dict[int, str]: # with the labels of SFT features alone
     stored = run.store.explanations(name)
     known = dict(zip(stored['feature'].tolist(), stored['text']))
     missing = [feature for feature in test if feature not in known]
     if not missing: return known
-    found = look_up(name, run.preset, run.target, missing, labels, run.progress)
+    found = look_up(name, run.preset, run.target, missing, training_labels(run), run.progress)
     run.store.put_explanations([(name, feature, 0, text) for feature, text in found.items()])
     return known | found
 
