@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 
 # %% ../nbs/03_dpo.ipynb #f093bc20
-from .explainer import Explainer, ExplainerCard
+from .explainer import Explainer, ExplainerCard, copy_dictionary, load_dictionary
 from .files import check_tensors
-from .injection import FeatureCollator, prompt_messages, without_placeholder
+from .hints import feature_hints
+from .injection import FeatureCollator, without_placeholder
 from .lm.models import weights_sha256
 from .lm.sampling import seed_for
-from .sft import answer_rows, warn_if_endless
+from .sft import answer_rows, prompt_of, warn_if_endless
 from saeexplainer.training import (
     EarlyStop, claim, copy_finished, finish_training, is_finished, labels_only, last_checkpoint, one_gpu, quiet,
     read_training, row_length, rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
@@ -28,7 +29,8 @@ from saeexplainer.training import (
 
 # %% ../nbs/03_dpo.ipynb #0c63e63b
 def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dicts with feature, chosen, rejected
-                       card # ExplainerCard: its template and placeholder make the prompt
+                       card, # ExplainerCard: its template and placeholder make the prompt
+                       hints=None # feature -> tokens that its prompt names; None: none
                       ) -> Any: # datasets.Dataset: prompt, chosen, rejected (conversations), feature
     "Return a round's pairs in trl's preference format, but for dropped ones; raise `ValueError` where none is left"
     from datasets import Dataset
@@ -37,10 +39,10 @@ def preference_dataset(pairs, # rows of the store's `pairs`: a DataFrame, or dic
     if not len(table):
         raise ValueError('no pairs to train on: every feature of this round was dropped; '
                          'lower the threshold or take more features')
-    prompt = prompt_messages(card.template, card.placeholder)
     def answer(text): return [dict(role='assistant', content=without_placeholder(text, card.placeholder))]
-    return Dataset.from_list([dict(prompt=prompt, chosen=answer(pair.chosen), rejected=answer(pair.rejected),
-                                   feature=int(pair.feature)) for pair in table.itertuples()])
+    return Dataset.from_list([dict(prompt=prompt_of(card, hints, pair.feature), chosen=answer(pair.chosen),
+                                   rejected=answer(pair.rejected), feature=int(pair.feature))
+                              for pair in table.itertuples()])
 
 # %% ../nbs/03_dpo.ipynb #01f872a1
 @dataclass(frozen=True)
@@ -119,9 +121,11 @@ def preference_rows(rows, # of `preference_dataset`
     "Return the pairs as token ids"
     from datasets import Dataset
     texts = [row[side][0]['content'] for row in rows for side in ('chosen', 'rejected')]
-    prompt, answers = answer_rows(explainer, texts, max_length)
-    return Dataset.from_list([dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected, feature=feature)
-                              for chosen, rejected, feature in zip(answers[::2], answers[1::2], rows['feature'])])
+    prompts = [prompt for prompt in rows['prompt'] for _ in ('chosen', 'rejected')]
+    answered = answer_rows(explainer, prompts, texts, max_length)
+    return Dataset.from_list([dict(prompt_ids=chosen.prompt, chosen_ids=chosen.answer, rejected_ids=rejected.answer,
+                                   feature=feature)
+                              for chosen, rejected, feature in zip(answered[::2], answered[1::2], rows['feature'])])
 
 # %% ../nbs/03_dpo.ipynb #5625ac8a
 PATIENCE = 5 # evaluations without a better checkpoint: half of a training's, about as in the authors' configuration
@@ -259,8 +263,10 @@ def train_dpo(preset, # `Preset`
     start = time.monotonic()
     card = ExplainerCard.load(previous)
     division = divide_pairs(pairs, preset)
-    rows = preference_dataset(division.training, card)
-    validation = preference_dataset(division.validation, card) if len(division.validation) else None
+    features = pd.DataFrame(pairs)['feature']
+    hints = feature_hints(load_dictionary(previous, card), reader, features, card.n_hints)
+    rows = preference_dataset(division.training, card, hints)
+    validation = preference_dataset(division.validation, card, hints) if len(division.validation) else None
     settings = _settings(preset, card, rows, previous, round, validation)
     copy_finished(like, out, settings)
     if is_finished(out, settings, 'a finished round'): return DPOResult.load(out)
@@ -273,6 +279,7 @@ def train_dpo(preset, # `Preset`
     log = _log_rows(trainer.state.log_history, scale=trainer.beta / preset.dpo_beta[round-1])
     card = dataclasses.replace(card, stage=f'dpo{round}')
     made = dict(settings=settings, round=round, pairs=len(rows), step0_loss=step0, seconds=time.monotonic() - start)
+    copy_dictionary(previous, card, out)
     if validation: made |= dict(validation=len(validation), kept_step=trainer.state.best_global_step)
     finish_training(trainer, card, out, made | dict(log=log))
     return DPOResult.load(out)

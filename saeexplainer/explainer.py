@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CARD', 'ORACLE_TEMPLATE', 'SELFIE_TEMPLATE', 'SELFIE_ANSWER', 'model_sha256', 'ExplainerCard', 'save_adapter',
-           'load_adapter', 'adapter_sha256', 'oracle_layers', 'oracle_note', 'Explainer', 'adapter_of',
-           'load_explainer', 'shipped_explainer', 'explainer_of']
+           'load_adapter', 'load_dictionary', 'copy_dictionary', 'adapter_sha256', 'oracle_layers', 'oracle_note',
+           'prompts_of', 'Explainer', 'adapter_of', 'load_explainer', 'shipped_explainer', 'explainer_of']
 
 # %% ../nbs/parts/explainer.ipynb #4310bb3d
 import hashlib, json, shutil, sys, tempfile, warnings
@@ -16,12 +16,13 @@ import torch
 
 # %% ../nbs/parts/explainer.ipynb #80299750
 from .cards import model_card
-from .files import check_tensors, read_json, read_tensors, whole, write_json
+from .files import check_tensors, file_sha256, read_json, read_tensors, whole, write_json
+from .hints import WORDS, TokenDictionary, check_dictionary, dictionary_beside, hints_for, with_hints
 from .injection import Injector, explanation_prompt, placeholder_id
 from saeexplainer.lm.models import (
     EMBEDDED, EMBEDDED_SHA256, check_lora, check_lora_scaling, load_model, model_source, weights_sha256,
 )
-from .lm.sampling import sample, seed_for
+from .lm.sampling import pad, sample, seed_for
 from .presets import SELFIE, Preset, Sampling, data_dir, shown
 from .saes import FeatureReader, check_directions
 from .show import progress_bar
@@ -79,12 +80,23 @@ def _check_model(card, model, weights) -> None: # raises `ValueError` for anothe
         raise ValueError(f'other weights: {card.base_model} has hash {found[:12]}, '
                          f'the explainer was trained on {card.model_sha256[:12]}')
 
+# %% ../nbs/parts/explainer.ipynb #b0102f8d
+def _dictionary_sha256(preset, dictionary) -> str|None: # None: no hints; raises `ValueError` where there is no file
+    if not preset.n_hints: return None
+    if dictionary is None:
+        raise ValueError(f'n_hints is {preset.n_hints}: give the file of the dictionary that they come from')
+    return file_sha256(dictionary)
+
+def _known(card) -> dict: # what older cards do not have, only where it says something
+    unsaid = [name for name in ('explanation_tokens', 'n_hints', 'dictionary_sha256') if not card[name]]
+    return {name: value for name, value in card.items() if name not in unsaid}
+
 # %% ../nbs/parts/explainer.ipynb #963659f4
 @dataclass
 class ExplainerCard:
     "A record of what an explainer was made with; `explainer.json` beside its adapter"
     base_model: str # `EMBEDDED`, a hub id or a folder
-    template: str # E.1
+    template: str # E.1, with {hints} where it has them
     placeholder: str # text of a single token
     layer: int # the direction is added after this layer of the explainer
     coefficient: float # times the norm of the residual stream
@@ -100,10 +112,13 @@ class ExplainerCard:
     adapter_sha256: str|None = None # of the adapter's two files, once they are saved
     versions: dict = field(default_factory=_versions) # of libraries
     explanation_tokens: int|None = None # longest explanation in new tokens; None: not recorded
+    n_hints: int = 0 # nearest tokens that the prompt names
+    dictionary_sha256: str|None = None # of the file that they come from
 
     @classmethod
-    def from_preset(cls, preset:Preset, reader:FeatureReader, stage:str='untrained') -> 'ExplainerCard':
-        "Return the card of an explainer that `preset` describes, for the features of `reader`"
+    def from_preset(cls, preset:Preset, reader:FeatureReader, stage:str='untrained',
+                    dictionary:str|Path|None=None) -> 'ExplainerCard': # dictionary: file, where the preset wants hints
+        "Return the card of an explainer that `preset` describes, for the features of `reader`; raises `ValueError`"
         place = preset.injection
         return cls(
             base_model=preset.explainer, model_sha256=model_sha256(preset.explainer), stage=stage,
@@ -111,7 +126,7 @@ class ExplainerCard:
             layer=place.layer, coefficient=place.coefficient, d_model=reader.d_model,
             sae=str(preset.sae), sae_sha256=reader.sha256, sae_layer=reader.layer,
             target=preset.target, source=preset.source, explanation_tokens=preset.explanation_tokens,
-        )
+            n_hints=preset.n_hints, dictionary_sha256=_dictionary_sha256(preset, dictionary))
 
     @classmethod
     def load(cls, folder:str|Path) -> 'ExplainerCard':
@@ -120,13 +135,11 @@ class ExplainerCard:
 
     def save(self, folder:str|Path) -> None:
         "Write `explainer.json`"
-        card = asdict(self)
-        if self.explanation_tokens is None: del card['explanation_tokens']
-        write_json(card, Path(folder)/CARD, indent=2)
+        write_json(_known(asdict(self)), Path(folder)/CARD, indent=2)
 
     def settings(self) -> dict: # JSON
         "Return the fields that make two trainings the same: all but versions and the length of generation"
-        return {k: v for k, v in asdict(self).items() if k not in ('versions', 'explanation_tokens')}
+        return {k: v for k, v in _known(asdict(self)).items() if k not in ('versions', 'explanation_tokens')}
 
     def check_reader(self, reader:FeatureReader) -> None:
         "Raise `ValueError` unless the reader's SAE is the one that the explainer was made for"
@@ -210,6 +223,36 @@ def load_adapter(
     check_lora_scaling(model, folder/_CONFIG)
     return model
 
+# %% ../nbs/parts/explainer.ipynb #76fc725d
+def load_dictionary(
+    folder:str|Path, # of an explainer
+    card:ExplainerCard, # its card
+) -> TokenDictionary|None: # None: its prompt names no tokens
+    "Read the dictionary of an explainer; raises `FileNotFoundError` or `ValueError` where it is not that of its card"
+    if card.dictionary_sha256 is None: return None
+    return TokenDictionary.load(dictionary_beside(folder, card.dictionary_sha256))
+
+def copy_dictionary(
+    source:str|Path|None, # folder of an explainer; None: it has none
+    card:ExplainerCard, # its card
+    folder:Path, # gets a copy, where the prompt names tokens
+) -> None:
+    "Keep the dictionary of an explainer in another folder"
+    folder.mkdir(parents=True, exist_ok=True)
+    if card.dictionary_sha256 is None or source is None: return
+    file = dictionary_beside(source, card.dictionary_sha256)
+    if file.parent.resolve() == folder.resolve(): return
+    with whole(folder/WORDS) as part: shutil.copyfile(file, part)
+
+def _untrained(preset, reader, device) -> tuple: # model, tokenizer, card, no adapter, no begin, dictionary
+    file = check_dictionary(preset, WORDS) if preset.n_hints else None
+    if preset.n_hints and file is None:
+        raise FileNotFoundError(f'{preset.name} has no dictionary yet, whose words the prompt names: '
+                                "a run makes it before its stage 'sft'")
+    card = ExplainerCard.from_preset(preset, reader, dictionary=file)
+    loaded = load_model(preset.explainer, device=device or preset.device)
+    return *loaded, card, None, '', file and TokenDictionary.load(file)
+
 # %% ../nbs/parts/explainer.ipynb #82145844
 def _fetch(source) -> Path: # a folder as it is, a hub id downloaded
     folder = Path(source).expanduser()
@@ -227,14 +270,11 @@ def adapter_sha256(
     if (folder/_WEIGHTS).exists(): check_tensors(folder/_WEIGHTS)
     return weights_sha256(folder, _WEIGHTS)
 
-def _untrained(preset, reader, device) -> tuple: # model, tokenizer, card
-    card = ExplainerCard.from_preset(preset, reader)
-    return *load_model(preset.explainer, device=device or preset.device), card
-
-def _pretrained(source, reader, trainable, dtype, device) -> tuple: # model, tokenizer, card, folder
+def _pretrained(source, reader, trainable, dtype, device) -> tuple: # as of `_untrained`, with a folder
     folder = _fetch(source)
     card = ExplainerCard.load(folder)
     if reader is not None: card.check_reader(reader)
+    dictionary = load_dictionary(folder, card)
     model, tokenizer = load_model(card.base_model, dtype=dtype, device=device)
     card.check_model(model, weights=True)
     if not (folder/_WEIGHTS).exists():
@@ -244,15 +284,16 @@ def _pretrained(source, reader, trainable, dtype, device) -> tuple: # model, tok
         raise ValueError(f'{_WEIGHTS} or {_CONFIG} of {folder} is not what was saved there: '
                          'it is damaged or was changed, so fetch it again')
     if not trainable: model = model.merge_and_unload().eval()
-    return model, tokenizer, card, folder
+    return model, tokenizer, card, folder, '', dictionary
 
 def _save(explainer, folder:Path) -> None: # a trainable adapter from memory, a merged one from where it came from
     if hasattr(explainer.model, 'peft_config'):
+        copy_dictionary(explainer.adapter, explainer.card, folder)
         save_adapter(explainer.model, explainer.card, folder)
         return
     source = explainer.adapter
     if source is None: raise ValueError('an untrained explainer has no adapter to save: train_sft makes one')
-    folder.mkdir(parents=True, exist_ok=True)
+    copy_dictionary(source, explainer.card, folder)
     if folder.resolve() != Path(source).resolve():
         for name in (_WEIGHTS, _CONFIG): shutil.copyfile(Path(source)/name, folder/name)
     explainer.card.save(folder)
@@ -290,8 +331,8 @@ def oracle_note(
 
 def _oracle(adapter, preset, reader, device) -> tuple: # model, tokenizer, card, folder
     template = ORACLE_TEMPLATE.replace('{layer}', str(reader.layer))
-    card = ExplainerCard.from_preset(preset, reader, 'ao')
-    card = replace(card, template=template, placeholder=' ?', layer=1, coefficient=1.)
+    card = ExplainerCard.from_preset(replace(preset, n_hints=0, template=template), reader, 'ao')
+    card = replace(card, placeholder=' ?', layer=1, coefficient=1.)
     model, tokenizer = load_model(preset.explainer, device=device or preset.device)
     card.check_model(model)
     folder = _fetch(adapter)
@@ -304,8 +345,32 @@ SELFIE_TEMPLATE = 'Message:{placeholder}' # a word stands before it: chat templa
 SELFIE_ANSWER = 'Sure, I will summarize the message:' # and its summary follows
 
 def _selfie(preset, reader) -> tuple: # model, tokenizer, card, no adapter, the answer's begin
-    card = replace(ExplainerCard.from_preset(preset, reader), template=SELFIE_TEMPLATE)
+    card = ExplainerCard.from_preset(replace(preset, n_hints=0, template=SELFIE_TEMPLATE), reader)
     return *load_model(preset.explainer, device=preset.device), card, None, SELFIE_ANSWER
+
+# %% ../nbs/parts/explainer.ipynb #6179f461
+def _prompt(explainer, hints:str) -> list[int]: # token ids
+    card = explainer.card
+    template = with_hints(card.template, hints, card.placeholder)
+    ids = explanation_prompt(explainer.tokenizer, template, card.placeholder)
+    return ids + explainer.tokenizer.encode(explainer.begun, add_special_tokens=False)
+
+def _checked_prompt(explainer) -> list[int]: # without hints; the tokenizer gets the chat template; raises `ValueError`
+    card = explainer.card
+    card.check_model(explainer.model)
+    if card.chat_template: explainer.tokenizer.chat_template = card.chat_template
+    if card.n_hints and explainer.dictionary is None:
+        raise ValueError(f'the card asks for {card.n_hints} hints: give the dictionary')
+    return _prompt(explainer, '')
+
+def prompts_of(
+    explainer, # `Explainer`
+    directions:torch.Tensor, # (n, d_model)
+) -> list[list[int]]: # n, of token ids
+    "Return the prompt of each direction, with its hints where the explainer's card wants them"
+    hints = hints_for(explainer.dictionary, directions, explainer.card.n_hints)
+    prompts = {text: _prompt(explainer, text) for text in set(hints)}
+    return [prompts[text] for text in hints]
 
 # %% ../nbs/parts/explainer.ipynb #41fd99ea
 def _directions(given, d_model:int) -> torch.Tensor: # (n, d_model); raises `ValueError` for what cannot be injected
@@ -317,11 +382,6 @@ def _directions(given, d_model:int) -> torch.Tensor: # (n, d_model); raises `Val
                          f'give it reader.directions({indices})')
     return check_directions(tensor, d_model)
 
-def _prompt(tokenizer, card:ExplainerCard, begun:str) -> list[int]: # the tokenizer gets the card's chat template
-    if card.chat_template: tokenizer.chat_template = card.chat_template
-    ids = explanation_prompt(tokenizer, card.template, card.placeholder)
-    return ids + tokenizer.encode(begun, add_special_tokens=False)
-
 def _sampling(card:ExplainerCard, temperature:float, top_p:float, max_new_tokens:int|None) -> Sampling:
     if max_new_tokens is None: max_new_tokens = card.explanation_tokens or 64 # older cards do not say it
     return Sampling(temperature, top_p, max_new_tokens)
@@ -332,11 +392,11 @@ def _texts(explainer, directions, seeds, sampling, batch_size, progress) -> list
     with progress_bar(len(directions), 'explanations', progress) as bar:
         for i in range(0, len(directions), batch_size):
             vectors = directions[i:i+batch_size]
-            ids = torch.tensor(explainer.prompt).repeat(len(vectors), 1)
+            prompts = pad(prompts_of(explainer, vectors), 0, left=True)
             with explainer.injector.using(vectors.to(explainer.model.device)):
                 texts += sample(
-                    explainer.model, explainer.tokenizer, ids, torch.ones_like(ids),
-                    seeds and seeds[i:i+batch_size], max_new_tokens=sampling.max_tokens,
+                    explainer.model, explainer.tokenizer, **prompts,
+                    seeds=seeds and seeds[i:i+batch_size], max_new_tokens=sampling.max_tokens,
                     temperature=sampling.temperature, top_p=sampling.top_p, suppress=(explainer.placeholder_id,),
                 )
             bar.update(len(vectors))
@@ -362,10 +422,10 @@ class Explainer:
     card: ExplainerCard # what it was made with
     adapter: str|Path|None = None # folder that the adapter came from
     begun: str = '' # the words that each answer is begun with; they are not returned
+    dictionary: TokenDictionary|None = None # whose words the prompt names, where the card wants hints
 
     def __post_init__(self) -> None:
-        self.card.check_model(self.model)
-        self.prompt = _prompt(self.tokenizer, self.card, self.begun)
+        self.prompt = _checked_prompt(self) # without hints
         self.placeholder_id = placeholder_id(self.tokenizer, self.card.placeholder)
         self.injector = Injector(self.model, self.placeholder_id, self.card.layer, self.card.coefficient)
 

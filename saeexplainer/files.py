@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LFS_POINTER', 'PARQUET', 'TABLES', 'whole', 'read_json', 'write_json', 'check_readable', 'check_tensors',
            'read_tensors', 'open_parquet', 'read_table', 'write_table', 'hold', 'clear_parts', 'making', 'valid_text',
-           'valid', 'parse_json', 'table_kind', 'encoding_of', 'table_rows']
+           'valid', 'parse_json', 'table_kind', 'encoding_of', 'table_rows', 'file_sha256']
 
 # %% ../nbs/parts/files.ipynb #211fc965
-import codecs, csv, gzip, io, json, os, re, sys, uuid, zlib
+import codecs, csv, gzip, hashlib, io, json, os, re, sys, uuid, zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -431,3 +431,10 @@ def table_rows(
         raise ValueError(f'{file} is not a readable {kind[1:]} file: {first_line(error)}') from None
     if mended.lines:
         print(f"{file}: {mended.lines} lines held half characters, which are read as '?'", file=sys.stderr)
+
+# %% ../nbs/parts/files.ipynb #6c440737
+def file_sha256(
+    file:str|Path,
+) -> str: # 64 hexadecimal digits
+    "Return the SHA-256 of a file's bytes"
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -98,7 +98,7 @@ class Steering:
     n_controls: int # random other features
 
 # %% ../nbs/parts/presets.ipynb #a8f46b57
-LOOKUPS = ('nearest token', 'vocabulary probe', 'nearest label', 'logit lens', 'random label')
+LOOKUPS = ('nearest token', 'nearest word', 'vocabulary probe', 'nearest label', 'logit lens', 'random label')
 SELFIE = 'SelfIE prompt'
 BASELINES = ('autointerp', 'untrained', 'best', *LOOKUPS, 'contrastive', SELFIE)
 
@@ -155,10 +155,14 @@ class Preset:
     hold_out: str|None = _field(None,
         'name of a bench, such as bench-1, whose features no split takes; None: all may be taken')
     # injection, Eq. 5-6
-    template: str = _field(TEMPLATE, "the user turn of prompt E.1, with {placeholder} once (Eq. 5)")
+    template: str = _field(TEMPLATE,
+        "the user turn of prompt E.1, with {placeholder} once (Eq. 5), and {hints} once where n_hints is above 0")
     placeholder: str = _field(' ?', 'text of the single token at which the direction is added')
     chat_template: str|None = _field(None,
         "Jinja chat template for an explainer whose tokenizer has none; None: the tokenizer's own")
+    n_hints: int = _field(0,
+        "nearest words of the target's dictionary that {hints} in the template names beside the direction; 0: none, "
+        "as in the paper")
     injection_layer: int = _field(1,
         'the direction is added to the output of this decoder layer (Eq. 6; 1 is the second layer)')
     injection_coefficient: float = _field(1., 'times the norm of the residual stream at the placeholder (Eq. 6 has 1)')
@@ -407,6 +411,8 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule(lambda p: p.template.count('{placeholder}') == 1, 'template must contain {{placeholder}} exactly once'),
+    Rule(lambda p: p.template.count('{hints}') == (p.n_hints > 0),
+         'template must contain {{hints}} exactly once where n_hints is above 0, and not where it is 0'),
     Rule(lambda p: p.reward in ('max', 'mean'), "reward must be 'max' or 'mean', not {p.reward}"),
     Rule(lambda p: set(p.baselines) <= set(BASELINES),
          f"baselines are {', '.join(map(repr, BASELINES))}, not {{p.baselines}}"),
@@ -486,7 +492,8 @@ RANGES = (
           'dpo_epochs dpo_batch dpo_accumulation steering_tokens batch_size batch_tokens corpus_tokens '
           'writer_concurrency',
           lambda value: value > 0, 'more than 0'),
-    Range('n_output text_temperature steering_temperature layer injection_layer seed sft_weight_decay dpo_sft_weight',
+    Range('n_output text_temperature steering_temperature layer injection_layer seed sft_weight_decay dpo_sft_weight '
+          'n_hints',
           lambda value: value >= 0, '0 or more'),
     Range('candidate_temperature', lambda value: LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
           f'{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}'),

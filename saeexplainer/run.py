@@ -24,11 +24,12 @@ from .explainer import load_explainer, model_sha256, oracle_note
 from saeexplainer.features import (
     NO_PATTERN, check_features_of, features_file, labels_of, load_features, split_features, unused,
 )
-from .files import hold, read_json, whole
+from .files import file_sha256, hold, read_json, whole
 from .labels import autointerp, silent_contexts
 from .lm.hooks import context_length
 from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
-from .lookups import check_dictionary, look_up
+from .hints import TOKENS, WORDS, check_dictionary
+from .lookups import dictionary_file, look_up
 from .metrics import Evaluation, evaluate
 from saeexplainer.prefs import (
     build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_candidates, threshold_of,
@@ -59,8 +60,8 @@ class _MadeWith(NamedTuple):
 
 _MADE_WITH = (
     _MadeWith('progress', "stage = 'sft' AND finished IS NOT NULL",
-              'explainer template placeholder chat_template injection_layer injection_coefficient n_sft max_length '
-              'lora_r lora_alpha lora_dropout '
+              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient n_sft '
+              'max_length lora_r lora_alpha lora_dropout '
               'sft_lr sft_epochs sft_batch sft_accumulation sft_warmup sft_weight_decay'),
     _MadeWith('explanations', "stage GLOB 'round[0-9]*'",
               'n_pref new_features_in_round_2 n_candidates candidate_temperature candidate_top_p explanation_tokens '
@@ -264,14 +265,11 @@ def features_identity(
         labelled=sum(f.status == 'ok' for f in features),
         sha256=hashlib.sha256(json.dumps(rows).encode()).hexdigest())
 
-def _file_hash(file:Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
 def file_hashes(
     folder, # its files, not those of its folders
 ) -> dict[str, str]: # name -> SHA-256
     "Return hashes of the files of a folder"
-    return {file.name: _file_hash(file) for file in sorted(Path(folder).iterdir()) if file.is_file()}
+    return {file.name: file_sha256(file) for file in sorted(Path(folder).iterdir()) if file.is_file()}
 
 def check_files(
     folder, # where they are now
@@ -284,7 +282,7 @@ def check_files(
         if not file.exists():
             missing = f'{file} is missing, which {what} has made'
             raise FileNotFoundError(f'{missing}: put it back, or begin anew under another --name')
-        found = _file_hash(file)
+        found = file_sha256(file)
         if found != wanted:
             other = f'{file} is not what {what} has made (SHA-256 {found[:12]}, not {str(wanted)[:12]})'
             raise ValueError(f'{other}: put it back from a copy, or begin anew under another --name')
@@ -470,7 +468,8 @@ def check_target(
     if preset.n_output and alive <= preset.n_controls:
         few = f'n_controls is {preset.n_controls}, but only {alive} features are alive'
         raise ValueError(f'{few}: each is steered beside so many others')
-    if 'nearest token' in preset.baselines: check_dictionary(preset)
+    if 'nearest token' in preset.baselines: check_dictionary(preset, TOKENS)
+    if preset.n_hints or 'nearest word' in preset.baselines: check_dictionary(preset, WORDS)
     oracle = preset.ao_adapter or ''
     if oracle.startswith(('.', '/', '~')) and not Path(oracle).expanduser().is_dir():
         raise FileNotFoundError(f'ao_adapter: there is no folder {oracle!r}')
@@ -645,6 +644,7 @@ def sft_stage(
     run:Run,
 ) -> str: # what came out, in a line
     "3.2: supervised fine-tuning on labels"
+    dictionary = dictionary_file(run.preset, run.target, WORDS, run.progress) if run.preset.n_hints else None
     run.make_room()
     forget_empty_claim(run.adapter('sft'))
     chosen = {name: [run.features[i] for i in part] for name, part in run.splits.items()}
@@ -652,7 +652,7 @@ def sft_stage(
     result = train_sft(
         run.preset, chosen['sft'], run.reader, run.adapter('sft'),
         eval_features=chosen['validation'], held_out=held_out,
-        like=run.adapters.of_like('sft'), progress=run.progress)
+        like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary)
     losses = result.losses
     loss = f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
     return f"{len(chosen['sft'])} features, {loss}{run.adapters.origin('sft')}"

@@ -19,6 +19,7 @@ from .dpo import DPOResult, dpo_trainer, preference_dataset, train_dpo
 from .evaluation.texts import Verified, verify
 from .explainer import Explainer, load_explainer
 from .files import read_json, read_table, write_json, write_table
+from .hints import feature_hints
 from .lm.sampling import seed_for
 from .prefs import Dropped, choose_pairs, select_pair, split_verdicts, stage_of, threshold_of
 from .presets import Preset, diff, load_preset
@@ -318,7 +319,8 @@ def pair_log_probs(
     "Return log-probabilities of both explanations of each pair, summed over their tokens"
     import torch
     explainer = Explainer.from_pretrained(adapter, reader=reader, trainable=True, device=preset.device)
-    rows = preference_dataset(pairs, explainer.card)
+    hints = feature_hints(explainer.dictionary, reader, pairs['feature'], explainer.card.n_hints)
+    rows = preference_dataset(pairs, explainer.card, hints)
     found = []
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = dpo_trainer(preset, rows, reader, explainer, folder, progress=False)

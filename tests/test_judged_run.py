@@ -1,7 +1,7 @@
 "A tiny run whose baselines need no training, end to end, with the published rules; resumed; and what is refused early"
 import pytest
 from judged import judged_preset
-from saeexplainer.lookups import DICTIONARY
+from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.metrics import evaluate
 from saeexplainer.evaluation.tables import BEYOND
 from saeexplainer.presets import LOOKUPS, SELFIE, load_preset
@@ -61,8 +61,9 @@ def test_the_report_names_every_baseline(finished):
     Results(folder/'report') # can be read
 
 
-def test_the_token_dictionary_lies_in_the_cache(world, finished):
-    assert (world[0]/'cache'/'features'/'tiny'/'1-res'/DICTIONARY).exists()
+@pytest.mark.parametrize('name', [TOKENS, WORDS])
+def test_the_dictionaries_lie_in_the_cache(world, finished, name):
+    assert (world[0]/'cache'/'features'/'tiny'/'1-res'/name).exists()
 
 
 def test_a_finished_run_changes_nothing(world, finished):
@@ -88,7 +89,7 @@ def test_a_run_that_has_no_text_for_its_lookup_does_not_begin(world, monkeypatch
     folder, file = world
     monkeypatch.setenv('SAEEXPLAINER_CACHE', str(folder/'empty'))
     preset = load_preset(file, corpus=None)
-    with pytest.raises(ValueError, match="the baseline 'nearest token' needs running text"):
+    with pytest.raises(ValueError, match='a dictionary of the target needs running text'):
         go(folder/'runs'/'without', preset)
     with Run(folder/'runs'/'without', preset, progress=False) as run: assert not len(run.store.explanations())
 

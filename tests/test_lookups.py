@@ -6,8 +6,9 @@ from helpers import ARCHITECTURES, WRAPPED, save_wrapped, tiny_model, tiny_token
 from judged import judged_preset, running_documents, tiny_target
 from saeexplainer.lm.hooks import decoder_layers, final_norm
 from saeexplainer.lm.models import load_model
+from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.lookups import (
-    DICTIONARY, TokenDictionary, TokenMeans, check_dictionary, logit_lens, look_up, nearest_labels, probe_vocabulary,
+    Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels, probe_vocabulary,
     random_labels, read_token_dictionary, token_dictionary, token_phrase,
 )
 from saeexplainer.presets import LOOKUPS, load_preset
@@ -145,15 +146,37 @@ def test_labels_for_nothing():
 
 # the dictionary of tokens
 
-def test_means_are_those_of_all_places_of_a_token():
+def test_means_are_those_of_all_places_of_an_entry():
     rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, (40,), generator=rng)
+    places = torch.randint(5, (40,), generator=rng)
     residuals = torch.randn(40, 3, generator=rng)
-    means = TokenMeans(torch.zeros(6, 3), torch.zeros(6, dtype=torch.long))
-    for part in (slice(15), slice(15, 40)): means.add(ids[part], residuals[part])
-    found, centred = means.centred(1)
-    for token, mean in zip(found.tolist(), centred):
-        assert torch.allclose(mean, residuals[ids == token].mean(0) - residuals.mean(0), atol=1e-6)
+    means = Means(torch.zeros(5, 3), torch.zeros(5, dtype=torch.long))
+    for part in (slice(15), slice(15, 40)): means.add(places[part], residuals[part])
+    centred = means.centred()
+    assert len(centred) == 4 # the last row is for what has no entry
+    for place, mean in enumerate(centred):
+        assert torch.allclose(mean, residuals[places == place].mean(0) - residuals.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize('tokens, names', [
+    ([' rain', ' fell', '.'], [' rain', ' fell', '.']),
+    ([' enc', 'roach', 'es', ','], [' encroaches', ' encroaches', ' encroaches', ',']),
+    (['Don', "'", 't', ' go'], [" don't", " don't", " don't", ' go']),
+    ([' 19', '90', '\n'], [' 1990', ' 1990', '\n']),
+])
+def test_a_piece_is_known_by_its_word(tokens, names):
+    assert [key.name for key in keys_of(tokens, whole_words=True)] == names
+    assert [key.token for key in keys_of(tokens, whole_words=True)] == tokens
+
+
+def test_pieces_of_one_word_are_entries_of_their_own():
+    keys = keys_of([' enc', 'roach', ' enc', 'roach'], whole_words=True)
+    assert entries_of([keys], least=2) == {Key(' enc', ' encroach'): 0, Key('roach', ' encroach'): 1}
+
+
+def test_the_most_frequent_entries_are_kept():
+    keys = [Key(token, token) for token in 'abbccc']
+    assert [key.token for key in entries_of([keys], least=1, most=2)] == ['c', 'b']
 
 
 def test_a_dictionary_of_a_tiny_model(target):
@@ -171,48 +194,20 @@ def test_a_corpus_without_tokens(target, docs):
         read_token_dictionary(target, docs, progress=False)
 
 
-def test_a_saved_dictionary_is_loaded(tmp_path):
-    dictionary = TokenDictionary((' rain', "'", '\n', '🌧'), torch.eye(4))
-    dictionary.save(tmp_path/DICTIONARY, dict(model='tiny'))
-    assert [file.name for file in tmp_path.iterdir()] == [DICTIONARY]
-    loaded = TokenDictionary.load(tmp_path/DICTIONARY, dict(model='tiny'))
-    assert loaded.tokens == dictionary.tokens
-    assert torch.equal(loaded.vectors, dictionary.vectors)
-
-
-def test_a_dictionary_of_another_model(tmp_path):
-    TokenDictionary((' rain',), torch.eye(1)).save(tmp_path/DICTIONARY, dict(model='tiny'))
-    with pytest.raises(ValueError, match='was made for the model tiny, not huge: delete it, and it is made anew'):
-        TokenDictionary.load(tmp_path/DICTIONARY, dict(model='huge'))
-
-
-@pytest.mark.parametrize('content', [b'', b'not safetensors', b'\0'*64])
-def test_a_broken_dictionary_gets_one_line(tmp_path, content):
-    (tmp_path/DICTIONARY).write_bytes(content)
-    with pytest.raises(ValueError, match='is no token dictionary .*: delete it, and it is made anew') as error:
-        TokenDictionary.load(tmp_path/DICTIONARY, {})
-    assert '\n' not in str(error.value)
-
-
-def test_safetensors_of_something_else_get_one_line(tmp_path):
-    from safetensors.torch import save_file
-    save_file({'vectors': torch.eye(2)}, tmp_path/DICTIONARY)
-    with pytest.raises(ValueError, match='is no token dictionary'): TokenDictionary.load(tmp_path/DICTIONARY, {})
-
-
-def test_a_dictionary_is_made_once(preset):
+@pytest.mark.parametrize('name', [TOKENS, WORDS])
+def test_a_dictionary_is_made_once(preset, name):
     tiny = Target.load(preset)
-    assert check_dictionary(preset) is None
-    made = token_dictionary(preset, tiny, progress=False)
-    file = check_dictionary(preset)
-    assert file.name == DICTIONARY
-    assert token_dictionary(preset, tiny, progress=False).tokens == made.tokens
+    assert check_dictionary(preset, name) is None
+    made = token_dictionary(preset, tiny, name, progress=False)
+    file = check_dictionary(preset, name)
+    assert file.name == name
+    assert token_dictionary(preset, tiny, name, progress=False).tokens == made.tokens
     file.unlink()
 
 
 def test_neither_dictionary_nor_corpus(preset):
-    with pytest.raises(ValueError, match="'nearest token' needs running text, and the preset tiny names no corpus"):
-        check_dictionary(load_preset(preset, corpus=None))
+    with pytest.raises(ValueError, match='a dictionary .* needs running text, and the preset tiny names no corpus'):
+        check_dictionary(load_preset(preset, corpus=None), TOKENS)
 
 
 # the vocabulary
@@ -271,7 +266,7 @@ def test_lookups_that_need_labels(preset, target, name):
 
 @pytest.mark.parametrize('features', [[3], []])
 def test_an_unknown_lookup(preset, target, features):
-    with pytest.raises(ValueError, match="unknown lookup 'guess': choose from nearest token, vocabulary probe"):
+    with pytest.raises(ValueError, match="unknown lookup 'guess': choose from nearest token, nearest word, vocab"):
         look_up('guess', preset, target, features, {})
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_TEXT', 'WORD', 'corpus_documents', 'document_windows', 'window_residuals', 'state_bytes', 'batch_bytes',
-           'CorpusReading', 'add_document', 'save_reading', 'load_reading', 'word_at', 'word_before', 'token_strings',
-           'TokenizedDocument', 'document_batches', 'read_batch', 'reading_settings', 'read_corpus', 'contexts_of',
-           'word_label', 'feature_table', 'features_card', 'build_features']
+           'CorpusReading', 'add_document', 'save_reading', 'load_reading', 'words_at', 'word_at', 'word_before',
+           'token_strings', 'TokenizedDocument', 'document_batches', 'read_batch', 'reading_settings', 'read_corpus',
+           'contexts_of', 'word_label', 'feature_table', 'features_card', 'build_features']
 
 # %% ../../nbs/parts/sources/reading.ipynb #f123ecab
 import hashlib, json, math, re, sys, time
@@ -399,18 +399,27 @@ def load_reading(
 # %% ../../nbs/parts/sources/reading.ipynb #7d53e757
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+(?:[.,]\d+)*")
 
+def words_at(
+    tokens:Sequence, # of str
+) -> list[str|None]: # one for each token; None: no letter or digit there
+    "Return the whole word or number that holds each token"
+    words = list(WORD.finditer(''.join(tokens)))
+    found:list[str|None] = []
+    k = stop = 0
+    for token in tokens:
+        start = stop + len(token) - len(token.lstrip())
+        stop += len(token)
+        while k < len(words) and words[k].end() <= start: k += 1
+        is_inside = k < len(words) and words[k].start() < stop
+        found.append(words[k][0] if is_inside else None)
+    return found
+
 def word_at(
     tokens:Sequence, # of str
     i:int, # position of a token
 ) -> str|None: # None: no letter or digit there
     "Return the whole word or number that holds a token"
-    start = sum(map(len, tokens[:i]))
-    stop = start + len(tokens[i])
-    blanks = len(tokens[i]) - len(tokens[i].lstrip())
-    for word in WORD.finditer(''.join(tokens)):
-        if word.start() < stop and word.end() > start + blanks:
-            return word[0]
-    return None
+    return words_at(tokens)[i]
 
 def word_before(
     tokens:Sequence, # of str

@@ -1,0 +1,222 @@
+"Hints: the tokens that a direction is near to, in the prompt of an explainer, from training to use"
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import PLACEHOLDER
+from judged import judged_preset
+from trainings import WORDS as NAMED, features, tiny_preset, train_on
+
+from saeexplainer.dpo import preference_dataset, preference_rows, train_dpo
+from saeexplainer.explainer import CARD, Explainer, ExplainerCard, prompts_of
+from saeexplainer.hints import (
+    WORDS, Neighbour, TokenDictionary, dictionary_beside, feature_hints, hint_text, with_hints,
+)
+from saeexplainer.presets import load_preset
+from saeexplainer.run import Run, execute
+from saeexplainer.saes import FeatureReader
+from saeexplainer.sft import prompt_of
+
+TEMPLATE = 'The feature {placeholder} is near to: {hints}. Which words?'
+HINTED = dict(template=TEMPLATE, n_hints=2)
+
+
+# ---- the dictionary's file
+
+def test_a_saved_dictionary_is_loaded(tmp_path):
+    dictionary = TokenDictionary((' rain', "'", '\n', '🌧'), torch.eye(4))
+    dictionary.save(tmp_path/WORDS, dict(model='tiny'))
+    assert [file.name for file in tmp_path.iterdir()] == [WORDS]
+    loaded = TokenDictionary.load(tmp_path/WORDS, dict(model='tiny'))
+    assert loaded.tokens == dictionary.tokens
+    assert torch.equal(loaded.vectors, dictionary.vectors)
+
+
+def test_a_dictionary_of_another_model(tmp_path):
+    TokenDictionary((' rain',), torch.eye(1)).save(tmp_path/WORDS, dict(model='tiny'))
+    with pytest.raises(ValueError, match='was made for the model tiny, not huge: delete it, and it is made anew'):
+        TokenDictionary.load(tmp_path/WORDS, dict(model='huge'))
+
+
+@pytest.mark.parametrize('content', [b'', b'not safetensors', b'\0'*64])
+def test_a_broken_dictionary_gets_one_line(tmp_path, content):
+    (tmp_path/WORDS).write_bytes(content)
+    with pytest.raises(ValueError, match='is no dictionary of a model .*: delete it, and it is made anew') as error:
+        TokenDictionary.load(tmp_path/WORDS, {})
+    assert '\n' not in str(error.value)
+
+
+def test_safetensors_of_something_else_get_one_line(tmp_path):
+    from safetensors.torch import save_file
+    save_file({'vectors': torch.eye(2)}, tmp_path/WORDS)
+    with pytest.raises(ValueError, match='is no dictionary of a model'): TokenDictionary.load(tmp_path/WORDS, {})
+
+
+def test_eight_bits_keep_the_nearest_token(tmp_path):
+    vectors = torch.nn.functional.normalize(torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    dictionary = TokenDictionary(tuple(map(str, range(50))), vectors)
+    dictionary.save(tmp_path/WORDS, {})
+    loaded = TokenDictionary.load(tmp_path/WORDS)
+    assert (loaded.vectors - vectors).abs().max() < .01
+    assert [row[0].token for row in loaded.nearest(vectors, k=1)] == list(dictionary.tokens)
+
+
+# ---- the words of a hint
+
+@pytest.mark.parametrize('tokens, text', [
+    ([' child', ' Child', 'CHILD', ' parent'], 'child, parent'),
+    ([' child', 'ren'], 'child, -ren'),
+    ([' (', '2', ' the'], '(, 2'),
+    (['\n', ' ', ' rain'], 'rain'),
+    ([], ''),
+])
+def test_tokens_are_named_once(tokens, text):
+    assert hint_text([Neighbour(token, .5) for token in tokens], most=2) == text
+
+
+@pytest.mark.parametrize('hints', [PLACEHOLDER, f'a{PLACEHOLDER}b', '{placeholder}', PLACEHOLDER.strip()*2])
+def test_a_hint_brings_no_second_placeholder(hints):
+    filled = with_hints(TEMPLATE, hints, PLACEHOLDER)
+    assert filled.count('{placeholder}') == 1
+    assert PLACEHOLDER.strip() not in filled
+    assert '{hints}' not in filled
+
+
+def test_a_template_without_hints_stays_as_it_is():
+    assert with_hints('What is {placeholder}?', 'rain', PLACEHOLDER) == 'What is {placeholder}?'
+
+
+def test_a_prompt_without_the_hints_of_its_feature_is_refused():
+    card = SimpleNamespace(template=TEMPLATE, placeholder=PLACEHOLDER)
+    assert 'near to: rain.' in prompt_of(card, {5: 'rain'}, 5)[0]['content']
+    with pytest.raises(KeyError): prompt_of(card, {5: 'rain'}, 8)
+
+
+@pytest.mark.parametrize('fields', [dict(n_hints=3), dict(template=TEMPLATE), dict(template=TEMPLATE*2, n_hints=1)])
+def test_a_preset_whose_template_does_not_fit_is_refused(fields):
+    with pytest.raises(ValueError, match='template must contain'): load_preset('smollm2-135m', **fields)
+
+
+def test_a_negative_number_is_refused():
+    with pytest.raises(ValueError, match='n_hints must be 0 or more'): load_preset('smollm2-135m', n_hints=-1)
+
+
+# ---- an explainer that has learned from hints
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('hints')
+    preset = tiny_preset(folder, **HINTED)
+    reader = FeatureReader.load(preset.sae)
+    near = reader.directions(range(len(NAMED)))
+    dictionary = TokenDictionary(tuple(f' {word}' for word in NAMED), torch.nn.functional.normalize(near, dim=1))
+    dictionary.save(folder/WORDS, {})
+    trained = train_on(preset, features(), folder/'sft', dictionary=folder/WORDS)
+    return SimpleNamespace(folder=folder, preset=preset, reader=reader, sft=trained.folder)
+
+
+@pytest.fixture(scope='module')
+def explainer(world): return Explainer.from_pretrained(world.sft, reader=world.reader)
+
+
+def test_training_needs_the_dictionary(world, tmp_path):
+    with pytest.raises(ValueError, match='n_hints is 2: give the file of the dictionary'):
+        train_on(world.preset, features(), tmp_path/'sft')
+
+
+def test_the_folder_holds_its_dictionary(world):
+    assert sorted(file.name for file in world.sft.iterdir()) == [
+        'adapter_config.json', 'adapter_model.safetensors', CARD, 'training.json', WORDS]
+    assert ExplainerCard.load(world.sft).n_hints == 2
+
+
+def test_each_prompt_names_its_own_tokens(world, explainer):
+    prompts = prompts_of(explainer, world.reader.directions([0, 3]))
+    texts = [explainer.tokenizer.decode(ids) for ids in prompts]
+    assert f'near to: {NAMED[0]},' in texts[0]
+    assert f'near to: {NAMED[3]},' in texts[1]
+    assert all(ids.count(explainer.placeholder_id) == 1 for ids in prompts)
+
+
+def test_rows_of_one_batch_do_not_mix(world, explainer):
+    directions = world.reader.directions(range(len(NAMED)))
+    together = explainer.explain(directions, max_new_tokens=6)
+    assert together == [explainer.explain(one[None], max_new_tokens=6)[0] for one in directions]
+
+
+def test_a_hint_changes_what_is_said(world, explainer):
+    [direction] = world.reader.directions([0])
+    other = replace(explainer.dictionary, vectors=explainer.dictionary.vectors.roll(5, 0))
+    hinted = prompts_of(explainer, direction[None])
+    mine, explainer.dictionary = explainer.dictionary, other
+    changed = prompts_of(explainer, direction[None])
+    explainer.dictionary = mine
+    assert hinted != changed
+
+
+def test_a_copy_explains_the_same(world, explainer, tmp_path):
+    explainer.save(tmp_path/'copy')
+    again = Explainer.from_pretrained(tmp_path/'copy', reader=world.reader)
+    directions = world.reader.directions([1, 2])
+    assert again.explain(directions, max_new_tokens=6) == explainer.explain(directions, max_new_tokens=6)
+
+
+def test_stages_share_a_dictionary_above_them(world, explainer, tmp_path):
+    explainer.save(tmp_path/'dpo2')
+    (tmp_path/'dpo2'/WORDS).rename(tmp_path/WORDS)
+    assert Explainer.from_pretrained(tmp_path/'dpo2').dictionary.tokens == explainer.dictionary.tokens
+
+
+def test_a_folder_without_its_dictionary_gets_one_line(world, explainer, tmp_path):
+    explainer.save(tmp_path/'a'/'sft')
+    (tmp_path/'a'/'sft'/WORDS).unlink()
+    with pytest.raises(FileNotFoundError, match=f'has no {WORDS}, whose words the explainer needs'):
+        Explainer.from_pretrained(tmp_path/'a'/'sft')
+
+
+def test_another_dictionary_gets_one_line(world, explainer, tmp_path):
+    explainer.save(tmp_path/'sft')
+    TokenDictionary((' rain',), torch.ones(1, world.reader.d_model)).save(tmp_path/'sft'/WORDS, {})
+    with pytest.raises(ValueError, match='is not the dictionary that the explainer was trained with'):
+        Explainer.from_pretrained(tmp_path/'sft')
+
+
+def test_a_card_with_hints_needs_a_dictionary(world, explainer):
+    with pytest.raises(ValueError, match='the card asks for 2 hints: give the dictionary'):
+        Explainer(explainer.model, explainer.tokenizer, explainer.card)
+
+
+# ---- DPO
+
+PAIRS = [dict(feature=index, chosen=f"the word '{word}'", rejected='a sea') for index, word in enumerate(NAMED[:8])]
+
+
+def test_pairs_stand_behind_the_prompts_of_their_features(world, explainer):
+    hints = feature_hints(explainer.dictionary, world.reader, range(8), 2)
+    rows = preference_rows(preference_dataset(PAIRS, explainer.card, hints), explainer, 256)
+    assert list(rows['prompt_ids']) == prompts_of(explainer, world.reader.directions(range(8)))
+
+
+def test_a_round_goes_on_with_the_hints(world, tmp_path):
+    preset = replace(world.preset, dpo_epochs=1., dpo_batch=4)
+    result = train_dpo(preset, PAIRS, world.reader, world.sft, tmp_path/'dpo1', progress=False)
+    assert result.step0_loss == pytest.approx(.6931, abs=1e-3)
+    trained = Explainer.from_pretrained(result.folder, reader=world.reader)
+    assert trained.card.n_hints == 2
+    assert trained.dictionary is not None
+
+
+# ---- a whole run
+
+def test_a_run_with_hints(tmp_path, monkeypatch):
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    preset = load_preset(judged_preset(tmp_path, **HINTED, baselines=['untrained']))
+    with Run(tmp_path/'run', preset, progress=False) as run:
+        execute(run, say=lambda line: None)
+        explained = set(run.store.explanations()['stage'])
+    assert {'untrained', 'sft', 'dpo1'} <= explained
+    card = json.loads((tmp_path/'run'/'explainer'/'dpo1'/CARD).read_text())
+    assert dictionary_beside(tmp_path/'run'/'explainer'/'dpo1', card['dictionary_sha256']).exists()
