@@ -88,7 +88,7 @@ def test_a_run_that_has_no_text_for_its_lookup_does_not_begin(world, monkeypatch
     folder, file = world
     monkeypatch.setenv('SAEEXPLAINER_CACHE', str(folder/'empty'))
     preset = load_preset(file, corpus=None)
-    with pytest.raises(ValueError, match="the baseline 'nearest token' needs running text"):
+    with pytest.raises(ValueError, match="the lookup 'nearest token' needs running text"):
         go(folder/'runs'/'without', preset)
     with Run(folder/'runs'/'without', preset, progress=False) as run: assert not len(run.store.explanations())
 
