@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Size', 'Setting', 'WriterKind', 'BaseURL', 'Model',
-           'GROUPS', 'DryRun', 'FEW', 'Verify', 'FORMATS', 'MOST', 'tell', 'options', 'check_writer', 'writer_fields',
-           'settings_of', 'resolve', 'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part',
-           'preset_row', 'presets_table', 'presets_command', 'safe_text', 'in_brackets', 'marked', 'summary_table',
-           'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
-           'features_line', 'cost_lines', 'budget_line', 'plan_lines', 'show_plan', 'begun_before', 'next_command',
-           'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
-           'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
-           'features_command', 'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions',
-           'explain_all', 'check_explained', 'explain_some', 'explain_command', 'verify_command', 'rows_to_measure',
-           'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of',
-           'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in',
-           'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
-           'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights',
-           'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments',
-           'main']
+           'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell', 'options', 'check_writer',
+           'writer_fields', 'settings_of', 'resolve', 'check_keys', 'check_name', 'show_preset', 'in_thousands',
+           'last_part', 'preset_row', 'presets_table', 'presets_command', 'safe_text', 'in_brackets', 'marked',
+           'summary_table', 'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server',
+           'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line', 'plan_lines', 'show_plan',
+           'begun_before', 'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished',
+           'report_command', 'number', 'feature_fields', 'show_feature', 'show_counts', 'ensure_features',
+           'features_just_made', 'judging_contexts', 'features_command', 'judged', 'beside_count', 'explained_fields',
+           'beside_greedy', 'show_explained', 'explain_directions', 'explain_all', 'check_explained', 'explain_some',
+           'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out',
+           'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'ranked_with',
+           'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
+           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
+           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
+           'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -43,6 +43,7 @@ if TYPE_CHECKING: # commands import what they use, or `--help` would be slow
     from saeexplainer.benchmark import Bench
     from saeexplainer.features import Feature
     from saeexplainer.presets import Preset
+    from saeexplainer.reranking import Ranked
     from saeexplainer.run import Run
     from saeexplainer.verdicts import Verdict
 
@@ -426,18 +427,19 @@ def has_server(
     preset:'Preset'
 ) -> bool:
     "Return whether one of a preset's writers is at a server"
-    from saeexplainer.presets import is_local
-    return not (is_local(preset.writer) and is_local(preset.evaluation_writer))
+    from saeexplainer.presets import asked_writers, is_local
+    return not all(is_local(getattr(preset, which)) for which in asked_writers(preset))
 
 def writer_line(
     preset:'Preset'
 ) -> str: # with the server, if there is one
     "Return who writes and judges"
     from saeexplainer.doctor import address
-    same = preset.writer == preset.evaluation_writer
-    judge = '' if same else f', judge {preset.evaluation_writer}'
+    from saeexplainer.presets import asked_writers
+    writer, judge = (getattr(preset, asked_writers(preset)[place]) for place in (0, -1))
+    judges = '' if writer == judge else f', judge {judge}'
     server = preset.writer_url or os.environ.get('OPENAI_BASE_URL') or 'OpenAI'
-    return preset.writer + judge + (f' at {address(server)}' if has_server(preset) else '')
+    return writer + judges + (f' at {address(server)}' if has_server(preset) else '')
 
 def key_line(
     preset:'Preset'
@@ -581,13 +583,14 @@ def run_command( # noqa: PLR0913
 ) -> None:
     "Run the closed loop, or go on with it: SFT, preferences and DPO in rounds, metrics, report"
     from saeexplainer.measuring import check_size
+    from saeexplainer.presets import asked_writers
     from saeexplainer.run import Run, execute
     chosen = resolve(preset, size, settings, writer, base_url, model)
     folder = root/check_name(name or f'{chosen.name}-{chosen.size}')
     if like and not (root/check_name(like, '--like')/'store.sqlite').exists():
         raise ValueError(f'--like {like}: there is no run {root/like}')
     if dry: return show_plan(chosen, folder, as_json)
-    check_keys(chosen, 'writer', 'evaluation_writer')
+    check_keys(chosen, *asked_writers(chosen))
     check_size(folder, chosen)
     say = _to_stderr if as_json else tell
     with Run(folder, chosen, like=root/like if like else None) as run:
@@ -810,22 +813,38 @@ def beside_count(
 def explained_fields(
     feature:'Feature',
     text:str, # what is said of it
-    verdict:'Verdict|None'
+    verdict:'Verdict|None',
+    ranked:'Ranked|None'=None # the candidates that it was chosen from
 ) -> dict[str, Any]: # as `--json` prints it
     "Return an explanation with the label beside it, and what the target says of it"
     import dataclasses
     fields = dict(id=str(feature.id), explanation=text, label=feature.explanation)
+    if ranked: fields |= dataclasses.asdict(ranked)
     return fields | dataclasses.asdict(verdict) if verdict else fields
+
+def beside_greedy(
+    ranked:'Ranked' # the candidates of a feature
+) -> str: # a line
+    "Return how the best candidate compares with the greedy one"
+    n = len(ranked.candidates)
+    greedy = ranked.candidates[0]
+    best = ranked.best
+    if best.score is None: return f'  the greedy one: no score of {n} candidates is known'
+    if best is greedy: return f'  the greedy one, best of {n} by its own words: {best.score:.2f}'
+    score = '' if greedy.score is None else f' ({greedy.score:.2f})'
+    return f'  best of {n} by its own words: {best.score:.2f}; the greedy one{score}: {greedy.text}'
 
 def show_explained(
     feature:'Feature',
     text:str, # what is said of it
     verdict:'Verdict|None',
-    success:float # of its preset
+    success:float, # of its preset
+    ranked:'Ranked|None'=None # the candidates that it was chosen from
 ) -> None:
     "Print an explanation with the label behind it, and what the target says of it"
     label = f'  (label: {feature.explanation})' if feature.explanation else ''
     tell(safe_text((str(feature.id), 'bold'), f'  {text}', (label, 'dim')))
+    if ranked: tell(safe_text((beside_greedy(ranked), 'dim')))
     if verdict is None: return
     tell(judged(verdict, success))
     if line := beside_count(verdict): tell(line)
@@ -858,13 +877,14 @@ def explain_all(
     explainer:str|Path, # folder or hub id, 'ao' or 'untrained'
     to:Path, # .jsonl or .parquet
     n:int, # texts that judge each explanation; 0: none
-    as_json:bool
+    as_json:bool,
+    candidates:int=0 # sampled beside each greedy explanation
 ) -> None:
     "Explain a whole dictionary into a file, and print what came of it"
     from saeexplainer.dictionaries import explain_dictionary
     from saeexplainer.selection import dead_features
     silent = dead_features(preset)
-    done = explain_dictionary(preset, explainer, to, n)
+    done = explain_dictionary(preset, explainer, to, n, candidates=candidates)
     if silent:
         print(f'{silent:,} of {done["features"]:,} features are dead: they fired on none of the texts that they were '
               'read on, and what is said of them is a guess', file=sys.stderr)
@@ -878,11 +898,14 @@ def check_explained( # noqa: PLR0913
     everything:bool,
     to:Path|None,
     direction:Path|None,
-    verified:int
+    verified:int,
+    candidates:int=0
 ) -> None:
     "Raise `ValueError` where the options of `explain` do not fit together"
     if direction and (names or random or everything or verified):
         raise ValueError('--direction explains what its file holds: no features, --random, --all or --verify beside it')
+    if direction and candidates:
+        raise ValueError('--direction explains what belongs to no SAE: --candidates has no feature to choose by')
     if everything and (names or random):
         raise ValueError('--all explains every feature: none beside it, and no --random')
     if to and not everything:
@@ -890,38 +913,48 @@ def check_explained( # noqa: PLR0913
     if everything and to is None:
         raise ValueError('--all needs --out FILE.jsonl or FILE.parquet')
 
-def explain_some(
+# %% ../nbs/parts/cli.ipynb #a4311113
+def explain_some( # noqa: PLR0913
     preset:'Preset',
     explainer:str|Path, # folder or hub id, 'ao' or 'untrained'
     features:list['Feature'],
     n:int, # texts that judge each explanation; 0: none
-    as_json:bool
+    as_json:bool,
+    candidates:int=0, # sampled beside each greedy explanation
+    known:Iterable['Feature']=() # of the preset: what candidates are chosen by
 ) -> None:
     "Explain some features, let the target judge if asked to, and print it"
     from saeexplainer.explainer import load_explainer
     from saeexplainer.lm.models import free_memory
+    from saeexplainer.reranking import draw_candidates, ranked_by_target
     from saeexplainer.saes import FeatureReader
     from saeexplainer.verdicts import verdicts_on
     reader = FeatureReader.load(preset)
-    directions = reader.directions([f.index for f in features])
-    texts = load_explainer(explainer, preset, reader).explain(
-        directions, max_new_tokens=preset.explanation_tokens, progress=len(features) > FEW)
+    indices = [feature.index for feature in features]
+    model = load_explainer(explainer, preset, reader)
+    drawn = draw_candidates(model, reader, indices, preset, candidates, progress=len(features) > FEW)
+    del model
     free_memory() # the explainer's, before the target is loaded
-    verdicts = verdicts_on(preset, reader, features, texts, n) if n else [None]*len(features)
-    rows = list(zip(features, texts, verdicts))
+    ranked, target = ranked_by_target(preset, reader, dict(zip(indices, drawn)), known) if candidates else ({}, None)
+    texts = [ranked[index].best.text if ranked else first for index, (first, *_) in zip(indices, drawn)]
+    verdicts = verdicts_on(preset, reader, features, texts, n, target) if n else [None]*len(features)
+    rows = [(*row, ranked.get(row[0].index)) for row in zip(features, texts, verdicts)]
     if as_json: return print(json.dumps([explained_fields(*row) for row in rows], indent=1))
-    for feature, text, verdict in rows: show_explained(feature, text, verdict, preset.success)
+    for feature, text, verdict, chosen in rows: show_explained(feature, text, verdict, preset.success, chosen)
 
 # %% ../nbs/parts/cli.ipynb #5c2537a3
 _TO_EXPLAIN = 'a preset, then features: model/source/index, or indices, as in 5 13 or 5,13 or 5-13'
 _EXPLAINER = "folder or hub id, or 'ao' for the preset's Activation Oracle; default: the shipped one"
 _VERIFY = "write N texts from each explanation (10, where no N is given) and let the target's activation judge"
 
+_CANDIDATES = 'sample N more explanations of each feature, and keep the one whose own words set it off most'
+
 Verify = Annotated[int, typer.Option('--verify', min=0, help=_VERIFY)]
+Candidates = Annotated[int, typer.Option('--candidates', min=0, help=_CANDIDATES)]
 
 @app.command('explain', cls=_Command, epilog=_examples(
     'saeexplainer explain 5 13 --verify 10',
-    'saeexplainer explain --random 5',
+    'saeexplainer explain --random 5 --candidates 8',
     'saeexplainer explain smollm2-135m --all --out all.parquet'))
 def explain_command( # noqa: PLR0913
     names: Annotated[Optional[list[str]], typer.Argument(help=_TO_EXPLAIN, autocompletion=_complete)] = None,
@@ -932,6 +965,7 @@ def explain_command( # noqa: PLR0913
     everything: Annotated[bool, typer.Option('--all', help='explain the whole dictionary, into --out')] = False,
     to: Annotated[Optional[Path], typer.Option('--out', help='file for --all: .jsonl or .parquet')] = None,
     direction: Annotated[Optional[Path], typer.Option(help='explain the directions in this .safetensors file')] = None,
+    candidates: Candidates = 0,
     verified: Verify = 0,
     writer: WriterKind = None,
     base_url: BaseURL = None,
@@ -944,13 +978,14 @@ def explain_command( # noqa: PLR0913
     from saeexplainer.selection import chosen_features, known_features, preset_and_names
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
-    check_explained(names, random, everything, to, direction, verified)
+    check_explained(names, random, everything, to, direction, verified, candidates)
     if verified: check_keys(chosen, 'evaluation_writer')
     if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
-    if to: return explain_all(chosen, explainer_of(chosen, explainer), to, verified, as_json)
-    features = chosen_features(chosen, names, random, seed, known_features(chosen, names))
+    if to: return explain_all(chosen, explainer_of(chosen, explainer), to, verified, as_json, candidates)
+    known = known_features(chosen, names)
+    features = chosen_features(chosen, names, random, seed, known)
     if not features: raise ValueError('no feature given: name some, or use --random 5')
-    explain_some(chosen, explainer_of(chosen, explainer), features, verified, as_json)
+    explain_some(chosen, explainer_of(chosen, explainer), features, verified, as_json, candidates, known)
 
 # %% ../nbs/parts/cli.ipynb #31802967
 @app.command('verify', cls=_Command, epilog=_examples(

@@ -24,6 +24,7 @@ from .features import FeatureId, check_features_of, features_file, load_features
 from .files import clear_parts, hold, table_kind, table_rows, whole, write_table
 from .lm.models import free_memory
 from .presets import Preset, is_local
+from .reranking import Ranked, draw_candidates, rank_candidates
 from .saes import FeatureReader, check_directions
 from .show import progress_bar
 from .store import RunStore
@@ -246,6 +247,7 @@ class _Work:
     n: int # texts written from each explanation
     known: dict[int, float] # feature -> strongest known activation
     progress: bool
+    candidates: int = 0 # sampled beside each greedy explanation
 
     def name(self, index:int) -> str:
         source = self.preset.source
@@ -276,11 +278,28 @@ def _dead_row(work:_Work, index:int) -> dict:
 
 # %% ../nbs/parts/dictionaries.ipynb #69815e65
 def _explain_batch(work:_Work, explainer, batch:list[int]) -> list[dict]: # rows of features that have a direction
+    if work.candidates:
+        preset = work.preset
+        drawn = draw_candidates(explainer, work.reader, batch, preset, work.candidates, preset.batch_size)
+        return [_explained_row(work, index, texts[0]) | dict(candidates=texts) for index, texts in zip(batch, drawn)]
     texts = explainer.explain(
         work.reader.directions(batch),
         max_new_tokens=work.preset.explanation_tokens,
         batch_size=work.preset.batch_size)
     return [_explained_row(work, index, text) for index, text in zip(batch, texts)]
+
+def _ranked_row(index:int, ranked:Ranked) -> dict: # its explanation takes the place of the greedy one
+    scores = [candidate.score for candidate in ranked.candidates]
+    return dict(index=index, explanation=ranked.best.text or None, candidate_scores=scores)
+
+def _rank_missing(work:_Work, drawn:dict, rows:Rows, target) -> None: # adds the rows that are not there
+    done = {row['index'] for row in rows}
+    todo = [index for index in drawn if index not in done]
+    with progress_bar(len(drawn), 'choosing', work.progress, 'feature', len(done)) as bar:
+        for batch in _batches(todo, work.preset.batch_size):
+            ranked = rank_candidates(work.preset, target, work.known, {index: drawn[index] for index in batch})
+            rows.add([_ranked_row(index, one) for index, one in ranked.items()])
+            bar.update(len(batch))
 
 def _explain_missing(work:_Work, rows:Rows, explainer) -> None: # adds the rows that are not there
     done = {row['index'] for row in rows}
@@ -319,7 +338,7 @@ def _verdict(verified, max_act:float|None, preset) -> dict: # verified: of `veri
         max_act=max_act,
         reached=reached)
 
-def _verify_missing(work:_Work, explained:Rows, rows:Rows, target, writer) -> None: # adds the rows that are not there
+def _verify_missing(work:_Work, explained, rows:Rows, target, writer) -> None: # adds the rows that are not there
     done = {row['index'] for row in rows}
     explanations = {row['index']: row['explanation'] for row in explained if row['explanation']}
     pairs = list(explanations.items())
@@ -393,15 +412,24 @@ def _judged_by(preset) -> dict: # what tells target and writer from others of th
         found['writer_url'] = _server(preset)
     return found
 
-def _verified_with(preset, n, known) -> dict: # what texts and scores depend on beside that
+def _hash_of(known) -> str: # strongest activations
     maxima = json.dumps(sorted(known.items())).encode()
+    return hashlib.sha256(maxima).hexdigest()[:16]
+
+_DRAWN_BY = ('seed', 'candidate_temperature', 'candidate_top_p')
+_READ_BY = ('target', 'dtype', 'sae_hook', 'sae_bos')
+
+def _ranked_with(preset, known) -> dict: # what the choice among candidates depends on beside them
+    return dict(_fields(preset, _READ_BY), max_acts=_hash_of(known), target_sha256=model_sha256(preset.target))
+
+def _verified_with(preset, n, known) -> dict: # what texts and scores depend on beside that
     return dict(
         n=n,
         writer=preset.evaluation_writer,
         seed=preset.seed,
         one_text=preset.one_text('evaluation_writer'),
         **_fields(preset, _VERIFIED_BY),
-        max_acts=hashlib.sha256(maxima).hexdigest()[:16],
+        max_acts=_hash_of(known),
         **_judged_by(preset))
 
 def _paid_store(file, preset) -> RunStore: # file: .sqlite beside the file that is made
@@ -516,7 +544,15 @@ def _known_maxima(preset, reader) -> dict[int, float]: # feature -> strongest kn
     features = load_features(preset)
     return {feature.index: feature.max_act for feature in features if feature.max_act > 0}
 
-def _verify_all(work:_Work, explained:Rows, verified:Rows, out:Path) -> None:
+def _rank_all(work:_Work, explained:Rows, ranked:Rows) -> None:
+    "Choose among the candidates of features where that is not done"
+    drawn = {row['index']: row['candidates'] for row in explained if row.get('candidates')}
+    done = {row['index'] for row in ranked}
+    if done.issuperset(drawn): return
+    _rank_missing(work, drawn, ranked, Target.load(work.preset, work.reader))
+    free_memory()
+
+def _verify_all(work:_Work, explained, verified:Rows, out:Path) -> None: # explained: rows
     "Write and score the texts that are not there; a server's replies are kept until all are in the file"
     name = work.preset.evaluation_writer
     target = Target.load(work.preset, work.reader)
@@ -529,33 +565,50 @@ def _verify_all(work:_Work, explained:Rows, verified:Rows, out:Path) -> None:
     lock.unlink(missing_ok=True)
 
 # %% ../nbs/parts/dictionaries.ipynb #37f065a2
-def explain_dictionary(
+def _settings_for(preset, explainer, reader, n, candidates, known) -> list[dict]: # of each part
+    drawn_by = _fields(preset, _DRAWN_BY) if candidates else {}
+    explained = _explained_with(preset, explainer, reader) | dict(candidates=candidates, **drawn_by)
+    ranked = explained | (_ranked_with(preset, known) if candidates else {})
+    verified = ranked | (_verified_with(preset, n, known) if n else {})
+    return [explained, ranked, verified]
+
+def _is_finished(out:Path, n:int, candidates:int) -> bool: # it holds what is asked for
+    if not out.exists(): return False
+    wanted = dict(scores=n, candidate_scores=candidates)
+    return {column for column, number in wanted.items() if number} <= set(_table_of(out))
+
+def explain_dictionary( # noqa: PLR0913
     preset:Preset,
     explainer, # folder or hub id of an explainer; 'ao': the preset's Activation Oracle
     out, # .jsonl or .parquet
     n:int=0, # texts written from each explanation, and scored; 0: none
     progress:bool=True,
+    candidates:int=0, # sampled beside each greedy explanation; the best by its own words is kept
 ) -> dict: # how many features, explained, dead, empty, verified
     "Explain every feature of a preset's SAE; interrupted, the same call goes on where it was"
     out = Path(out)
-    files = [out.with_name(f'{out.name}.{part}.part') for part in ('explained', 'verified')]
+    files = [out.with_name(f'{out.name}.{part}.part') for part in ('explained', 'ranked', 'verified')]
     _check_out(out, files, n)
     reader = FeatureReader.load(preset)
-    known = _known_maxima(preset, reader) if n else {}
-    explained_with = _explained_with(preset, explainer, reader)
-    verified_with = explained_with | (_verified_with(preset, n, known) if n else {})
-    if out.exists() and (not n or 'scores' in _table_of(out)):
-        return _end_parts(out, files, [explained_with, verified_with])
-    work = _Work(preset, explainer, reader, n, known, progress)
+    known = _known_maxima(preset, reader) if n or candidates else {}
+    settings = _settings_for(preset, explainer, reader, n, candidates, known)
+    if _is_finished(out, n, candidates): return _end_parts(out, files, settings)
+    work = _Work(preset, explainer, reader, n, known, progress, candidates)
     with ExitStack() as held: # a notebook keeps the traceback of an interrupted call, and with it what is not closed
-        explained = held.enter_context(closing(Rows(files[0], explained_with)))
-        _check_rows(explained, reader.n_features)
+        def opened(place):
+            rows = held.enter_context(closing(Rows(files[place], settings[place])))
+            _check_rows(rows, reader.n_features)
+            return rows
+        parts = [opened(0)]
         clear_parts(out)
-        if len({row.get('index') for row in explained}) < reader.n_features:
-            _explain_missing(work, explained, load_explainer(explainer, preset, reader))
+        if len({row.get('index') for row in parts[0]}) < reader.n_features:
+            _explain_missing(work, parts[0], load_explainer(explainer, preset, reader))
             free_memory()
-        if not n: return _finish(out, [explained])
-        verified = held.enter_context(closing(Rows(files[1], verified_with)))
-        _check_rows(verified, reader.n_features)
-        _verify_all(work, explained, verified, out)
-        return _finish(out, [explained, verified], calibration_of(preset))
+        if candidates:
+            parts.append(opened(1))
+            _rank_all(work, *parts)
+        if n:
+            verified = opened(2)
+            _verify_all(work, _joined(parts), verified, out)
+            parts.append(verified)
+        return _finish(out, parts, calibration_of(preset) if n else None)

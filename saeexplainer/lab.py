@@ -30,8 +30,10 @@ from .metrics import Evaluation, evaluate
 from .pages import page, rows_html, tokens_html
 from .presets import Preset, is_local, load_preset, presets
 from .replies import Writer
+from .reranking import draw_candidates, rank_candidates
 from .saes import FeatureReader
 from .selection import feature_of
+from .self_activation import known_maxima
 from .show import escape, visible
 from .steering import SteeringValue
 from .store import RunStore
@@ -352,6 +354,13 @@ def steered_text(
     [steered] = instruments.target.generate([prompt], index, clamp.value, **how)
     return SteeredText(index, prompt, kl, plain, steered, clamp)
 
+def _explained(parts:LabParts, indices:list[int], candidates:int, progress:bool) -> dict[int, str]: # index -> text
+    drawn = draw_candidates(parts.explainer, parts.reader, indices, parts.preset, candidates, progress=progress)
+    texts = dict(zip(indices, drawn))
+    if not candidates: return {index: first for index, [first] in texts.items()}
+    ranked = rank_candidates(parts.preset, parts.target, known_maxima(parts.features.values()), texts, progress)
+    return {index: one.best.text for index, one in ranked.items()}
+
 def with_labels(
     stages:Mapping[str, Mapping[int, str]], # name of a method -> feature -> text
     features:Mapping[int, Feature]
@@ -368,14 +377,13 @@ class Lab(Instruments):
     def explain(
         self,
         features, # an index or several, or names
-        progress:bool=False # show a bar
+        progress:bool=False, # show a bar
+        candidates:int=0 # sampled beside the greedy explanation: the best by its own words is returned
     ) -> dict[int, str]: # index -> explanation
         "Return what the explainer says of features, greedy as `saeexplainer explain` has it"
         alone = isinstance(features, (int, np.integer, str, FeatureId))
         indices = [self.index_of(feature) for feature in ([features] if alone else features)]
-        tokens = self.preset.explanation_tokens
-        texts = self.explainer.explain(self.reader.directions(indices), max_new_tokens=tokens, progress=progress)
-        return dict(zip(indices, texts))
+        return _explained(self, indices, candidates, progress)
 
     def verify(
         self,

@@ -13,8 +13,9 @@ import pandas as pd
 # %% ../nbs/parts/plan.ipynb #733f5557
 from .evaluation.judge import JUDGE
 from .evaluation.texts import CONTRAST_LIST, GENERATIVE_LIST
+from .lookups import IN_DICTIONARY, NEAREST
 from .prefs import TEXT_LIST
-from .presets import is_local, model_size, needs, validation_size
+from .presets import asked_writers, is_local, model_size, needs, validation_size
 
 # %% ../nbs/parts/plan.ipynb #236294aa
 LENGTHS = {
@@ -83,11 +84,20 @@ def evaluated(
     baselines = len(preset.baseline_labels) + len(preset.baselines) + bool(preset.ao_adapter)
     return labels_and_sft + preset.dpo_rounds + baselines
 
-def _candidate_jobs(stage, n_features, preset, lengths) -> list[Job]: # K explanations each, M texts of each
+_OWN_WORDS = 2 # times an explanation's tokens: it, and its quotes behind a BOS each
+
+def _distinct(preset, lengths, lookups) -> float: # candidates of a feature that differ, those of lookups among them
+    more = [NEAREST if name in IN_DICTIONARY else 1 for name in preset.candidate_lookups]
+    return preset.n_candidates*lengths.distinct + sum(more)*lookups
+
+def _candidate_jobs(stage, n_features, preset, lengths, lookups=True) -> list[Job]: # K explanations, M texts of each
     costs = costs_of(preset)
     candidates = n_features*preset.n_candidates
-    text_tokens = candidates*lengths.distinct*preset.n_texts*lengths.text
+    distinct = n_features*_distinct(preset, lengths, lookups)
     jobs = [Job(stage, 'write', candidates*lengths.explanation, costs.write)]
+    if preset.reward == 'self':
+        return [*jobs, Job(stage, 'read', distinct*lengths.explanation*_OWN_WORDS, costs.read)]
+    text_tokens = distinct*preset.n_texts*lengths.text
     if is_local(preset.writer):
         jobs.append(Job(stage, 'write', text_tokens, costs.write))
     jobs.append(Job(stage, 'read', text_tokens, costs.read))
@@ -121,7 +131,7 @@ def _evaluation_jobs(preset, lengths) -> list[Job]:
 
     jobs = []
     if 'best' in preset.baselines:
-        jobs += _candidate_jobs('evaluate', preset.n_test, preset, lengths)
+        jobs += _candidate_jobs('evaluate', preset.n_test, preset, lengths, lookups=False)
     if local:
         jobs.append(Job('evaluate', 'write', texts*lengths.text, costs.write))
     jobs.append(Job('evaluate', 'read', texts*lengths.text, costs.read))
@@ -229,8 +239,8 @@ def _text_requests(lists:_Lists, one_text:bool, lengths) -> Asked: # one_text: a
 
 # %% ../nbs/parts/plan.ipynb #94d96c22
 def _preference_lists(preset, lengths) -> _Lists: # of all rounds, and of the candidates of 'best'
-    features = preset.dpo_rounds*preset.n_pref + ('best' in preset.baselines)*preset.n_test
-    lists = preset.n_candidates*lengths.distinct*features
+    lists = preset.dpo_rounds*preset.n_pref*_distinct(preset, lengths, lookups=True)
+    if 'best' in preset.baselines: lists += preset.n_test*_distinct(preset, lengths, lookups=False)
     return _Lists('texts for preferences', TEXT_LIST, lists, preset.n_texts)
 
 def _evaluation_requests(preset, lengths) -> list[Asked]:
@@ -260,7 +270,7 @@ def writer_work(
     "Return what is asked of writer and judge at a server, without repetitions; no rows where they are local"
     means = _Lengths(**(lengths or lengths_of(preset)))
     asked = []
-    if not is_local(preset.writer):
+    if 'writer' in asked_writers(preset) and not is_local(preset.writer):
         asked.append(_text_requests(_preference_lists(preset, means), preset.one_text('writer'), means))
     if not is_local(preset.evaluation_writer):
         asked += _evaluation_requests(preset, means)

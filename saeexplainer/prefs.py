@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'below_margin', 'select_pair', 'threshold_of', 'preference_prompt',
-           'stage_of', 'sample_candidates', 'distinct_candidates', 'write_texts', 'score_candidates',
-           'candidate_rewards', 'choose_pairs', 'build_preferences', 'split_verdicts', 'split_half']
+           'stage_of', 'sample_candidates', 'add_lookups', 'distinct_candidates', 'write_texts', 'score_candidates',
+           'score_own_words', 'harmonic_mean', 'score_both_sides', 'check_texts_scored', 'candidate_rewards',
+           'choose_pairs', 'check_scored', 'build_preferences', 'split_verdicts', 'split_half']
 
 # %% ../nbs/02_prefs.ipynb #adffe148
 import math, statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
 # %% ../nbs/02_prefs.ipynb #3be92d45
+from .evaluation.words import coverage
 from .lm.sampling import seed_for
-from .presets import PairRule, Sampling
+from .lookups import phrases_of
+from .presets import SHARE_REWARDS, PairRule, Sampling
 from .replies import Request
+from .self_activation import own_words, self_score
 from .show import progress_bar
 from .store import COLUMNS
 from .writers.parsing import answers, texts_of
@@ -26,7 +30,7 @@ from .writers.parsing import answers, texts_of
 # %% ../nbs/02_prefs.ipynb #e3197604
 @dataclass(frozen=True)
 class Pair:
-    "The chosen and the rejected explanation of one feature, with their scores in units of its activation"
+    "The chosen and the rejected explanation of one feature, with their scores in units of the reward"
     chosen: str
     rejected: str
     chosen_score: float
@@ -94,7 +98,7 @@ def _rejected(others, best, margin, negative) -> _Scored|None: # Eq. 10; None: '
 def select_pair(
     candidates, # K explanations of one feature
     scores, # K scores; NaN (or None) where a candidate could not be scored
-    threshold:float, # tau of Eq. 8, in units of the activation
+    threshold:float, # tau of Eq. 8, in units of the scores
     spread:float=.10, # Eq. 8: (s_max - s_min) / s_max must be larger
     margin:float=.15, # Eq. 9: relative distance of a clearly worse candidate, see `below_margin`
     negative:str='hard', # 'hard': Eq. 9-10; 'lower half': so, of these; 'worst': the worst, if clearly worse
@@ -124,12 +128,13 @@ def threshold_of(
 ) -> float: # tau of Eq. 8
     "Return the preset's threshold, or by the rule for 'auto'; raises `ValueError` where no feature has a `max_act`"
     rule = preset.pair_rule
+    texts = preset.n_texts if rule.reward in ('mean', 'both') else 1
     if rule.threshold != 'auto': return float(rule.threshold)
+    if rule.reward in SHARE_REWARDS: return .25/texts
     known = [feature.max_act for feature in sft_features if feature.max_act is not None]
     peaks = [float(peak) for peak in known if peak > 0]
     if not peaks:
         raise ValueError("threshold 'auto' needs SFT features with a max_act above 0; or give the preset a number")
-    texts = preset.n_texts if rule.reward == 'mean' else 1
     return .25 * statistics.median(peaks) / texts
 
 # %% ../nbs/02_prefs.ipynb #eca404aa
@@ -200,6 +205,46 @@ def sample_candidates(
         for feature, texts in zip(batch, drawn):
             rows += [(stage, feature, k, text) for k, text in enumerate(texts)]
         store.put_explanations(rows)
+    return len(todo)
+
+# %% ../nbs/02_prefs.ipynb #6adf66ab
+def _proposals(target, preset, features, labels, progress) -> dict[int, list[str]]: # by feature, in fixed places
+    proposed: dict[int, list[str]] = {feature: [] for feature in features}
+    for name in preset.candidate_lookups:
+        for feature, phrases in phrases_of(name, preset, target, features, labels, progress).items():
+            proposed[feature] += phrases
+    return proposed
+
+def _new_rows(stage:str, feature:int, first:int, phrases, there) -> list[tuple]: # first: k of the first phrase
+    seen = set(there)
+    rows = []
+    for k, text in enumerate(phrases, first):
+        if text.strip() and text not in seen: rows.append((stage, feature, k, text))
+        seen.add(text)
+    return rows
+
+def add_lookups( # noqa: PLR0913
+    store, # `RunStore` with the round's sampled candidates
+    target, # `Target`, whose tokens and directions are looked at
+    preset, # `Preset`
+    features, # indices of the preference features
+    labels:Mapping[int, str], # of other features, that a lookup may take
+    round:int=1, # from 1
+    progress:bool=False,
+) -> int: # features looked up now
+    "Let the preset's lookups join the candidates, k from K on; a text that is there already is left out"
+    stage = stage_of(round)
+    noted = f'{stage} lookups'
+    done = set(store.meta(noted, [], kind=list))
+    todo = [int(feature) for feature in dict.fromkeys(features) if feature not in done]
+    if not (preset.candidate_lookups and todo): return 0
+    proposed = _proposals(target, preset, todo, labels, progress)
+    there = store.explanations(stage).groupby('feature')['text'].agg(list).to_dict()
+    rows = []
+    for feature, phrases in proposed.items():
+        rows += _new_rows(stage, feature, preset.n_candidates, phrases, there.get(feature, []))
+    store.put_explanations(rows)
+    store.note(noted, sorted(done.union(todo)))
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #03faa5e0
@@ -295,17 +340,107 @@ def score_candidates(
         store.put_scores(rows)
     return len(todo)
 
+# %% ../nbs/02_prefs.ipynb #3a762331
+def _without(store, round:int, kind:str) -> list: # distinct candidates that have no rows of a kind: feature, k, text
+    there = store.texts(stage_of(round), kind=kind)
+    done = set(zip(there['feature'], there['k']))
+    rows = distinct_candidates(store, round).itertuples(index=False)
+    return [row for row in rows if (row.feature, row.k) not in done]
+
+def _stored(place:tuple, values:Mapping[str, float]) -> list[tuple]: # rows of `texts`; place: stage, feature, k, kind
+    rows = []
+    for j, (text, value) in enumerate(values.items()):
+        if math.isnan(value): rows.append((*place, j, text, 'not known', None))
+        else: rows.append((*place, j, text, None, value))
+    return rows
+
+def score_own_words( # noqa: PLR0913
+    store, # `RunStore`
+    target, # `Target`, which reads the feature
+    preset, # `Preset`
+    max_acts:Mapping[int, float], # strongest known activations
+    rivals:Sequence[int], # features whose activations are subtracted, of `rivals_of`
+    round:int=1, # from 1
+    progress:bool=False,
+) -> int: # candidates scored now
+    "Score distinct candidates by the activation on their own words, piece by piece; no text is written"
+    stage = stage_of(round)
+    todo = _without(store, round, 'self')
+    for batch in _batched(todo, 8*preset.batch_size, f'{stage}: own words', progress):
+        read = own_words(target, [(row.feature, row.text) for row in batch], max_acts, rivals)
+        rows = []
+        for candidate, own in zip(batch, read):
+            place = (stage, candidate.feature, candidate.k, 'self')
+            rows += _stored(place, dict(zip(own.pieces, own.contrasts)))
+        store.put_texts(rows)
+    return len(todo)
+
+# %% ../nbs/02_prefs.ipynb #3b8a5ba6
+def harmonic_mean(
+    shares:Sequence[float], # from 0 to 1; NaN: not known
+) -> float: # NaN where one is not known, or there is none
+    "Return the harmonic mean, 0 where a share is"
+    if not len(shares) or np.isnan(shares).any(): return np.nan
+    return statistics.harmonic_mean([float(share) for share in shares])
+
+def _mean_share(scores, max_act:float|None) -> float: # of written texts; NaN: none was scored, or nothing is known
+    if not (max_act or 0) > 0 or scores is None: return np.nan
+    return float((scores.dropna()/max_act).clip(0, 1).mean())
+
+def score_both_sides(
+    store, # `RunStore` with the round's texts, all scored
+    preset, # `Preset`
+    features:Mapping, # index -> `Feature`
+    round:int=1, # from 1
+) -> int: # candidates scored now
+    "Store both sides of distinct candidates; raises `ValueError` until all texts of the round are written and scored"
+    check_texts_scored(store, preset, round)
+    stage = stage_of(round)
+    texts = store.texts(stage, kind='preference').astype({'score': float})
+    scores = dict(iter(texts.groupby(['feature', 'k'])['score']))
+    todo = _without(store, round, 'both')
+    rows = []
+    for candidate in todo:
+        feature = features[candidate.feature]
+        activation = _mean_share(scores.get((candidate.feature, candidate.k)), feature.max_act)
+        sides = dict(activation=activation, coverage=coverage(candidate.text, feature.contexts))
+        rows += _stored((stage, candidate.feature, candidate.k, 'both'), sides)
+    store.put_texts(rows)
+    return len(todo)
+
+def check_texts_scored(
+    store, # `RunStore`
+    preset, # `Preset`
+    round:int, # from 1
+) -> None:
+    "Raise `ValueError` until all texts of a round are written and scored"
+    stage = stage_of(round)
+    wanted = len(distinct_candidates(store, round)) * preset.n_texts
+    lack = wanted - len(store.texts(stage, kind='preference'))
+    if lack: raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
+    unscored = len(store.unscored(stage, 'preference'))
+    if unscored:
+        raise ValueError(f'round {round}: {unscored} texts have no score yet: score_candidates comes first')
+
 # %% ../nbs/02_prefs.ipynb #39876307
+_OF_SHARES = {'self': self_score, 'both': harmonic_mean} # of a candidate's rows, in the order of j
+
+def _rewards(store, stage:str, reward:str) -> pd.DataFrame: # feature, k, reward
+    kind = reward if reward in SHARE_REWARDS else 'preference'
+    texts = store.texts(stage, kind=kind).astype({'score': float})
+    of_candidate = texts.groupby(['feature', 'k'])['score']
+    if reward not in SHARE_REWARDS: return of_candidate.agg(reward).rename('reward').reset_index()
+    rows = [(*key, _OF_SHARES[reward](scores.to_numpy())) for key, scores in of_candidate]
+    return pd.DataFrame(rows, columns=['feature', 'k', 'reward']).astype({'feature': int, 'k': int, 'reward': float})
+
 def candidate_rewards(
     store, # `RunStore`
     preset, # `Preset`
     round:int=1, # from 1
 ) -> pd.DataFrame: # feature, k, text, reward; NaN: none of its texts could be scored
-    "Return the score of every candidate (Eq. 7); copies of a text share it"
+    "Return the score of every candidate (Eq. 7, or as the preset's `reward` says); copies of a text share it"
     stage = stage_of(round)
-    texts = store.texts(stage, kind='preference').astype({'score': float})
-    of_candidate = texts.groupby(['feature', 'k'])['score']
-    rewards = of_candidate.agg(preset.pair_rule.reward).rename('reward').reset_index()
+    rewards = _rewards(store, stage, preset.pair_rule.reward)
     scored = distinct_candidates(store, round).merge(rewards, on=['feature', 'k'], how='left')
     of_text = scored[['feature', 'text', 'reward']]
     candidates = store.explanations(stage).sort_values(['feature', 'k'])
@@ -335,20 +470,26 @@ def choose_pairs(
         rows.append(_pair_row(round, int(feature), result))
     return pd.DataFrame(rows, columns=list(COLUMNS['pairs']))
 
+def check_scored(
+    store, # `RunStore`
+    preset, # `Preset`
+    round:int, # from 1
+) -> None:
+    "Raise `ValueError` until all that the reward of a round is made of is stored"
+    reward = preset.pair_rule.reward
+    if reward != 'self': check_texts_scored(store, preset, round)
+    lack = len(_without(store, round, reward)) if reward in SHARE_REWARDS else 0
+    first = {'self': 'score_own_words', 'both': 'score_both_sides'}
+    if lack: raise ValueError(f'round {round}: {lack} candidates have no score yet: {first[reward]} comes first')
+
 def build_preferences(
     store, # `RunStore`
     preset, # `Preset`
     round:int=1, # from 1
     threshold:float|None=None, # tau; None: the preset's number
 ) -> pd.DataFrame: # the round's rows of `pairs`
-    "Choose and store the pairs of a round; raises `ValueError` until all its texts are written and scored"
-    stage = stage_of(round)
-    wanted = len(distinct_candidates(store, round)) * preset.n_texts
-    lack = wanted - len(store.texts(stage, kind='preference'))
-    if lack: raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
-    unscored = len(store.unscored(stage, 'preference'))
-    if unscored:
-        raise ValueError(f'round {round}: {unscored} texts have no score yet: score_candidates comes first')
+    "Choose and store the pairs of a round; raises `ValueError` until all that its rewards are made of is stored"
+    check_scored(store, preset, round)
     rows = choose_pairs(store, preset, round, threshold).astype(object)
     store.put_pairs(rows.where(rows.notna(), None).to_dict('records'))
     return store.pairs(round)
@@ -399,7 +540,9 @@ def split_verdicts(
     splits:int=20, # random halvings
     seed:int=0,
 ) -> pd.DataFrame: # feature, agrees, gap: a row for each pair that a half of the texts makes
-    "Return what the other half of the texts says of each pair"
+    "Return what the other half of the texts says of each pair; raises `ValueError` for a reward without halves"
+    if rule.reward in SHARE_REWARDS:
+        raise ValueError(f"the reward {rule.reward!r} is not made of texts alone: halves of them make 'max' and 'mean'")
     texts = texts.dropna(subset='score')
     rng = np.random.default_rng(seed)
     verdicts: list[_Verdict] = []

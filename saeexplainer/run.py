@@ -6,9 +6,9 @@
 __all__ = ['STEERED_BY', 'BegunWith', 'check_model', 'features_identity', 'file_hashes', 'check_files', 'Adapters', 'held_out',
            'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_writers', 'check_local_weights',
            'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of', 'Run', 'forget_empty_claim', 'sft_stage',
-           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'best_candidates',
-           'training_labels', 'silent_of', 'explain_by_contexts', 'explain_test', 'evaluate_stage', 'stage_functions',
-           'execute']
+           'training_labels', 'reward_candidates', 'rewarded_candidates', 'forget_empty_round', 'prefs_stage',
+           'dpo_stage', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test', 'evaluate_stage',
+           'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -28,20 +28,22 @@ from .files import file_sha256, hold, read_json, whole
 from .labels import autointerp, silent_contexts
 from .lm.hooks import context_length
 from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
-from .hints import TOKENS, WORDS, check_dictionary
-from .lookups import dictionary_file, look_up
+from .hints import WORDS, check_dictionary
+from .lookups import IN_DICTIONARY, dictionary_file, look_up
 from .metrics import Evaluation, evaluate
 from saeexplainer.prefs import (
-    build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_candidates, threshold_of,
-    write_texts,
+    add_lookups, build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_both_sides,
+    score_candidates, score_own_words, threshold_of, write_texts,
 )
 from saeexplainer.presets import (
-    LOOKUPS, SELFIE, Preset, bench_folder, evaluated_stages, explainer_stages, is_local, load_preset, validation_size,
+    LOOKUPS, SELFIE, Preset, asked_writers, bench_folder, evaluated_stages, explainer_stages, is_local, load_preset,
+    validation_size,
 )
 from .replies import Request
 from .report import write_report
 from .results import git_commit, machine, write_results
 from .saes import FeatureReader
+from .self_activation import known_maxima, rivals_of
 from .sft import train_sft
 from .store import RunStore
 from .target import Target, check_model_name, check_weights
@@ -64,8 +66,8 @@ _MADE_WITH = (
               'max_length lora_r lora_alpha lora_dropout '
               'sft_lr sft_epochs sft_batch sft_accumulation sft_warmup sft_weight_decay'),
     _MadeWith('explanations', "stage GLOB 'round[0-9]*'",
-              'n_pref new_features_in_round_2 n_candidates candidate_temperature candidate_top_p explanation_tokens '
-              'batch_size device'),
+              'n_pref new_features_in_round_2 n_candidates candidate_lookups candidate_temperature candidate_top_p '
+              'explanation_tokens batch_size device'),
     _MadeWith('texts', "kind = 'preference'",
               'writer text_form n_texts text_tokens text_temperature text_top_p dtype batch_size device'),
     _MadeWith('texts', 'score IS NOT NULL', 'dtype batch_tokens device'),
@@ -468,8 +470,8 @@ def check_target(
     if preset.n_output and alive <= preset.n_controls:
         few = f'n_controls is {preset.n_controls}, but only {alive} features are alive'
         raise ValueError(f'{few}: each is steered beside so many others')
-    if 'nearest token' in preset.baselines: check_dictionary(preset, TOKENS)
-    if preset.n_hints or 'nearest word' in preset.baselines: check_dictionary(preset, WORDS)
+    wanted = {*preset.baselines, *preset.candidate_lookups, *(['nearest word'] if preset.n_hints else [])}
+    for name in wanted & set(IN_DICTIONARY): check_dictionary(preset, IN_DICTIONARY[name])
     oracle = preset.ao_adapter or ''
     if oracle.startswith(('.', '/', '~')) and not Path(oracle).expanduser().is_dir():
         raise FileNotFoundError(f'ao_adapter: there is no folder {oracle!r}')
@@ -478,7 +480,7 @@ def check_writers(
     run, # `Run`
 ) -> None:
     "Raise an error where a writer has no key, or its model is not there"
-    for which in ('writer', 'evaluation_writer'):
+    for which in asked_writers(run.preset):
         name = getattr(run.preset, which)
         if not is_local(name): run.writer(which)
         else:
@@ -490,7 +492,7 @@ def check_local_weights(
     begun:BegunWith,
 ) -> None:
     "Raise `ValueError` where a model's folder holds other weights than when the run was begun"
-    writers = [preset.writer, preset.evaluation_writer]
+    writers = [getattr(preset, which) for which in asked_writers(preset)]
     local = [name.removeprefix('local:') for name in writers if name.startswith('local:')]
     for name in dict.fromkeys([preset.target, preset.explainer, *local]):
         sha256 = model_sha256(name)
@@ -661,18 +663,42 @@ def sft_stage(
 def _stage_before(round:int) -> str: # whose explainer a round begins with
     return 'sft' if round == 1 else f'dpo{round - 1}'
 
+def training_labels(
+    run:Run,
+) -> dict[int, str]: # feature -> label
+    "Return the labels of SFT features, which a lookup may take"
+    features = [run.features[i] for i in run.splits['sft']]
+    return {feature.index: feature.explanation for feature in features if feature.explanation}
+
+def reward_candidates(
+    run:Run,
+    round:int, # from 1
+) -> None:
+    "Score the candidates of a round by the preset's `reward`: by written texts, by their own words, or by both sides"
+    preset = run.preset
+    if preset.reward == 'self':
+        rivals = rivals_of(known_maxima(run.features[i] for i in run.splits['sft']), preset.seed)
+        known = known_maxima(run.features.values())
+        score_own_words(run.store, run.target, preset, known, rivals, round, run.progress)
+        return
+    write_texts(run.store, run.writer('writer'), preset, round, run.progress)
+    score_candidates(run.store, run.target, preset, round, run.progress)
+    if preset.reward == 'both': score_both_sides(run.store, preset, run.features, round)
+
 def rewarded_candidates(
     run:Run,
     round:int, # from 1
     features:list[int],
+    lookups:bool=False, # whether those of the preset join the candidates
 ) -> None:
-    "Sample candidates from the explainer before a round, write texts from them and score these"
+    "Sample candidates from the explainer before a round, and score them"
     explainer = run.explainer(_stage_before(round))
     sample_candidates(run.store, explainer, run.reader, features, run.preset, round, run.progress)
     del explainer
     free_memory()
-    write_texts(run.store, run.writer('writer'), run.preset, round, run.progress)
-    score_candidates(run.store, run.target, run.preset, round, run.progress)
+    if lookups and run.preset.candidate_lookups:
+        add_lookups(run.store, run.target, run.preset, features, training_labels(run), round, run.progress)
+    reward_candidates(run, round)
 
 def forget_empty_round(
     store:RunStore,
@@ -689,7 +715,7 @@ def prefs_stage(
     round:int, # from 1
 ) -> str: # what came out, in a line
     "3.3: candidates, texts, scores, pairs; raise `ValueError` where no feature gives a pair"
-    rewarded_candidates(run, round, run.preference_features(round))
+    rewarded_candidates(run, round, run.preference_features(round), lookups=True)
     threshold = threshold_of(run.preset, [run.features[i] for i in run.splits['sft']])
     forget_empty_round(run.store, round)
     pairs = choose_pairs(run.store, run.preset, round, threshold)
@@ -737,19 +763,12 @@ def best_candidates(
     run:Run,
     test:list[int], # features
 ) -> dict[int, str]: # feature -> text; a feature none of whose candidates could be scored is left out
-    "Return the candidate of the last explainer whose texts, by the preference writer, activate the target most"
+    "Return the candidate of the last explainer with the largest reward"
     round = run.preset.dpo_rounds + 1
     rewarded_candidates(run, round, test)
     scored = candidate_rewards(run.store, run.preset, round).dropna(subset='reward')
     best = scored.loc[scored.groupby('feature')['reward'].idxmax()]
     return dict(zip(best['feature'].tolist(), best['text']))
-
-def training_labels(
-    run:Run,
-) -> dict[int, str]: # feature -> label
-    "Return the labels of SFT features, which a lookup may take"
-    features = [run.features[i] for i in run.splits['sft']]
-    return {feature.index: feature.explanation for feature in features if feature.explanation}
 
 def _looked_up(run:Run, name:str, test:list[int]) -> dict[int, str]: # with the labels of SFT features alone
     stored = run.store.explanations(name)

@@ -6,8 +6,8 @@
 __all__ = ['TWINS', 'OTHER', 'FEATURES_AT_ONCE', 'check_texts', 'Tokens', 'special_ids', 'pieces_of_tokens', 'tokenise',
            'check_fits', 'name_words', 'plain_name', 'words_around', 'check_model_name', 'weights_folder',
            'check_weights', 'Reading', 'Unreadable', 'unreadable', 'check_length', 'each_feature', 'distinct_texts',
-           'read_features', 'values_for', 'Batcher', 'TextReader', 'max_act_table', 'Clamps', 'clamps_for', 'seeds_for',
-           'check_prompts', 'Steerer', 'ClampSearch', 'Target']
+           'read_features', 'values_for', 'Batcher', 'TextReader', 'max_act_lists', 'max_act_table', 'Clamps',
+           'clamps_for', 'seeds_for', 'check_prompts', 'Steerer', 'ClampSearch', 'Target']
 
 # %% ../nbs/parts/target.ipynb #2736788c
 import math, re, sys
@@ -373,28 +373,41 @@ class TextReader:
         return out
 
 # %% ../nbs/parts/target.ipynb #3d23a7ed
+def max_act_lists(batcher:Batcher, # model and SAE, and how texts go through them
+                  texts:Iterable[str],
+                  features:Sequence[Sequence[int]], # those that are read on each text
+                  progress:bool=False
+                 ) -> list[np.ndarray]: # of each text, fp32; NaN where it has no tokens, or is too long
+    "Return the largest activations of some features on each text; raise `ValueError` unless there is a list for each"
+    tokens = batcher.tokens(check_texts(texts))
+    wanted = [feature_indices(row).tolist() for row in features]
+    if len(wanted) != len(tokens):
+        raise ValueError(f'{len(tokens)} texts and {len(wanted)} lists of features: one list per text is needed')
+    errors = unreadable(batcher.model, tokens)
+    read = [i for i, t in enumerate(tokens) if i not in errors and t.counts.any() and wanted[i]]
+    found = [np.full(len(row), np.nan, np.float32) for row in wanted]
+    with progress_bar(len(read), 'reading texts', progress, unit='text') as bar:
+        for rows in batcher.batches([tokens[i] for i in read]):
+            places = [read[row] for row in rows]
+            batch = [tokens[i] for i in places]
+            acts = read_features(batcher.reader, batcher.residual_stream(batch), [wanted[i] for i in places])
+            for i, t, values in zip(places, batch, acts): # values: (features, t)
+                counted = values[:len(wanted[i]), :len(t.ids)][:, t.counts]
+                _check_finite(wanted[i], counted)
+                found[i] = counted.max(1)
+            bar.update(len(rows))
+    return found
+
 def max_act_table(batcher:Batcher, # model and SAE, and how texts go through them
                   texts:Iterable[str],
                   features:Sequence[int], # indices
                   progress:bool=False
                  ) -> np.ndarray: # (texts, features) fp32; NaN for a text without tokens, or one that is too long
     "Return the largest activation of every feature on every text"
-    tokens = batcher.tokens(check_texts(texts))
-    errors = unreadable(batcher.model, tokens)
-    read = [i for i, t in enumerate(tokens) if i not in errors and t.counts.any()]
+    texts = check_texts(texts)
     wanted = feature_indices(features).tolist()
-    table = np.full((len(tokens), len(wanted)), np.nan, np.float32)
-    if not wanted: return table
-    with progress_bar(len(read), 'reading texts', progress, unit='text') as bar:
-        for rows in batcher.batches([tokens[i] for i in read]):
-            batch = [tokens[read[row]] for row in rows]
-            acts = read_features(batcher.reader, batcher.residual_stream(batch), [wanted]*len(rows))
-            for row, t, values in zip(rows, batch, acts): # values: (features, t)
-                counted = values[:, :len(t.ids)][:, t.counts]
-                _check_finite(wanted, counted)
-                table[read[row]] = counted.max(1)
-            bar.update(len(rows))
-    return table
+    rows = max_act_lists(batcher, texts, [wanted]*len(texts), progress)
+    return np.array(rows, np.float32).reshape(len(texts), len(wanted))
 
 # %% ../nbs/parts/target.ipynb #3dc41db2
 @dataclass(frozen=True)

@@ -72,14 +72,15 @@ def verdicts_on(
     reader:FeatureReader, # of the preset's SAE
     features:Sequence[Feature],
     texts:Iterable[str], # an explanation of each
-    n:int # texts that are written from each
+    n:int, # texts that are written from each
+    target:Target|None=None # of the preset, where it is loaded already
 ) -> list[Verdict]: # one for each explanation
     """Return what the target's activation says of explanations.
 
     Raises `ValueError` where the features are those of another SAE."""
     file = features_file(preset)
     if file.exists(): check_features_of(file, reader)
-    target = Target.load(preset, reader)
+    target = target or Target.load(preset, reader)
     writer = writer_for(preset.evaluation_writer, target, preset)
     asked = [(feature.index, text) for feature, text in zip(features, texts)]
     checked = verify(target, writer, asked, preset, n, progress=True)

@@ -365,6 +365,33 @@ def test_verified_explanations_count_what_was_written(tiny, capsys, told):
     assert_texts(explained, made)
 
 
+# ---- the best of several
+
+def test_the_best_candidate_is_printed_with_the_others(tiny, capsys):
+    command = ['explain', tiny[1], '3', '5', '--explainer', 'untrained']
+    greedy = printed_json(capsys, *command)
+    best = printed_json(capsys, *command, '--candidates', '3')
+    assert [set(row) for row in best] == [{'id', 'explanation', 'label', 'candidates'}]*2
+    assert [row['candidates'][0]['text'] for row in best] == [row['explanation'] for row in greedy]
+    for row in best:
+        scores = [-1 if one['score'] is None else one['score'] for one in row['candidates']]
+        assert row['explanation'] == row['candidates'][scores.index(max(scores))]['text']
+
+
+def test_a_draw_has_candidates_too(tiny, capsys):
+    shown = printed(capsys, 'explain', tiny[1], '--random', '2', '--explainer', 'untrained', '--candidates', '2')
+    assert shown.count(' by its own words: ') + shown.count(' candidates is known') == 2
+
+
+def test_what_is_verified_is_the_best(tiny, capsys):
+    command = ['explain', tiny[1], '3', '--explainer', 'untrained', '--candidates', '3']
+    [best] = printed_json(capsys, *command)
+    [verified] = printed_json(capsys, *command, '--verify', '2')
+    assert verified['explanation'] == best['explanation']
+    assert verified['candidates'] == best['candidates']
+    assert verified['texts'] + verified['unmade'] == 2
+
+
 @pytest.fixture(scope='module')
 def measured(tiny_files):
     "With one.csv measured: (folder of runs, function that writes rows into NAME.csv, what stdout and stderr said)"

@@ -41,6 +41,8 @@ def quick(monkeypatch):
     (['explain', 'smollm2-135m', '5', '--all', '--out', 'a.jsonl'], '--all explains every feature'),
     (['explain', '5', '--out', 'a.jsonl'], '--out is the file of --all'),
     (['explain', '--direction', 'd.safetensors', '--verify', '5'], '--direction explains what its file holds'),
+    (['explain', '--direction', 'd.safetensors', '--candidates', '5'], '--candidates has no feature to choose by'),
+    (['explain', '5', '--candidates', '-1'], 'candidates'),
     (['features', 'smollm2-135m', '--corpus', 'c.txt'],
      'features.parquet is there already: --corpus and --tokens read anew with --anew'),
     (['explain', 'gemma-2-9b/20-gemmascope-res-16k/1'], '`saeexplainer features gemma-2-9b-l20` makes it'),

@@ -162,6 +162,45 @@ def test_no_text_is_no_miss(lab):
     assert verdict_on(['a', None], [.5, np.nan], 2., lab)['reached'] == 0
 
 
+# ---- the best of several
+
+@pytest.fixture(scope='module')
+def chosen(explained_lab, tmp_path_factory):
+    "Rows of a dictionary whose explanations are the best of several"
+    out = tmp_path_factory.mktemp('chosen')/'all.jsonl'
+    with explained_lab.in_use(): explain(explained_lab, out, candidates=3)
+    return rows_in(out)
+
+
+def test_the_best_of_its_candidates_explains_a_feature(chosen):
+    for row in chosen:
+        if row['index'] in NO_DIRECTION: continue
+        scores = [-np.inf if score is None else score for score in row['candidate_scores']]
+        assert len(scores) == len(row['candidates']) <= 4
+        assert row['explanation'] == row['candidates'][scores.index(max(scores))]
+
+
+def test_some_are_not_the_greedy_ones(chosen, explained):
+    greedy = {row['index']: row['explanation'] for row in rows_in(explained[0])}
+    alive = [row for row in chosen if row['index'] not in NO_DIRECTION]
+    assert all(row['candidates'][0] == greedy[row['index']] for row in alive)
+    assert any(row['explanation'] != greedy[row['index']] for row in alive)
+
+
+def test_a_dead_feature_has_no_candidates(chosen):
+    assert all(chosen[index].get('candidates') is None for index in NO_DIRECTION)
+
+
+@pytest.mark.parametrize('before, now', [(2, 3), (2, 0), (0, 2)])
+def test_another_number_of_candidates_is_refused(lab, tmp_path, monkeypatch, before, now):
+    def stop(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(dictionaries, '_finish', stop)
+        with pytest.raises(KeyboardInterrupt): explain(lab, tmp_path/'all.jsonl', candidates=before)
+    with refused(f'was begun with candidates {before}, not {now}'):
+        explain(lab, tmp_path/'all.jsonl', candidates=now)
+
+
 # ---- killed
 
 def lines_of(part): return part.read_bytes().count(b'\n') if part.exists() else 0
@@ -187,6 +226,20 @@ def test_killed_in_both_passes(lab, forks, tmp_path):
     assert forks.run(calling([*arguments, '--json'], lab.data)) == 0, forks.errors()
     assert json.loads(forks.printed())['features'] == N_FEATURES
     assert out.read_text() == (tmp_path/'whole.jsonl').read_text()
+
+
+def test_killed_in_all_three_passes(lab, forks, tmp_path):
+    explain(lab, tmp_path/'whole.jsonl', n=1, candidates=2)
+    out = tmp_path/'killed.jsonl'
+    arguments = ['explain', str(lab.file), '--all', '--out', str(out), '--verify', '1', '--candidates', '2',
+                 '--explainer', str(lab.explainer)]
+    for part in ('explained', 'ranked', 'verified'):
+        part = tmp_path/f'killed.jsonl.{part}.part'
+        assert killed_in(part, forks, calling(arguments, lab.data)) == -signal.SIGKILL
+        assert not out.exists()
+    assert forks.run(calling([*arguments, '--json'], lab.data)) == 0, forks.errors()
+    assert out.read_text() == (tmp_path/'whole.jsonl').read_text()
+    assert not list(tmp_path.glob('*.part'))
 
 
 @pytest.mark.parametrize('kind', ['jsonl', 'parquet'])

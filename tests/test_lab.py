@@ -17,6 +17,8 @@ from saeexplainer.evaluation.texts import Verified
 from saeexplainer.features import Feature, FeatureId
 from saeexplainer.lab import Features, KeptStore, Lab, ReadText, SteeredText, hits_table
 from saeexplainer.metrics import evaluate
+from saeexplainer.reranking import draw_candidates, rank_candidates
+from saeexplainer.self_activation import known_maxima
 from saeexplainer.steering import SteeringValue
 from saeexplainer.store import RunStore
 from saeexplainer.target import Reading
@@ -169,6 +171,19 @@ def test_explanations_are_those_of_the_explainer(lab):
 
 def test_a_dead_feature_is_not_explained(lab):
     with pytest.raises(ValueError, match='is zero'): lab.explain(7)
+
+
+def test_the_best_of_several_explanations(lab):
+    drawn = draw_candidates(lab.explainer, lab.reader, [5, 13], lab.preset, 3)
+    known = known_maxima(lab.features.values())
+    ranked = rank_candidates(lab.preset, lab.target, known, dict(zip([5, 13], drawn)))
+    assert lab.explain([5, 'tiny/1-res/13'], candidates=3) == {i: one.best.text for i, one in ranked.items()}
+    assert lab.explain(5, candidates=3) == {5: ranked[5].best.text} # whatever is explained beside it
+
+
+def test_candidates_are_counted_from_none(lab):
+    assert lab.explain(5, candidates=0) == lab.explain(5)
+    with pytest.raises(ValueError, match='-2 candidates cannot be drawn'): lab.explain(5, candidates=-2)
 
 
 def test_what_is_read_is_what_the_target_reads(lab):

@@ -8,10 +8,10 @@ from saeexplainer.lm.hooks import decoder_layers, final_norm
 from saeexplainer.lm.models import load_model
 from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.lookups import (
-    Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels, probe_vocabulary,
-    random_labels, read_token_dictionary, token_dictionary, token_phrase,
+    NEAREST, Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels, phrases_of,
+    probe_vocabulary, random_labels, read_token_dictionary, token_dictionary, token_phrase,
 )
-from saeexplainer.presets import LOOKUPS, load_preset
+from saeexplainer.presets import CANDIDATE_LOOKUPS, LOOKUPS, load_preset
 from saeexplainer.sources.reading import token_strings
 from saeexplainer.target import Target, special_ids
 
@@ -260,7 +260,7 @@ def test_lookups_explain_every_feature_asked(preset, name):
 
 @pytest.mark.parametrize('name', ['nearest label', 'random label'])
 def test_lookups_that_need_labels(preset, target, name):
-    with pytest.raises(ValueError, match=f"the baseline '{name}' needs labels of other features, and there are none"):
+    with pytest.raises(ValueError, match=f"the lookup '{name}' needs labels of other features, and there are none"):
         look_up(name, preset, target, [3], {})
 
 
@@ -276,3 +276,15 @@ def test_a_tokenizer_without_bos(tmp_path):
     assert len(logit_lens(plain, plain.reader.directions([3]))[0]) == 3
     assert not math.isnan(sum(hit.activation for hit in probe_vocabulary(plain, [3], progress=False)[3]))
     assert len(read_token_dictionary(plain, running_documents(), progress=False).tokens) > 20
+
+
+# as candidates
+
+@pytest.mark.parametrize('name', CANDIDATE_LOOKUPS)
+def test_each_feature_has_as_many_phrases(preset, name):
+    tiny = Target.load(preset)
+    labels = {9: "the word 'sea'"}
+    found = phrases_of(name, preset, tiny, [3, 5], labels, progress=False)
+    assert [len(phrases) for phrases in found.values()] == [NEAREST if name == 'nearest token' else 1]*2
+    assert found[3][0] == look_up(name, preset, tiny, [3], labels, progress=False)[3]
+    assert phrases_of(name, preset, tiny, [], labels, progress=False) == {}

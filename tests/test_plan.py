@@ -36,6 +36,20 @@ def test_tokens_of_preferences():
     assert found['prefs1', 'read'] == texts
 
 
+def test_own_words_are_read_and_no_text_is_written():
+    found = jobs(reward='self')
+    assert found['prefs1', 'write'] == 10*4*4
+    assert found['prefs1', 'read'] == 10*4*.5*2*4
+    assert writer_work(preset(reward='self', writer='far'), LENGTHS).empty
+
+
+def test_lookups_are_candidates_that_no_explainer_writes():
+    found = jobs(candidate_lookups=['nearest token', 'nearest label'])
+    assert found['prefs1', 'write'] - 10*4*4 == 10*(4*.5 + 5 + 1)*2*20
+    asked = writer_work(preset(candidate_lookups=['nearest label'], writer='far', text_form='list'), LENGTHS)
+    assert asked.requests.tolist() == [10*(4*.5 + 1)]
+
+
 def test_a_server_writes_texts_elsewhere():
     assert jobs(writer='far')['prefs1', 'write'] == 10*4*4
 

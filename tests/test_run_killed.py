@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from forks import calling, is_alive, kill
-from tiny_lab import STAGES, keys_of, rows_of, tables_compared
+from tiny_lab import STAGES, keys_of, make_lab, rows_of, tables_compared
 
 from saeexplainer.results import Results
 from saeexplainer.store import RunStore
@@ -168,3 +168,72 @@ def test_killed_at_random_moments(forks, tiny_lab, finished_run, tmp_path, seed)
     assert codes.count(-signal.SIGKILL) >= 3
     assert_same_rows(rows_of(tmp_path/'random'/'store.sqlite'), rows_of(whole))
     assert_same_results(tmp_path/'random'/'report', finished_run/'report')
+
+
+# ---- while candidates are scored by their own words, lookups among them
+
+@pytest.fixture(scope='module')
+def own_words(tmp_path_factory):
+    fields = dict(reward='self', threshold=-.5, candidate_lookups=['vocabulary probe', 'nearest label'],
+                  dpo_rounds=1, baselines=[], n_output=0, batch_size=1)
+    return make_lab(tmp_path_factory.mktemp('own'), **fields)
+
+
+@pytest.fixture(scope='module')
+def runs(own_words, forks, tmp_path_factory):
+    "Folder of a whole run, and of one that was killed when it had scored some candidates"
+    folder = tmp_path_factory.mktemp('runs')
+    assert forks.run(command(own_words, folder/'whole')) == 0, forks.errors()
+    store = folder/'killed'/'store.sqlite'
+    pid = forks.start(command(own_words, folder/'killed'))
+    while is_alive(pid) and not (ask(store, 'SELECT count(*) FROM texts') or [0])[0]: time.sleep(.001)
+    kill(pid)
+    assert forks.exit_code() == -signal.SIGKILL
+    return folder
+
+
+def first_round(folder): # its rows
+    rows = rows_of(folder/'store.sqlite')
+    return {table: {key: row for key, row in rows[table].items() if 'round1' in key or table == 'pairs'}
+            for table in ('explanations', 'texts', 'pairs')}
+
+
+@pytest.fixture(scope='module')
+def sittings(own_words, forks, runs):
+    "Rows of the first round when it was killed, and at the end"
+    before = first_round(runs/'killed')
+    assert forks.run(command(own_words, runs/'killed')) == 0, forks.errors()
+    return before, first_round(runs/'killed')
+
+
+def test_a_round_of_own_words_goes_on(sittings, runs):
+    before, after = sittings
+    assert before['texts']
+    assert before['texts'].items() <= after['texts'].items()
+    assert after == first_round(runs/'whole')
+
+
+def test_a_round_of_own_words_has_no_written_text(runs):
+    rows = first_round(runs/'whole')
+    assert {kind for _, _, _, kind, _ in rows['texts']} == {'self'}
+    assert any(row['dropped'] is None for row in rows['pairs'].values())
+
+
+def test_lookups_are_candidates_behind_the_sampled_ones(own_words, runs):
+    places = {k for _, _, k in first_round(runs/'whole')['explanations']}
+    assert places & {own_words.preset().n_candidates, own_words.preset().n_candidates + 1}
+
+
+@pytest.mark.parametrize('fields', [dict(candidate_lookups=[]), dict(reward='mean')])
+def test_a_begun_round_is_not_mixed_with_another(own_words, runs, fields):
+    refused = pytest.raises(ValueError, match=next(iter(fields)))
+    with own_words.in_use(), refused, own_words.run(runs/'whole', **fields): pass
+
+
+def test_without_written_texts_no_writer_is_needed(own_words, tmp_path):
+    with own_words.in_use(), own_words.run(tmp_path/'self', writer='far') as run: run.check()
+
+
+def test_with_written_texts_a_writer_is_needed(own_words, tmp_path):
+    with own_words.in_use(), own_words.run(tmp_path/'mean', writer='far', reward='mean') as run:
+        with pytest.raises(PermissionError, match='no key'): run.check()

@@ -31,6 +31,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
         writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
         writers/budget writers/traffic writers/parsing
         sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training labels lookups
+        self_activation reranking
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
         evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
         evaluation/readings reading_sheets calibration
