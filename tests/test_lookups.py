@@ -8,8 +8,8 @@ from saeexplainer.lm.hooks import decoder_layers, final_norm
 from saeexplainer.lm.models import load_model
 from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.lookups import (
-    NEAREST, Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels, phrases_of,
-    probe_vocabulary, random_labels, read_token_dictionary, token_dictionary, token_phrase,
+    IN_DICTIONARY, NEAREST, Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels,
+    phrases_of, probe_vocabulary, random_labels, read_token_dictionary, token_dictionary, token_phrase,
 )
 from saeexplainer.presets import CANDIDATE_LOOKUPS, LOOKUPS, load_preset
 from saeexplainer.sources.reading import token_strings
@@ -285,6 +285,6 @@ def test_each_feature_has_as_many_phrases(preset, name):
     tiny = Target.load(preset)
     labels = {9: "the word 'sea'"}
     found = phrases_of(name, preset, tiny, [3, 5], labels, progress=False)
-    assert [len(phrases) for phrases in found.values()] == [NEAREST if name == 'nearest token' else 1]*2
+    assert [len(phrases) for phrases in found.values()] == [NEAREST if name in IN_DICTIONARY else 1]*2
     assert found[3][0] == look_up(name, preset, tiny, [3], labels, progress=False)[3]
     assert phrases_of(name, preset, tiny, [], labels, progress=False) == {}
