@@ -55,10 +55,10 @@ class TokenDictionary:
         about:Mapping[str, str], # such as the name of the model
     ) -> None:
         "Write the dictionary, vectors in eight bits"
-        from safetensors.torch import save_file
-        with whole(Path(file)) as part:
-            metadata = dict(about, tokens=json.dumps(self.tokens))
-            save_file({'vectors': _eight_bits(self.vectors).contiguous()}, part, metadata)
+        from safetensors.torch import save
+        metadata = dict(about, tokens=json.dumps(self.tokens))
+        stored = save({'vectors': _eight_bits(self.vectors).contiguous()}, metadata)
+        with whole(Path(file)) as part: part.write_bytes(stored)
 
     @classmethod
     def load(
