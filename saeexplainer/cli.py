@@ -11,8 +11,8 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line', 'plan_lines', 'show_plan',
            'begun_before', 'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished',
            'report_command', 'number', 'feature_fields', 'show_feature', 'show_counts', 'ensure_features',
-           'features_just_made', 'judging_contexts', 'features_command', 'judged', 'beside_count', 'explained_fields',
-           'beside_greedy', 'show_explained', 'explain_directions', 'explain_all', 'check_explained', 'explain_some',
+           'features_just_made', 'judging_contexts', 'features_command', 'beside_greedy', 'judged', 'beside_count',
+           'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained', 'explain_some',
            'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out',
            'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'ranked_with',
            'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
@@ -788,6 +788,19 @@ def features_command( # noqa: PLR0913
     if as_json: return print(json.dumps([feature_fields(f) for f in shown], indent=1))
     for feature in shown: show_feature(feature)
 
+# %% ../nbs/parts/cli.ipynb #77bd62ed
+def beside_greedy(
+    ranked:'Ranked' # the candidates of a feature
+) -> str: # a line
+    "Return how the best candidate compares with the greedy one"
+    n = len(ranked.candidates)
+    greedy = ranked.candidates[0]
+    best = ranked.best
+    if best.score is None: return f'  the greedy one: no score of {n} candidates is known'
+    if best is greedy: return f'  the greedy one, best of {n} by its own words: {best.score:.2f}'
+    score = '' if greedy.score is None else f' ({greedy.score:.2f})'
+    return f'  best of {n} by its own words: {best.score:.2f}; the greedy one{score}: {greedy.text}'
+
 # %% ../nbs/parts/cli.ipynb #16ecbb7f
 def judged(
     verdict:'Verdict',
@@ -821,18 +834,6 @@ def explained_fields(
     fields = dict(id=str(feature.id), explanation=text, label=feature.explanation)
     if ranked: fields |= dataclasses.asdict(ranked)
     return fields | dataclasses.asdict(verdict) if verdict else fields
-
-def beside_greedy(
-    ranked:'Ranked' # the candidates of a feature
-) -> str: # a line
-    "Return how the best candidate compares with the greedy one"
-    n = len(ranked.candidates)
-    greedy = ranked.candidates[0]
-    best = ranked.best
-    if best.score is None: return f'  the greedy one: no score of {n} candidates is known'
-    if best is greedy: return f'  the greedy one, best of {n} by its own words: {best.score:.2f}'
-    score = '' if greedy.score is None else f' ({greedy.score:.2f})'
-    return f'  best of {n} by its own words: {best.score:.2f}; the greedy one{score}: {greedy.text}'
 
 def show_explained(
     feature:'Feature',
