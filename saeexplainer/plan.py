@@ -81,11 +81,10 @@ def evaluated(
     "Return how many explanations of a test feature are measured"
     labels_and_sft = 2
     baselines = len(preset.baseline_labels) + len(preset.baselines) + bool(preset.ao_adapter)
-    return labels_and_sft + preset.dpo_rounds + baselines
+    return labels_and_sft + preset.dpo_rounds + bool(preset.grpo_steps) + baselines
 
-def _candidate_jobs(stage, n_features, preset, lengths) -> list[Job]: # K explanations each, M texts of each
+def _candidate_jobs(stage, candidates, preset, lengths) -> list[Job]: # M texts of each
     costs = costs_of(preset)
-    candidates = n_features*preset.n_candidates
     text_tokens = candidates*lengths.distinct*preset.n_texts*lengths.text
     jobs = [Job(stage, 'write', candidates*lengths.explanation, costs.write)]
     if is_local(preset.writer):
@@ -96,14 +95,22 @@ def _candidate_jobs(stage, n_features, preset, lengths) -> list[Job]: # K explan
 # %% ../nbs/parts/plan.ipynb #c7d50a90
 _PAIRS_PER_FEATURE = .8
 
-def _training_jobs(preset, lengths) -> list[Job]: # SFT, then preferences and DPO of each round
+def _draws(preset) -> int: # explanations that online RL draws
+    return preset.grpo_steps*preset.grpo_features*preset.grpo_group
+
+def _training_jobs(preset, lengths) -> list[Job]: # SFT, preferences and DPO of each round, online RL
     costs = costs_of(preset)
     sft_rows = preset.n_sft*preset.sft_epochs
     dpo_rows = 2*_PAIRS_PER_FEATURE*preset.n_pref*preset.dpo_epochs
     jobs = [Job('sft', 'train', sft_rows*(lengths.prompt + lengths.label), costs.sft)]
     for n in range(1, preset.dpo_rounds + 1):
-        jobs += _candidate_jobs(f'prefs{n}', preset.n_pref, preset, lengths)
+        jobs += _candidate_jobs(f'prefs{n}', preset.n_pref*preset.n_candidates, preset, lengths)
         jobs.append(Job(f'dpo{n}', 'train', dpo_rows*(lengths.prompt + lengths.explanation), costs.dpo))
+    if preset.grpo_steps:
+        draws = _draws(preset)
+        jobs += _candidate_jobs('grpo', draws, preset, lengths)
+        per_token = costs.dpo if preset.grpo_beta else costs.sft # with the reference pass, or without
+        jobs.append(Job('grpo', 'train', draws*(lengths.prompt + lengths.explanation), per_token))
     return jobs
 
 # %% ../nbs/parts/plan.ipynb #c1f963ef
@@ -121,7 +128,7 @@ def _evaluation_jobs(preset, lengths) -> list[Job]:
 
     jobs = []
     if 'best' in preset.baselines:
-        jobs += _candidate_jobs('evaluate', preset.n_test, preset, lengths)
+        jobs += _candidate_jobs('evaluate', preset.n_test*preset.n_candidates, preset, lengths)
     if local:
         jobs.append(Job('evaluate', 'write', texts*lengths.text, costs.write))
     jobs.append(Job('evaluate', 'read', texts*lengths.text, costs.read))
@@ -192,7 +199,7 @@ def evaluation_hours(
     "Return the hours that an evaluation of explanations takes, without what a writer at a server is waited for"
     if not model_size(preset.target): return None
     steered = min(preset.n_output, features)
-    nothing_else = dict(dpo_rounds=1, baseline_labels=(), baselines=(), ao_adapter=None)
+    nothing_else = dict(dpo_rounds=1, grpo_steps=0, baseline_labels=(), baselines=(), ao_adapter=None)
     measured = replace(preset, n_test=features, n_output=steered, **nothing_else)
     todo = work(measured)
     in_all = _stage_hours(todo[todo.stage == 'evaluate'], preset).sum()
@@ -228,9 +235,9 @@ def _text_requests(lists:_Lists, one_text:bool, lengths) -> Asked: # one_text: a
     return Asked(lists.what_for, lists.lists, prompt_tokens + lengths.explanation, reply_tokens)
 
 # %% ../nbs/parts/plan.ipynb #94d96c22
-def _preference_lists(preset, lengths) -> _Lists: # of all rounds, and of the candidates of 'best'
+def _preference_lists(preset, lengths) -> _Lists: # of all rounds, of online RL, and of the candidates of 'best'
     features = preset.dpo_rounds*preset.n_pref + ('best' in preset.baselines)*preset.n_test
-    lists = preset.n_candidates*lengths.distinct*features
+    lists = lengths.distinct*(preset.n_candidates*features + _draws(preset))
     return _Lists('texts for preferences', TEXT_LIST, lists, preset.n_texts)
 
 def _evaluation_requests(preset, lengths) -> list[Asked]:
