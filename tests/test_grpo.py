@@ -3,6 +3,7 @@ import math
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from saeexplainer.grpo import (
 from saeexplainer.injection import Injector, explanation_prompt
 from saeexplainer.lm.models import load_model, weights_sha256
 from saeexplainer.lm.sampling import seed_for
+from saeexplainer.plan import LENGTHS, evaluated, work, writer_work
+from saeexplainer.presets import load_preset, memory_parts, presets
 from saeexplainer.replies import Reply
 from saeexplainer.results import Results
 from saeexplainer.run import execute
@@ -525,3 +528,52 @@ def test_the_reward_by_texts_is_a_share_of_the_strongest_activation(tiny_lab):
     assert reward([3]*4, texts) == [*(pytest.approx(score/max(largest)/2) for score in largest), 0, None]
     strong = TextReward(EchoWriter(), target, {3: max(largest)/2}, preset)
     assert max(strong([3]*2, texts[:2])) == 1
+
+
+# ---- presets and plans
+
+@pytest.mark.parametrize('fields, says', [
+    (dict(grpo_loss='grpo'), "grpo_loss must be 'dr_grpo' or 'dapo', not 'grpo'"),
+    (dict(grpo_reward='luck'), "grpo_reward must be 'texts', not 'luck'"),
+    (dict(grpo_group=1), 'grpo_group must be 2 or more'),
+    (dict(grpo_steps=1, n_pref=4), r'grpo_features \(8\) cannot be more than n_pref \(4\)'),
+    (dict(grpo_steps=-1), 'preset field grpo_steps must be 0 or more'),
+    (dict(grpo_temperature=0.), 'preset field grpo_temperature must be'),
+])
+def test_a_preset_that_cannot_be(fields, says):
+    with pytest.raises(ValueError, match=says): load_preset('smollm2-135m', **fields)
+
+
+def test_no_preset_asks_for_online_rl():
+    assert all(load_preset(name).grpo_steps == 0 for name in presets())
+
+
+def test_a_stage_is_no_name_of_a_label_model():
+    with pytest.raises(ValueError, match='a stage of the run is called like one of'):
+        load_preset('smollm2-135m', baseline_labels=('grpo',))
+
+
+def test_a_plan_reckons_with_what_is_drawn():
+    without = load_preset('smollm2-135m')
+    preset = load_preset('smollm2-135m', grpo_steps=10, grpo_group=4, grpo_features=3)
+    of_stage = work(preset).groupby(['stage', 'kind'])['tokens'].sum()['grpo']
+    small = LENGTHS['small']
+    assert of_stage['train'] == 120*(small['prompt'] + small['explanation'])
+    assert of_stage['read'] == pytest.approx(120*small['distinct']*without.n_texts*small['text'])
+    assert 'grpo' not in set(work(without)['stage'])
+    assert evaluated(preset) == evaluated(without) + 1
+
+
+def test_a_plan_counts_the_requests_of_the_reward():
+    fields = dict(writer='gpt-5.4-mini', text_form='list')
+    without = writer_work(load_preset('smollm2-135m', **fields)).requests['texts for preferences']
+    online = load_preset('smollm2-135m', **fields, grpo_steps=10, grpo_group=4, grpo_features=3)
+    more = writer_work(online).requests['texts for preferences'] - without
+    assert more == pytest.approx(120*LENGTHS['small']['distinct'])
+
+
+def test_online_rl_needs_both_models_at_once():
+    preset = load_preset('gemma-2-27b-l22')
+    assert preset.swap_models
+    at_once = memory_parts(replace(preset, grpo_steps=10))
+    assert at_once['models'] > memory_parts(preset)['models']
