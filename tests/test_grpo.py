@@ -423,6 +423,7 @@ def test_too_few_features_are_refused(run, tmp_path):
 # ---- killed
 
 TRAINING = '''
+from pathlib import Path
 from saeexplainer.grpo import train_grpo
 from test_grpo import grpo_run, noted
 preset, reader, sft = grpo_run(Path({run!r}), **{fields!r})
