@@ -111,6 +111,12 @@ TRAINED_WITH = { # setting of training.json -> what a card calls it
     'dpo_epochs': 'epochs',
     'dpo_batch': 'batch size',
     'dpo_loss': 'loss',
+    'grpo_steps': 'steps of online RL',
+    'grpo_lr': 'learning rate',
+    'grpo_beta': 'beta of GRPO',
+    'grpo_group': 'explanations of a feature in a step',
+    'grpo_features': 'features in a step',
+    'grpo_loss': 'loss',
     'seed': 'seed',
 }
 

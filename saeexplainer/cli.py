@@ -222,6 +222,7 @@ GROUPS = { # the first field of each -> its heading
     'lora_r': 'Supervised fine-tuning',
     'n_candidates': 'Preferences (Eq. 7-10)',
     'dpo_rounds': 'DPO (Eq. 11)',
+    'grpo_steps': 'Online RL (beyond the paper)',
     'evaluation_writer': 'Metrics (Eq. 12-18)',
     'writer_url': 'The server of the writers',
     'dtype': 'The machine',
@@ -550,7 +551,8 @@ def next_command(
     folder:Path # of its run
 ) -> str: # to print
     "Return the command that uses what a run has trained"
-    last = folder/'explainer'/f'dpo{preset.dpo_rounds}'
+    from saeexplainer.presets import explainer_stages
+    last = folder/'explainer'/explainer_stages(preset)[-1]
     is_default = preset.name == 'smollm2-135m' and preset.called == preset.name
     named = '' if is_default else f' {preset.called}'
     return f'saeexplainer explain{named} --random 5 --explainer {shlex.quote(str(last))}'

@@ -244,7 +244,7 @@ def _settings(preset, card, rows, previous, round, validation=None) -> dict: # J
     check_tensors(Path(previous)/'adapter_model.safetensors')
     own = {name: getattr(preset, name) for name in _SETTINGS}
     of_round = dict(beta=preset.dpo_beta[round-1], lr=preset.dpo_lr[round-1], round=round)
-    data = dict(pairs=rows_sha256(rows), previous=weights_sha256(previous))
+    data = dict(pairs=rows_sha256(rows), previous=weights_sha256(previous, 'adapter_model.safetensors'))
     if validation: data |= dict(dpo_keep=preset.dpo_keep, validation=rows_sha256(validation))
     return {**own, **of_round, **card.settings(), **data}
 

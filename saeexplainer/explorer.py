@@ -29,7 +29,7 @@ from saeexplainer.pages import (
     STYLE, boxed, contexts_html, explanations_html, feature_html, heading_html, labels_said, legend_html, tokens_html,
 )
 from .plots import named
-from .presets import Preset, data_dir, load_preset
+from .presets import TRAINED, Preset, data_dir, load_preset
 from .results import Results
 from .show import escape, first_line, visible
 from .target import Reading, Target
@@ -212,7 +212,7 @@ class AskedFeature(KnownFeatures):
     def own(self) -> str: # made here, by the run's last explainer, or now
         "Return the explainer's explanation of the feature"
         stages = self.stages_of(self.feature)
-        of_run = [text for stage, text in stages.items() if stage == 'sft' or stage.startswith('dpo')]
+        of_run = [text for stage, text in stages.items() if TRAINED.fullmatch(stage)]
         return self.explained.get(self.feature.index) or next(reversed(of_run), None) or self.explain()
 
     def draw(

@@ -23,7 +23,7 @@ from .dictionaries import read_explanations
 from .evaluation.tables import BEYOND, METRICS, summary
 from .features import FeatureId
 from .files import valid_text, whole, write_table
-from .presets import load_preset
+from .presets import TRAINED, load_preset
 from .results import Results
 from .store import RunStore
 
@@ -85,14 +85,15 @@ def of_file(
 def is_trained(
     stage:str,
 ) -> bool:
-    "Return whether a stage is that of a trained explainer: sft, dpo1, dpo2 ..."
-    return re.fullmatch('sft|dpo[0-9]+', stage) is not None
+    "Return whether a stage is that of a trained explainer: sft, dpo1, dpo2 ..., grpo"
+    return TRAINED.fullmatch(stage) is not None
 
 def last_explainer(
     stages:Iterable[str], # under which there are explanations
 ) -> str|None: # None: there is none
     "Return the last explainer among stages, or else the first method that is no label and no control"
     stages = list(dict.fromkeys(stages))
+    if 'grpo' in stages: return 'grpo'
     rounds = {stage: int(stage.removeprefix('dpo')) for stage in stages if re.fullmatch('dpo[0-9]+', stage)}
     if rounds: return max(rounds, key=lambda stage: rounds[stage])
     if 'sft' in stages: return 'sft'

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['placeholder_id', 'prompt_messages', 'explanation_prompt', 'without_placeholder', 'add_direction', 'Places',
-           'find_places', 'Injector', 'FeatureCollator']
+           'find_places', 'carried_places', 'check_ids', 'Injector', 'FeatureCollator']
 
 # %% ../nbs/00_injection.ipynb #61a05e09
-import math
-from collections.abc import Iterator
+import inspect, math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -132,6 +132,47 @@ def _check_injected(injected) -> None: # (rows,) bool; raises `ValueError`
     lost = (~injected).sum().item()
     if lost: raise ValueError(f'{lost} of {len(injected)} rows had no placeholder: their vectors were not injected')
 
+# %% ../nbs/00_injection.ipynb #d80f6b5a
+def carried_places(
+    ids:torch.Tensor|None, # token ids, (rows, seq); from `first` on they stand for features
+    first:int, # stands for feature 0
+    directions:Callable[[list[int]], torch.Tensor], # indices -> (n, d_model), as `FeatureReader.directions`
+) -> Places:
+    "Find the features that ride in the ids of a batch; raises `ValueError` unless each row carries one"
+    if ids is None: raise ValueError('features ride in the token ids: call the model with input_ids')
+    rows, positions = (ids >= first).nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(ids))
+    if (counts != 1).any():
+        raise ValueError(f'every row needs exactly one feature among its ids, rows have {counts.tolist()}')
+    features = (ids[rows, positions] - first).tolist()
+    return Places(rows, positions, F.normalize(directions(features).to(ids.device).float(), dim=-1))
+
+def check_ids(
+    ids:torch.Tensor|None, # token ids, (rows, seq); None: the model was called with embeddings
+    vocabulary:int, # ids that the model embeds
+    unwanted:int|None=None, # a token that must not be there: the placeholder where no direction is given
+) -> None:
+    "Raise `ValueError` where a feature or a placeholder would not be injected, and nobody would notice"
+    if ids is None or not ids.numel(): return
+    if ids.max() >= vocabulary:
+        raise ValueError(f'token {ids.max().item()} is beyond the vocabulary of {vocabulary}: '
+                         'features may ride in the ids after carry(directions)')
+    if unwanted is not None and (ids == unwanted).any():
+        raise ValueError('a placeholder without its direction in training: give feature_vector, or carry(directions)')
+
+def _with_tokens(body, args, kwargs, first:int, placeholder_id:int) -> tuple: # a call, the placeholder for features
+    ids = kwargs['input_ids'] if 'input_ids' in kwargs else args[0]
+    tokens = ids.where(ids < first, placeholder_id)
+    kwargs = kwargs | _counted_positions(body, kwargs)
+    return (args, kwargs | dict(input_ids=tokens)) if 'input_ids' in kwargs else ((tokens, *args[1:]), kwargs)
+
+def _counted_positions(body, kwargs) -> dict: # position_ids of rows padded on the left, where nobody gives them
+    mask = kwargs.get('attention_mask')
+    takes_positions = 'position_ids' in inspect.signature(body.forward).parameters
+    if not takes_positions or kwargs.get('position_ids') is not None: return {}
+    if mask is None or mask.ndim != 2 or mask[:, 0].all(): return {}
+    return dict(position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+
 # %% ../nbs/00_injection.ipynb #c0997153
 class Injector:
     "Adds directions at the placeholder (Eq. 6): give `feature_vector=` to forward, or generate inside `using(vectors)`"
@@ -145,6 +186,8 @@ class Injector:
         self.body.injector = self # type: ignore[assignment]
         self.placeholder_id = placeholder_id
         self.coefficient = coefficient
+        self.first_id = model.get_input_embeddings().weight.shape[0] # stands for feature 0, after `carry`
+        self._directions: Callable|None = None # after `carry`
         self._vectors: torch.Tensor|None = None # inside `using`
         self._given: torch.Tensor|None = None # to this forward pass
         self._places: Places|None = None # of this forward pass
@@ -161,8 +204,12 @@ class Injector:
         given = kwargs.pop('feature_vector', self._given)
         vectors = self._vectors if given is None else given
         self._given = self._places = None
+        ids = kwargs.get('input_ids', args[0] if args else None)
+        if vectors is None and self._directions:
+            self._places = carried_places(ids, self.first_id, self._directions)
+            return _with_tokens(body, args, kwargs, self.first_id, self.placeholder_id)
+        check_ids(ids, self.first_id, self.placeholder_id if vectors is None and body.training else None)
         if vectors is not None:
-            ids = kwargs.get('input_ids', args[0] if args else None)
             self._places = find_places(ids, self.placeholder_id, vectors, every=given is not None)
             if given is None and self._places: self._injected[self._places.rows.to('cpu')] = True
         return args, kwargs
@@ -183,6 +230,10 @@ class Injector:
             yield self
             _check_injected(self._injected)
         finally: self._vectors = self._places = None
+
+    def carry(self, directions:Callable[[list[int]], torch.Tensor]) -> None: # indices -> (n, d_model)
+        "From now on, where no vectors are given, id `first_id` + i stands for the placeholder with feature i"
+        self._directions = directions
 
     def remove(self) -> None:
         "Take the hooks off: the model is as it was before"

@@ -82,38 +82,55 @@ def evaluated(
     "Return how many explanations of a test feature are measured"
     labels_and_sft = 2
     baselines = len(preset.baseline_labels) + len(preset.baselines) + bool(preset.ao_adapter)
-    return labels_and_sft + preset.dpo_rounds + baselines
+    return labels_and_sft + preset.dpo_rounds + bool(preset.grpo_steps) + baselines
 
+# %% ../nbs/parts/plan.ipynb #5b423875
 _OWN_WORDS = 2 # times an explanation's tokens: it, and its quotes behind a BOS each
 
 def _distinct(preset, lengths, lookups) -> float: # candidates of a feature that differ, those of lookups among them
     more = [NEAREST if name in IN_DICTIONARY else 1 for name in preset.candidate_lookups]
     return preset.n_candidates*lengths.distinct + sum(more)*lookups
 
-def _candidate_jobs(stage, n_features, preset, lengths, lookups=True) -> list[Job]: # K explanations, M texts of each
+@dataclass(frozen=True)
+class _Drawn: # explanations that are rewarded
+    stage: str
+    drawn: float # written by the explainer
+    distinct: float # rewarded
+    by_texts: bool # that are written from them, or by their own words
+
+def _candidate_jobs(of:_Drawn, preset, lengths) -> list[Job]: # M texts of each, or none
     costs = costs_of(preset)
-    candidates = n_features*preset.n_candidates
-    distinct = n_features*_distinct(preset, lengths, lookups)
-    jobs = [Job(stage, 'write', candidates*lengths.explanation, costs.write)]
-    if preset.reward == 'self':
-        return [*jobs, Job(stage, 'read', distinct*lengths.explanation*_OWN_WORDS, costs.read)]
-    text_tokens = distinct*preset.n_texts*lengths.text
+    jobs = [Job(of.stage, 'write', of.drawn*lengths.explanation, costs.write)]
+    if not of.by_texts:
+        return [*jobs, Job(of.stage, 'read', of.distinct*lengths.explanation*_OWN_WORDS, costs.read)]
+    text_tokens = of.distinct*preset.n_texts*lengths.text
     if is_local(preset.writer):
-        jobs.append(Job(stage, 'write', text_tokens, costs.write))
-    jobs.append(Job(stage, 'read', text_tokens, costs.read))
+        jobs.append(Job(of.stage, 'write', text_tokens, costs.write))
+    jobs.append(Job(of.stage, 'read', text_tokens, costs.read))
     return jobs
 
 # %% ../nbs/parts/plan.ipynb #c7d50a90
 _PAIRS_PER_FEATURE = .8
 
-def _training_jobs(preset, lengths) -> list[Job]: # SFT, then preferences and DPO of each round
+def _draws(preset) -> int: # explanations that online RL draws
+    return preset.grpo_steps*preset.grpo_features*preset.grpo_group
+
+def _training_jobs(preset, lengths) -> list[Job]: # SFT, preferences and DPO of each round, online RL
     costs = costs_of(preset)
     sft_rows = preset.n_sft*preset.sft_epochs
     dpo_rows = 2*_PAIRS_PER_FEATURE*preset.n_pref*preset.dpo_epochs
     jobs = [Job('sft', 'train', sft_rows*(lengths.prompt + lengths.label), costs.sft)]
     for n in range(1, preset.dpo_rounds + 1):
-        jobs += _candidate_jobs(f'prefs{n}', preset.n_pref, preset, lengths)
+        drawn = preset.n_pref*preset.n_candidates
+        rewarded = preset.n_pref*_distinct(preset, lengths, lookups=True)
+        jobs += _candidate_jobs(_Drawn(f'prefs{n}', drawn, rewarded, preset.reward != 'self'), preset, lengths)
         jobs.append(Job(f'dpo{n}', 'train', dpo_rows*(lengths.prompt + lengths.explanation), costs.dpo))
+    if preset.grpo_steps:
+        draws = _draws(preset)
+        by_texts = preset.grpo_reward == 'texts'
+        jobs += _candidate_jobs(_Drawn('grpo', draws, draws*lengths.distinct, by_texts), preset, lengths)
+        per_token = costs.dpo if preset.grpo_beta else costs.sft # with the reference pass, or without
+        jobs.append(Job('grpo', 'train', draws*(lengths.prompt + lengths.explanation), per_token))
     return jobs
 
 # %% ../nbs/parts/plan.ipynb #c1f963ef
@@ -131,7 +148,9 @@ def _evaluation_jobs(preset, lengths) -> list[Job]:
 
     jobs = []
     if 'best' in preset.baselines:
-        jobs += _candidate_jobs('evaluate', preset.n_test, preset, lengths, lookups=False)
+        rewarded = preset.n_test*_distinct(preset, lengths, lookups=False)
+        drawn = _Drawn('evaluate', preset.n_test*preset.n_candidates, rewarded, preset.reward != 'self')
+        jobs += _candidate_jobs(drawn, preset, lengths)
     if local:
         jobs.append(Job('evaluate', 'write', texts*lengths.text, costs.write))
     jobs.append(Job('evaluate', 'read', texts*lengths.text, costs.read))
@@ -202,7 +221,7 @@ def evaluation_hours(
     "Return the hours that an evaluation of explanations takes, without what a writer at a server is waited for"
     if not model_size(preset.target): return None
     steered = min(preset.n_output, features)
-    nothing_else = dict(dpo_rounds=1, baseline_labels=(), baselines=(), ao_adapter=None)
+    nothing_else = dict(dpo_rounds=1, grpo_steps=0, baseline_labels=(), baselines=(), ao_adapter=None)
     measured = replace(preset, n_test=features, n_output=steered, **nothing_else)
     todo = work(measured)
     in_all = _stage_hours(todo[todo.stage == 'evaluate'], preset).sum()
@@ -238,9 +257,12 @@ def _text_requests(lists:_Lists, one_text:bool, lengths) -> Asked: # one_text: a
     return Asked(lists.what_for, lists.lists, prompt_tokens + lengths.explanation, reply_tokens)
 
 # %% ../nbs/parts/plan.ipynb #94d96c22
-def _preference_lists(preset, lengths) -> _Lists: # of all rounds, and of the candidates of 'best'
-    lists = preset.dpo_rounds*preset.n_pref*_distinct(preset, lengths, lookups=True)
-    if 'best' in preset.baselines: lists += preset.n_test*_distinct(preset, lengths, lookups=False)
+def _preference_lists(preset, lengths) -> _Lists: # of all rounds, of online RL, and of the candidates of 'best'
+    lists = 0.
+    if preset.reward != 'self': lists += preset.dpo_rounds*preset.n_pref*_distinct(preset, lengths, lookups=True)
+    if preset.reward != 'self' and 'best' in preset.baselines:
+        lists += preset.n_test*_distinct(preset, lengths, lookups=False)
+    if preset.grpo_reward == 'texts': lists += _draws(preset)*lengths.distinct
     return _Lists('texts for preferences', TEXT_LIST, lists, preset.n_texts)
 
 def _evaluation_requests(preset, lengths) -> list[Asked]:

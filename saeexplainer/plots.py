@@ -43,9 +43,15 @@ COLORS = {
     'sft': OKABE_ITO['sky'],
     'dpo1': OKABE_ITO['blue'],
     'dpo2': OKABE_ITO['vermilion'],
+    'grpo': '#8C510A',
     'best': OKABE_ITO['green'],
 }
 
+def color(stage:str) -> str: # hex code; orange for a method of the user's own
+    "Return the colour of a method"
+    return COLORS.get(stage, OKABE_ITO['orange'])
+
+# %% ../nbs/parts/plots.ipynb #0cf5422d
 NAMES = {
     'label': 'labels',
     'peak words': 'peak words',
@@ -56,12 +62,9 @@ NAMES = {
     'sft': 'SFT',
     'dpo1': 'DPO 1',
     'dpo2': 'DPO 2',
+    'grpo': 'GRPO',
     'best': 'best of K',
 }
-
-def color(stage:str) -> str: # hex code; orange for a method of the user's own
-    "Return the colour of a method"
-    return COLORS.get(stage, OKABE_ITO['orange'])
 
 def named(stage:str) -> str: # what a figure calls it; a method of the user's own keeps its name
     "Return the name of a method in figures"
@@ -132,6 +135,7 @@ MARKS = {
     'sft': 'o',
     'dpo1': 'o',
     'dpo2': 'o',
+    'grpo': 'o',
     'best': '^',
 }
 _BOX = dict(boxstyle='square,pad=.05', fc='w', ec='none', alpha=.8)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'REQUIRED', 'LOOKUPS', 'CANDIDATE_LOOKUPS', 'SHARE_REWARDS', 'SELFIE', 'BASELINES',
-           'KIND_WORDS', 'RULES', 'STAGE_NAMES', 'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH',
-           'MEASURED', 'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts',
-           'Steering', 'Preset', 'short_repr', 'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule',
-           'Range', 'check_preset', 'presets', 'is_local', 'data_dir', 'bench_folder', 'no_data', 'home_page',
-           'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of', 'model_size', 'sae_size', 'on_cpu',
-           'training_memory', 'sampling_memory', 'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of',
-           'validation_size', 'asked_writers', 'explainer_stages', 'evaluated_stages']
+           'GRPO_REWARDS', 'KIND_WORDS', 'RULES', 'STAGE_NAMES', 'TRAINED', 'RANGES', 'HINTS', 'PATHS',
+           'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED', 'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora', 'Schedule',
+           'Sampling', 'PairRule', 'TextCounts', 'Steering', 'Preset', 'short_repr', 'shown', 'stays_inside',
+           'kind_in_words', 'as_annotated', 'Rule', 'Range', 'check_preset', 'presets', 'is_local', 'data_dir',
+           'bench_folder', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of',
+           'model_size', 'sae_size', 'on_cpu', 'training_memory', 'sampling_memory', 'memory_parts', 'needs',
+           'preset_table', 'field_help', 'rules_of', 'validation_size', 'asked_writers', 'explainer_stages',
+           'evaluated_stages']
 
 # %% ../nbs/parts/presets.ipynb #d051ce90
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -103,6 +104,7 @@ CANDIDATE_LOOKUPS = LOOKUPS[:4] # those that may join the candidates of a featur
 SHARE_REWARDS = ('self', 'both') # in shares of the strongest activation, not in units of it
 SELFIE = 'SelfIE prompt'
 BASELINES = ('autointerp', 'untrained', 'best', *LOOKUPS, 'contrastive', SELFIE)
+GRPO_REWARDS = ('texts', 'self')
 
 # %% ../nbs/parts/presets.ipynb #c1df3a74
 def _plain(value): # as YAML has it
@@ -228,6 +230,19 @@ class Preset:
         "which checkpoint of a round is its result: 'last'; or 'best', the one that prefers the chosen "
         "explanation in most validation pairs (ties: the larger margin), with early stopping, as in the "
         "authors' code: a tenth of the preference features is not trained on for that")
+    # online RL, beyond the paper
+    grpo_steps: int = _field(0, 'steps of online RL (GRPO) behind the last round of DPO; 0: none')
+    grpo_reward: str = _field('texts',
+        "what an explanation is rewarded by in GRPO: 'texts', the largest activation on n_texts texts that the "
+        "writer writes from it, as a share of the feature's max_act, at most 1; or 'self', as `reward` has it")
+    grpo_lr: float = _field(2e-5, 'learning rate of GRPO')
+    grpo_beta: float = _field(.02, 'weight of the KL divergence from the stage before in GRPO; 0: none')
+    grpo_group: int = _field(8, 'explanations drawn of a feature in a step of GRPO, which are held against each other')
+    grpo_features: int = _field(8, 'features in a step of GRPO')
+    grpo_temperature: float = _field(1., 'temperature at which GRPO draws')
+    grpo_loss: str = _field('dr_grpo',
+        "'dr_grpo': each explanation's loss over the longest length, the same for all; 'dapo': over the tokens of "
+        'the step')
     # metrics, Eq. 12-18
     evaluation_writer: str = _field('gpt-5.4-mini', "writes the texts of the metrics and judges; as `writer`")
     n_generative: int = _field(10, 'texts per feature for generative accuracy')
@@ -299,6 +314,16 @@ class Preset:
                     ) -> Schedule:
         "Fields of a round of DPO"
         return Schedule(self.dpo_lr[round - 1], self.dpo_epochs, self.dpo_batch, self.dpo_accumulation)
+
+    @property
+    def grpo_schedule(self) -> Schedule:
+        "Fields of online RL: a batch is the group of one feature"
+        return Schedule(self.grpo_lr, 1., self.grpo_group, self.grpo_features)
+
+    @property
+    def grpo_sampling(self) -> Sampling:
+        "Fields of the draws of online RL: from all of the distribution, as its loss takes them to be"
+        return Sampling(self.grpo_temperature, 1., self.explanation_tokens)
 
     @property
     def candidate_sampling(self) -> Sampling:
@@ -433,6 +458,12 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda p: p.dpo_loss in ('sigmoid', 'sigmoid_norm', 'sft'),
          "dpo_loss must be 'sigmoid', 'sigmoid_norm' or 'sft', not {p.dpo_loss}"),
     Rule(lambda p: p.dpo_keep in ('last', 'best'), "dpo_keep must be 'last' or 'best', not {p.dpo_keep}"),
+    Rule(lambda p: p.grpo_loss in ('dr_grpo', 'dapo'), "grpo_loss must be 'dr_grpo' or 'dapo', not {p.grpo_loss}"),
+    Rule(lambda p: p.grpo_reward in GRPO_REWARDS,
+         f"grpo_reward must be {' or '.join(map(repr, GRPO_REWARDS))}, not {{p.grpo_reward}}"),
+    Rule(lambda p: p.grpo_group >= 2, 'grpo_group must be 2 or more: explanations are held against each other'),
+    Rule(lambda p: not p.grpo_steps or p.grpo_features <= p.n_pref,
+         'grpo_features ({p.grpo_features}) cannot be more than n_pref ({p.n_pref})'),
     Rule(lambda p: p.negative in ('hard', 'lower half', 'worst'),
          "negative must be 'hard', 'lower half' or 'worst', not {p.negative}"),
     Rule(lambda p: p.threshold == 'auto' or isinstance(p.threshold, float),
@@ -465,7 +496,8 @@ RULES: tuple[Rule, ...] = (
 
 # %% ../nbs/parts/presets.ipynb #c9e4fa28
 # names of stages, which label models must not have
-STAGE_NAMES = re.compile(rf'label|control|evaluate|ao|sft|{"|".join(BASELINES)}|(dpo|prefs)\d+')
+STAGE_NAMES = re.compile(rf'label|control|evaluate|ao|sft|grpo|{"|".join(BASELINES)}|(dpo|prefs)\d+')
+TRAINED = re.compile(r'sft|dpo\d+|grpo') # stages that train an explainer
 
 RULES += (
     Rule(lambda p: p.source.count('/') == 1, "source must be 'model/source', not {p.source}"),
@@ -506,12 +538,12 @@ RANGES = (
     Range('n_sft n_pref n_test n_candidates n_texts n_generative n_activating n_neutral lora_r lora_alpha sft_lr '
           'sft_epochs sft_batch sft_accumulation max_length candidate_temperature explanation_tokens text_tokens '
           'dpo_epochs dpo_batch dpo_accumulation steering_tokens batch_size batch_tokens corpus_tokens '
-          'writer_concurrency',
+          'writer_concurrency grpo_lr grpo_features',
           lambda value: value > 0, 'more than 0'),
     Range('n_output text_temperature steering_temperature layer injection_layer seed sft_weight_decay dpo_sft_weight '
-          'n_hints',
+          'n_hints grpo_steps grpo_beta',
           lambda value: value >= 0, '0 or more'),
-    Range('candidate_temperature', lambda value: LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
+    Range('candidate_temperature grpo_temperature', lambda value: LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
           f'{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}'),
     Range('text_temperature steering_temperature',
           lambda value: value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE,
@@ -835,7 +867,8 @@ def on_cpu(target:ModelSize) -> bool: # small presets are reckoned for a CPU, wh
 
 def training_memory(preset:Preset, explainer:ModelSize, cpu:bool) -> float: # GB
     "Return the memory of a step of training beside the models"
-    tokens = max(preset.sft_batch, 2*preset.dpo_batch)*(45 if cpu else 75) # of a batch
+    rows = max(preset.sft_batch, 2*preset.dpo_batch, preset.grpo_group if preset.grpo_steps else 0) # of a batch
+    tokens = rows*(45 if cpu else 75)
     number = 4 if cpu else 2 # bytes
     adapter = 16*.012*explainer.billions*preset.lora_r/32 # with its gradient and two moments, in fp32
     kept = tokens*(explainer.layers + 40)*explainer.width*number/1e9 # each layer's input, and all of one layer
@@ -855,7 +888,8 @@ def memory_parts(preset:Preset) -> dict: # GB; empty where the sizes are not kno
     if not (target and explainer and features): return {}
     cpu = on_cpu(target)
     held = (2*target.billions, (4 if cpu else 2)*explainer.billions)
-    models = max(held) if preset.swap_models else sum(held)
+    take_turns = preset.swap_models and not preset.grpo_steps # online RL needs both at once
+    models = max(held) if take_turns else sum(held)
     work = max(training_memory(preset, explainer, cpu), sampling_memory(preset, explainer, cpu))
     sae = 2*4*features*target.width/1e9
     return {'libraries': .8 if cpu else .4, 'models': models, 'SAE': sae, 'training or sampling': work}
@@ -915,12 +949,14 @@ def validation_size(preset:Preset) -> int:
     return max(8, preset.n_sft//20)
 
 def asked_writers(preset:Preset) -> tuple[str, ...]: # fields
-    "Return which writers a run asks: none for preferences where the reward needs no texts"
-    return ('evaluation_writer',) if preset.reward == 'self' else ('writer', 'evaluation_writer')
+    "Return which writers a run asks: none for preferences where no reward needs texts"
+    online = preset.grpo_steps > 0 and preset.grpo_reward == 'texts'
+    return ('evaluation_writer',) if preset.reward == 'self' and not online else ('writer', 'evaluation_writer')
 
-def explainer_stages(preset:Preset) -> list[str]: # sft, dpo1, ...
+def explainer_stages(preset:Preset) -> list[str]: # sft, dpo1, ..., grpo
     "Return the stages that train an explainer, in their order"
-    return ['sft', *(f'dpo{round}' for round in range(1, preset.dpo_rounds + 1))]
+    online = ['grpo'] if preset.grpo_steps else []
+    return ['sft', *(f'dpo{round}' for round in range(1, preset.dpo_rounds + 1)), *online]
 
 def evaluated_stages(preset:Preset) -> list[str]: # label, baselines, sft, dpo1, ..., best
     "Return the names of the methods whose explanations a run evaluates"

@@ -17,6 +17,7 @@ import pandas as pd
 from .evaluation.tables import agreement, compare, p_text, screen_table, stage_table, summary
 from .metrics import repeats
 from .plots import stage_figure
+from .presets import TRAINED
 from .results import ANEW, Results, read_cases, stages_of
 from .show import code_span, escape, escape_markdown
 
@@ -122,7 +123,7 @@ def comparisons(
     stages:list[str], # that were evaluated, in their order
 ) -> list[Comparison]:
     "Return the differences that a report shows"
-    rounds = [stage for stage in stages if stage == 'sft' or stage.startswith('dpo')]
+    rounds = [stage for stage in stages if TRAINED.fullmatch(stage)]
     if not rounds: return []
     last = rounds[-1]
     steps = [Comparison(later, earlier) for earlier, later in zip(rounds, rounds[1:])]
@@ -170,7 +171,7 @@ def _arms(results:Results) -> list[str]: # lines
     last = {} # arm -> its last round
     for name in names.unique():
         arm, _, stage = name.rpartition(' ')
-        if stage.startswith('dpo'): last[arm] = name
+        if stage != 'sft' and TRAINED.fullmatch(stage): last[arm] = name
     pairs = [Comparison(name, f'{arm} sft') for arm, name in last.items()]
     about = 'Smaller runs that differ in one thing: means, and what their rounds change.'
     means = markdown_table(stage_table(summary(arms)))

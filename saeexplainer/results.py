@@ -57,9 +57,11 @@ def result_tables(
     store = run.store
     rounds = list(range(1, preset.dpo_rounds + 1))
     sampled = [*rounds, preset.dpo_rounds + 1] if 'best' in preset.baselines else rounds
+    online = {'grpo_log': training_log(run, 'grpo')} if preset.grpo_steps else {}
     return {
         'sft_log': training_log(run, 'sft'),
         'dpo_log': _with_round({n: training_log(run, f'dpo{n}') for n in rounds}),
+        **online,
         'candidates': _with_round({n: candidate_rewards(store, preset, n) for n in sampled}),
         'pairs': store.pairs(),
         'explanations': store.explanations(evaluated_stages(preset)),

@@ -77,8 +77,8 @@ class TrainingBar(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or self.bar is None: return
-        losses = {name: f'{logs[name]:.3f}' for name in ('loss', 'eval_loss') if name in logs}
-        self.bar.set_postfix(losses)
+        shown = ('loss', 'eval_loss', 'reward')
+        self.bar.set_postfix({name: f'{logs[name]:.3f}' for name in shown if logs.get(name) is not None})
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()

@@ -210,13 +210,17 @@ def test_a_round_goes_on_with_the_hints(world, tmp_path):
 
 # ---- a whole run
 
+ONLINE = dict(grpo_steps=2, grpo_reward='self', grpo_features=2, grpo_group=2)
+
 def test_a_run_with_hints(tmp_path, monkeypatch):
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
     monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
-    preset = load_preset(judged_preset(tmp_path, **HINTED, baselines=['untrained']))
+    preset = load_preset(judged_preset(tmp_path, **HINTED, **ONLINE, reward='self', baselines=['untrained']))
     with Run(tmp_path/'run', preset, progress=False) as run:
         execute(run, say=lambda line: None)
         explained = set(run.store.explanations()['stage'])
-    assert {'untrained', 'sft', 'dpo1'} <= explained
-    card = json.loads((tmp_path/'run'/'explainer'/'dpo1'/CARD).read_text())
-    assert dictionary_beside(tmp_path/'run'/'explainer'/'dpo1', card['dictionary_sha256']).exists()
+    assert {'untrained', 'sft', 'dpo1', 'grpo'} <= explained
+    for stage in ('dpo1', 'grpo'):
+        folder = tmp_path/'run'/'explainer'/stage
+        card = json.loads((folder/CARD).read_text())
+        assert dictionary_beside(folder, card['dictionary_sha256']).parent == folder

@@ -14,7 +14,8 @@ NOTEBOOKS = sorted(path.relative_to(ROOT/'nbs').as_posix() for path in PAGES)
 MOST_NODES = 12 # a line
 MOST_LINES = 50 # exported in a row without a cell that runs something
 LONG = { # what is one class, in one cell
-    'parts/presets.ipynb': 240, # the fields of a run, each with its help
+    '00_injection.ipynb': 59, # `Injector`: its hooks, and what they share
+    'parts/presets.ipynb': 250, # the fields of a run, each with its help
     'parts/target.ipynb': 54, # the doors of `Target`
 }
 NO_EXAMPLE = { # notebook -> what takes too long for its page
