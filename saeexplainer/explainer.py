@@ -368,6 +368,7 @@ def prompts_of(
     directions:torch.Tensor, # (n, d_model)
 ) -> list[list[int]]: # n, of token ids
     "Return the prompt of each direction, with its hints where the explainer's card wants them"
+    if explainer.dictionary is None: return [explainer.prompt]*len(directions)
     hints = hints_for(explainer.dictionary, directions, explainer.card.n_hints)
     prompts = {text: _prompt(explainer, text) for text in set(hints)}
     return [prompts[text] for text in hints]
