@@ -8,7 +8,7 @@ __all__ = ['TOKENS', 'WORDS', 'HINTS', 'Neighbour', 'TokenDictionary', 'check_di
 
 # %% ../nbs/parts/hints.ipynb #6ba06e76
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -26,9 +26,20 @@ class Neighbour:
     cosine: float
 
 # %% ../nbs/parts/hints.ipynb #bb20de73
-def _eight_bits(vectors:torch.Tensor) -> torch.Tensor: # each row by its own scale, which a unit vector does not need
-    largest = vectors.abs().amax(1, keepdim=True)
-    return (127*vectors/largest).round().to(torch.int8)
+_LEVELS = 7 # in four bits, on either side of 0
+_CUT = .7 # of the largest number of a vector: what is beyond gets the last level
+
+def _four_bits(vectors:torch.Tensor) -> torch.Tensor: # (n, d) -> (n, d/2 rounded up) uint8; a row has its own scale
+    scale = _CUT*vectors.abs().amax(1, keepdim=True)
+    levels = (_LEVELS*vectors/scale).round().clamp(-_LEVELS, _LEVELS) + _LEVELS
+    even = torch.nn.functional.pad(levels, (0, vectors.shape[1] % 2)).to(torch.uint8)
+    return even[:, ::2] | even[:, 1::2] << 4
+
+def _from_four_bits(packed:torch.Tensor, width:int) -> torch.Tensor: # (n, width) fp32, unit vectors; raises `ValueError`
+    stored, wanted = (packed.dtype, packed.shape[1]), (torch.uint8, (width + 1)//2)
+    if stored != wanted: raise ValueError(f'{stored} in place of {wanted}')
+    levels = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :width].float() - _LEVELS
+    return torch.nn.functional.normalize(levels, dim=1)
 
 @dataclass(frozen=True)
 class TokenDictionary:
@@ -54,10 +65,10 @@ class TokenDictionary:
         file:str|Path, # .safetensors
         about:Mapping[str, str], # such as the name of the model
     ) -> None:
-        "Write the dictionary, vectors in eight bits"
+        "Write the dictionary, vectors in four bits"
         from safetensors.torch import save
-        metadata = dict(about, tokens=json.dumps(self.tokens))
-        stored = save({'vectors': _eight_bits(self.vectors).contiguous()}, metadata)
+        metadata = dict(about, width=str(self.vectors.shape[1]), tokens=json.dumps(self.tokens))
+        stored = save({'vectors': _four_bits(self.vectors).contiguous()}, metadata)
         with whole(Path(file)) as part: part.write_bytes(stored)
 
     @classmethod
@@ -71,7 +82,7 @@ class TokenDictionary:
         try:
             with safe_open(file, 'pt') as stored:
                 metadata = stored.metadata() or {}
-                vectors = stored.get_tensor('vectors').float()
+                vectors = _from_four_bits(stored.get_tensor('vectors'), int(metadata['width']))
             tokens = tuple(json.loads(metadata['tokens']))
         except (SafetensorError, KeyError, ValueError) as error:
             why = first_line(error)
@@ -80,7 +91,7 @@ class TokenDictionary:
             if metadata.get(name) != wanted:
                 raise ValueError(f'{file} was made for the {name} {metadata.get(name)}, not {wanted}: delete it, and '
                                  'it is made anew')
-        return cls(tokens, torch.nn.functional.normalize(vectors, dim=1))
+        return cls(tokens, vectors)
 
 # %% ../nbs/parts/hints.ipynb #bec323a0
 TOKENS = 'tokens.safetensors' # the file of a dictionary of tokens
@@ -120,15 +131,19 @@ def _named(token:str) -> str:
     return f'-{bare}' if is_piece else bare
 
 def hint_text(
-    neighbours:Iterable[Neighbour], # the nearest first
+    neighbours:Sequence[Neighbour], # the nearest first
     most:int, # that are named
 ) -> str: # 'child, parent, -ing'
     "Name what is near to a direction"
     named:dict[str, str] = {}
+    nearest = max((near.cosine for near in neighbours), default=0.)
     for near in neighbours:
         key = near.token.strip().casefold()
-        if key: named.setdefault(key, _named(near.token))
+        is_near = near.cosine >= _NEAR*nearest
+        if key and is_near: named.setdefault(key, _named(near.token))
     return ', '.join(list(named.values())[:most])
+
+_NEAR = .6 # of the cosine of the nearest
 
 def hints_for(
     dictionary:TokenDictionary|None, # None: there are no hints
@@ -137,7 +152,7 @@ def hints_for(
 ) -> list[str]: # m texts
     "Return the hints of directions"
     if dictionary is None: return ['']*len(directions)
-    near = dictionary.nearest(directions, k=4*most) # some differ in case alone
+    near = dictionary.nearest(directions, k=12*most) # a word has several entries
     return [hint_text(row, most) for row in near]
 
 def feature_hints(

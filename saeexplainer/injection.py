@@ -261,5 +261,6 @@ class FeatureCollator:
 # %% ../nbs/00_injection.ipynb #4fe259fa
 def __getattr__(name):
     "Return what stood here before it moved to `explainer`"
+    if name.startswith('__'): raise AttributeError(name) # asked by the import system itself
     from saeexplainer import explainer
     return getattr(explainer, name)

@@ -13,7 +13,7 @@ import pandas as pd
 # %% ../nbs/parts/plan.ipynb #733f5557
 from .evaluation.judge import JUDGE
 from .evaluation.texts import CONTRAST_LIST, GENERATIVE_LIST
-from .lookups import IN_DICTIONARY, NEAREST
+from .lookups import NEAREST, ONE_BY_ONE
 from .prefs import TEXT_LIST
 from .presets import asked_writers, is_local, model_size, needs, validation_size
 
@@ -88,7 +88,7 @@ def evaluated(
 _OWN_WORDS = 2 # times an explanation's tokens: it, and its quotes behind a BOS each
 
 def _distinct(preset, lengths, lookups) -> float: # candidates of a feature that differ, those of lookups among them
-    more = [NEAREST if name in IN_DICTIONARY else 1 for name in preset.candidate_lookups]
+    more = [NEAREST if name in ONE_BY_ONE else 1 for name in preset.candidate_lookups]
     return preset.n_candidates*lengths.distinct + sum(more)*lookups
 
 @dataclass(frozen=True)

@@ -99,8 +99,10 @@ class Steering:
     n_controls: int # random other features
 
 # %% ../nbs/parts/presets.ipynb #a8f46b57
-LOOKUPS = ('nearest token', 'nearest word', 'vocabulary probe', 'nearest label', 'logit lens', 'random label')
-CANDIDATE_LOOKUPS = LOOKUPS[:4] # those that may join the candidates of a feature
+LOOKUPS = (
+    'nearest token', 'nearest word', 'nearest words', 'vocabulary probe', 'nearest label', 'logit lens', 'random label',
+)
+CANDIDATE_LOOKUPS = LOOKUPS[:5] # those that may join the candidates of a feature
 SHARE_REWARDS = ('self', 'both') # in shares of the strongest activation, not in units of it
 SELFIE = 'SelfIE prompt'
 BASELINES = ('autointerp', 'untrained', 'best', *LOOKUPS, 'contrastive', SELFIE)

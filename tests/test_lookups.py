@@ -8,8 +8,8 @@ from saeexplainer.lm.hooks import decoder_layers, final_norm
 from saeexplainer.lm.models import load_model
 from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.lookups import (
-    IN_DICTIONARY, NEAREST, Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels,
-    phrases_of, probe_vocabulary, random_labels, read_token_dictionary, token_dictionary, token_phrase,
+    NEAREST, ONE_BY_ONE, Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels,
+    phrases_of, probe_vocabulary, random_labels, read_token_dictionary, spread, token_dictionary, token_phrase,
 )
 from saeexplainer.presets import CANDIDATE_LOOKUPS, LOOKUPS, load_preset
 from saeexplainer.sources.reading import token_strings
@@ -165,18 +165,54 @@ def test_means_are_those_of_all_places_of_an_entry():
     ([' 19', '90', '\n'], [' 1990', ' 1990', '\n']),
 ])
 def test_a_piece_is_known_by_its_word(tokens, names):
-    assert [key.name for key in keys_of(tokens, whole_words=True)] == names
-    assert [key.token for key in keys_of(tokens, whole_words=True)] == tokens
+    keys = [key for key, _ in keys_of(tokens, whole_words=True)]
+    assert [key.name for key in keys] == names
+    assert [key.token for key in keys] == tokens
+
+
+@pytest.mark.parametrize('tokens, before', [
+    ([' open', ' source', ' code'], ['', 'open', 'source']),
+    ([' The', ' enc', 'roach', 'es', ','], ['', 'the', 'the', 'the', 'encroaches']),
+    (['Don', "'", 't', ' go', '.', '\n'], ['', '', '', "don't", 'go', '.']),
+    ([' the', ' the', ' 19', '90'], ['', 'the', 'the', 'the']),
+    ([], []),
+])
+def test_the_word_before(tokens, before):
+    assert [key.before for _, key in keys_of(tokens, whole_words=True)] == before
+
+
+def test_windows_come_from_all_over_the_corpus():
+    windows = [[place]*10 for place in range(100)]
+    taken = spread(windows, tokens=200)
+    assert len(taken) == 20
+    assert [window[0] for window in taken] == list(range(4, 100, 5))
+    assert spread(windows, tokens=2000) == windows
+    assert spread([], tokens=10) == []
+
+
+def test_each_source_of_the_corpus_is_read(target):
+    docs = [('a', 'The rain fell on the sea and the land. '*60), ('b', 'A cat sat on the mat by the fire. '*60)]
+    words = read_token_dictionary(target, docs, tokens=600, progress=False, whole_words=True).tokens
+    assert {' rain', ' cat'} <= {word.casefold() for word in words}
+
+
+def test_a_word_that_looks_different_behind_another_has_a_second_entry():
+    sea = Key(' sea', ' sea')
+    the, at, first = (sea._replace(before=word) for word in ('the', 'at', ''))
+    rows = [[sea, the]]*30 + [[sea, at]]*9
+    assert list(entries_of(rows, least=1)) == [sea] # 'the' nearly always, 'at' too seldom
+    assert list(entries_of([*rows, [sea, at]], least=1)) == [sea, at]
+    assert list(entries_of([[sea, the]]*10 + [[sea, first]]*10, least=1)) == [sea, the]
 
 
 def test_pieces_of_one_word_are_entries_of_their_own():
-    keys = keys_of([' enc', 'roach', ' enc', 'roach'], whole_words=True)
+    keys = [key for key, _ in keys_of([' enc', 'roach', ' enc', 'roach'], whole_words=True)]
     assert entries_of([keys], least=2) == {Key(' enc', ' encroach'): 0, Key('roach', ' encroach'): 1}
 
 
-def test_the_most_frequent_entries_are_kept():
+def test_the_most_frequent_entries_come_first():
     keys = [Key(token, token) for token in 'abbccc']
-    assert [key.token for key in entries_of([keys], least=1, most=2)] == ['c', 'b']
+    assert [key.token for key in entries_of([keys], least=2)] == ['c', 'b']
 
 
 def test_a_dictionary_of_a_tiny_model(target):
@@ -266,7 +302,7 @@ def test_lookups_that_need_labels(preset, target, name):
 
 @pytest.mark.parametrize('features', [[3], []])
 def test_an_unknown_lookup(preset, target, features):
-    with pytest.raises(ValueError, match="unknown lookup 'guess': choose from nearest token, nearest word, vocab"):
+    with pytest.raises(ValueError, match="unknown lookup 'guess': choose from nearest token, nearest word, nearest words, vocab"):
         look_up('guess', preset, target, features, {})
 
 
@@ -285,6 +321,6 @@ def test_each_feature_has_as_many_phrases(preset, name):
     tiny = Target.load(preset)
     labels = {9: "the word 'sea'"}
     found = phrases_of(name, preset, tiny, [3, 5], labels, progress=False)
-    assert [len(phrases) for phrases in found.values()] == [NEAREST if name in IN_DICTIONARY else 1]*2
+    assert [len(phrases) for phrases in found.values()] == [NEAREST if name in ONE_BY_ONE else 1]*2
     assert found[3][0] == look_up(name, preset, tiny, [3], labels, progress=False)[3]
     assert phrases_of(name, preset, tiny, [], labels, progress=False) == {}

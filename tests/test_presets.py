@@ -130,7 +130,7 @@ def test_a_preset_does_not_change():
     (dict(reward='self'), "threshold (10.0) must be below 1 or 'auto' where reward is 'self'"),
     (dict(reward='both', threshold=1), "threshold (1.0) must be below 1 or 'auto' where reward is 'both'"),
     (dict(reward='both', threshold='tau'), "threshold must be a number or 'auto', not 'tau'"),
-    (dict(candidate_lookups=['logit lens']), "candidate_lookups are 'nearest token', 'nearest word'"),
+    (dict(candidate_lookups=['logit lens']), "candidate_lookups are 'nearest token', 'nearest word', 'nearest words'"),
     (dict(candidate_lookups=['nearest token']*2), 'candidate_lookups holds one of them twice'),
     (dict(candidate_lookups='nearest token'), 'preset field candidate_lookups must be a list, each item text'),
     (dict(n_candidates=1), 'n_candidates must be 2 or more'),
