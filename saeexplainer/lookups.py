@@ -74,7 +74,7 @@ def keys_of(
     "Return which entries of a dictionary each token of a text belongs to"
     if not whole_words: return [(Key(token, token),) for token in tokens]
     words = words_at(tokens)
-    keys = []
+    keys:list[tuple[Key, ...]] = []
     for token, word, before in zip(tokens, words, _words_before(tokens, words)):
         name = token if word is None or token.strip() == word else f' {word.casefold()}'
         keys.append((Key(token, name), Key(token, name, before)))

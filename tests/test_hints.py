@@ -230,7 +230,8 @@ ONLINE = dict(grpo_steps=2, grpo_reward='self', grpo_features=2, grpo_group=2)
 def test_a_run_with_hints(tmp_path, monkeypatch):
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
     monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
-    preset = load_preset(judged_preset(tmp_path, **HINTED, **ONLINE, reward='self', n_candidates=8, baselines=['untrained']))
+    fields = dict(HINTED, **ONLINE, reward='self', n_candidates=8, baselines=['untrained'])
+    preset = load_preset(judged_preset(tmp_path, **fields))
     with Run(tmp_path/'run', preset, progress=False) as run:
         execute(run, say=lambda line: None)
         explained = set(run.store.explanations()['stage'])

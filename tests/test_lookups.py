@@ -302,7 +302,8 @@ def test_lookups_that_need_labels(preset, target, name):
 
 @pytest.mark.parametrize('features', [[3], []])
 def test_an_unknown_lookup(preset, target, features):
-    with pytest.raises(ValueError, match="unknown lookup 'guess': choose from nearest token, nearest word, nearest words, vocab"):
+    says = "unknown lookup 'guess': choose from nearest token, nearest word, nearest words, vocab"
+    with pytest.raises(ValueError, match=says):
         look_up('guess', preset, target, features, {})
 
 
