@@ -15,7 +15,7 @@ from .evaluation.judge import JUDGE
 from .evaluation.texts import CONTRAST_LIST, GENERATIVE_LIST
 from .lookups import NEAREST, ONE_BY_ONE
 from .prefs import TEXT_LIST
-from .presets import asked_writers, is_local, model_size, needs, validation_size
+from .presets import OWN_REWARDS, asked_writers, is_local, model_size, needs, validation_size
 
 # %% ../nbs/parts/plan.ipynb #236294aa
 LENGTHS = {
@@ -123,7 +123,7 @@ def _training_jobs(preset, lengths) -> list[Job]: # SFT, preferences and DPO of 
     for n in range(1, preset.dpo_rounds + 1):
         drawn = preset.n_pref*preset.n_candidates
         rewarded = preset.n_pref*_distinct(preset, lengths, lookups=True)
-        jobs += _candidate_jobs(_Drawn(f'prefs{n}', drawn, rewarded, preset.reward != 'self'), preset, lengths)
+        jobs += _candidate_jobs(_Drawn(f'prefs{n}', drawn, rewarded, preset.reward not in OWN_REWARDS), preset, lengths)
         jobs.append(Job(f'dpo{n}', 'train', dpo_rows*(lengths.prompt + lengths.explanation), costs.dpo))
     if preset.grpo_steps:
         draws = _draws(preset)
@@ -149,7 +149,7 @@ def _evaluation_jobs(preset, lengths) -> list[Job]:
     jobs = []
     if 'best' in preset.baselines:
         rewarded = preset.n_test*_distinct(preset, lengths, lookups=False)
-        drawn = _Drawn('evaluate', preset.n_test*preset.n_candidates, rewarded, preset.reward != 'self')
+        drawn = _Drawn('evaluate', preset.n_test*preset.n_candidates, rewarded, preset.reward not in OWN_REWARDS)
         jobs += _candidate_jobs(drawn, preset, lengths)
     if local:
         jobs.append(Job('evaluate', 'write', texts*lengths.text, costs.write))
@@ -259,8 +259,8 @@ def _text_requests(lists:_Lists, one_text:bool, lengths) -> Asked: # one_text: a
 # %% ../nbs/parts/plan.ipynb #94d96c22
 def _preference_lists(preset, lengths) -> _Lists: # of all rounds, of online RL, and of the candidates of 'best'
     lists = 0.
-    if preset.reward != 'self': lists += preset.dpo_rounds*preset.n_pref*_distinct(preset, lengths, lookups=True)
-    if preset.reward != 'self' and 'best' in preset.baselines:
+    if preset.reward not in OWN_REWARDS: lists += preset.dpo_rounds*preset.n_pref*_distinct(preset, lengths, lookups=True)
+    if preset.reward not in OWN_REWARDS and 'best' in preset.baselines:
         lists += preset.n_test*_distinct(preset, lengths, lookups=False)
     if preset.grpo_reward == 'texts': lists += _draws(preset)*lengths.distinct
     return _Lists('texts for preferences', TEXT_LIST, lists, preset.n_texts)

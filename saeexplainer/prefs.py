@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'below_margin', 'select_pair', 'threshold_of', 'preference_prompt',
            'stage_of', 'sample_candidates', 'add_lookups', 'distinct_candidates', 'write_texts', 'score_candidates',
-           'score_own_words', 'harmonic_mean', 'score_both_sides', 'check_texts_scored', 'candidate_rewards',
-           'choose_pairs', 'check_scored', 'build_preferences', 'split_verdicts', 'split_half']
+           'score_own_words', 'harmonic_mean', 'score_both_sides', 'check_own_words_scored', 'check_texts_scored',
+           'candidate_rewards', 'choose_pairs', 'check_scored', 'build_preferences', 'split_verdicts', 'split_half']
 
 # %% ../nbs/02_prefs.ipynb #adffe148
 import math, statistics
@@ -20,7 +20,7 @@ import pandas as pd
 from .evaluation.words import coverage
 from .lm.sampling import seed_for
 from .lookups import phrases_of
-from .presets import SHARE_REWARDS, PairRule, Sampling
+from .presets import OWN_REWARDS, SHARE_REWARDS, PairRule, Sampling
 from .replies import Request
 from .self_activation import own_words, self_score
 from .show import progress_bar
@@ -384,29 +384,49 @@ def harmonic_mean(
     return statistics.harmonic_mean([float(share) for share in shares])
 
 def _mean_share(scores, max_act:float|None) -> float: # of written texts; NaN: none was scored, or nothing is known
-    if not (max_act or 0) > 0 or scores is None: return np.nan
+    if not (max_act or 0) > 0: return np.nan
     return float((scores.dropna()/max_act).clip(0, 1).mean())
 
+def _scores(store, stage:str, kind:str) -> dict: # (feature, k) -> scores of the candidate's rows, in the order of j
+    texts = store.texts(stage, kind=kind).astype({'score': float})
+    return dict(iter(texts.groupby(['feature', 'k'])['score']))
+
+def _activations(store, preset, features, round) -> dict[tuple[int, int], float]: # (feature, k) -> share of max_act
+    stage = stage_of(round)
+    if preset.reward in OWN_REWARDS:
+        check_own_words_scored(store, round)
+        own = _scores(store, stage, 'self')
+        return {place: float(np.clip(self_score(scores.to_numpy()), 0, 1)) for place, scores in own.items()}
+    check_texts_scored(store, preset, round)
+    written = _scores(store, stage, 'preference')
+    return {place: _mean_share(scores, features[place[0]].max_act) for place, scores in written.items()}
+
 def score_both_sides(
-    store, # `RunStore` with the round's texts, all scored
-    preset, # `Preset`
+    store, # `RunStore` with what the first side is made of: the round's texts, or candidates' own words, all scored
+    preset, # `Preset` whose reward is 'both' or 'self_both'
     features:Mapping, # index -> `Feature`
     round:int=1, # from 1
 ) -> int: # candidates scored now
-    "Store both sides of distinct candidates; raises `ValueError` until all texts of the round are written and scored"
-    check_texts_scored(store, preset, round)
+    "Store both sides of distinct candidates; raises `ValueError` until the first side is known of all"
+    activations = _activations(store, preset, features, round)
     stage = stage_of(round)
-    texts = store.texts(stage, kind='preference').astype({'score': float})
-    scores = dict(iter(texts.groupby(['feature', 'k'])['score']))
-    todo = _without(store, round, 'both')
+    todo = _without(store, round, preset.reward)
     rows = []
     for candidate in todo:
-        feature = features[candidate.feature]
-        activation = _mean_share(scores.get((candidate.feature, candidate.k)), feature.max_act)
-        sides = dict(activation=activation, coverage=coverage(candidate.text, feature.contexts))
-        rows += _stored((stage, candidate.feature, candidate.k, 'both'), sides)
+        activation = activations.get((candidate.feature, candidate.k), np.nan)
+        named = coverage(candidate.text, features[candidate.feature].contexts)
+        place = (stage, candidate.feature, candidate.k, preset.reward)
+        rows += _stored(place, dict(activation=activation, coverage=named))
     store.put_texts(rows)
     return len(todo)
+
+def check_own_words_scored(
+    store, # `RunStore`
+    round:int, # from 1
+) -> None:
+    "Raise `ValueError` until all candidates of a round are scored by their own words"
+    lack = len(_without(store, round, 'self'))
+    if lack: raise ValueError(f'round {round}: {lack} candidates have no score yet: score_own_words comes first')
 
 def check_texts_scored(
     store, # `RunStore`
@@ -423,14 +443,15 @@ def check_texts_scored(
         raise ValueError(f'round {round}: {unscored} texts have no score yet: score_candidates comes first')
 
 # %% ../nbs/02_prefs.ipynb #39876307
-_OF_SHARES = {'self': self_score, 'both': harmonic_mean} # of a candidate's rows, in the order of j
+# of a candidate's rows, in the order of j
+_OF_SHARES = {'self': self_score, 'both': harmonic_mean, 'self_both': harmonic_mean}
 
 def _rewards(store, stage:str, reward:str) -> pd.DataFrame: # feature, k, reward
-    kind = reward if reward in SHARE_REWARDS else 'preference'
-    texts = store.texts(stage, kind=kind).astype({'score': float})
-    of_candidate = texts.groupby(['feature', 'k'])['score']
-    if reward not in SHARE_REWARDS: return of_candidate.agg(reward).rename('reward').reset_index()
-    rows = [(*key, _OF_SHARES[reward](scores.to_numpy())) for key, scores in of_candidate]
+    is_share = reward in SHARE_REWARDS
+    kind = reward if is_share else 'preference'
+    scores = _scores(store, stage, kind)
+    def of_candidate(scores): return _OF_SHARES[reward](scores.to_numpy()) if is_share else scores.agg(reward)
+    rows = [(*place, of_candidate(of_place)) for place, of_place in scores.items()]
     return pd.DataFrame(rows, columns=['feature', 'k', 'reward']).astype({'feature': int, 'k': int, 'reward': float})
 
 def candidate_rewards(
@@ -477,10 +498,10 @@ def check_scored(
 ) -> None:
     "Raise `ValueError` until all that the reward of a round is made of is stored"
     reward = preset.pair_rule.reward
-    if reward != 'self': check_texts_scored(store, preset, round)
+    if reward in OWN_REWARDS: check_own_words_scored(store, round)
+    else: check_texts_scored(store, preset, round)
     lack = len(_without(store, round, reward)) if reward in SHARE_REWARDS else 0
-    first = {'self': 'score_own_words', 'both': 'score_both_sides'}
-    if lack: raise ValueError(f'round {round}: {lack} candidates have no score yet: {first[reward]} comes first')
+    if lack: raise ValueError(f'round {round}: {lack} candidates have no score yet: score_both_sides comes first')
 
 def build_preferences(
     store, # `RunStore`

@@ -38,8 +38,8 @@ from saeexplainer.prefs import (
     score_candidates, score_own_words, threshold_of, write_texts,
 )
 from saeexplainer.presets import (
-    LOOKUPS, SELFIE, Preset, asked_writers, bench_folder, evaluated_stages, explainer_stages, is_local, load_preset,
-    validation_size,
+    LOOKUPS, OWN_REWARDS, SELFIE, Preset, asked_writers, bench_folder, evaluated_stages, explainer_stages, is_local,
+    load_preset, validation_size,
 )
 from .replies import Request
 from .report import write_report
@@ -684,13 +684,13 @@ def reward_candidates(
 ) -> None:
     "Score the candidates of a round by the preset's `reward`: by written texts, by their own words, or by both sides"
     preset = run.preset
-    if preset.reward == 'self':
+    if preset.reward in OWN_REWARDS:
         known = known_maxima(run.features.values())
         score_own_words(run.store, run.target, preset, known, _rivals(run), round, run.progress)
-        return
-    write_texts(run.store, run.writer('writer'), preset, round, run.progress)
-    score_candidates(run.store, run.target, preset, round, run.progress)
-    if preset.reward == 'both': score_both_sides(run.store, preset, run.features, round)
+    else:
+        write_texts(run.store, run.writer('writer'), preset, round, run.progress)
+        score_candidates(run.store, run.target, preset, round, run.progress)
+    if preset.reward in ('both', 'self_both'): score_both_sides(run.store, preset, run.features, round)
 
 def rewarded_candidates(
     run:Run,

@@ -250,7 +250,7 @@ def test_a_round_without_candidates_has_no_rewards(store):
     assert not len(candidate_rewards(store, own_preset(reward='both')))
 
 
-@pytest.mark.parametrize('reward, threshold', [('self', .25), ('both', .0625)])
+@pytest.mark.parametrize('reward, threshold', [('self', .25), ('both', .0625), ('self_both', .25)])
 def test_the_threshold_is_a_share(reward, threshold):
     strong = [SimpleNamespace(max_act=800.)]
     assert threshold_of(own_preset(reward=reward), strong) == threshold
@@ -288,6 +288,22 @@ def test_both_sides_by_hand(store):
     assert store.texts('round1', 'both')['score'].tolist() == [.5, .75, 1., .25, 1., 0.]
     assert candidate_rewards(store, preset)['reward'].tolist() == pytest.approx([.6, .4, 0.])
     assert build_preferences(store, preset)['chosen'].tolist() == ["the word 'rain'"]
+
+
+def test_both_sides_of_own_words_by_hand(store, monkeypatch):
+    preset = own_preset(reward='self_both')
+    put(store, {1: ["the word 'rain'", "the word 'sea'", "'rain' or 'snow'"]})
+    with pytest.raises(ValueError, match='round 1: 3 candidates have no score yet: score_own_words comes first'):
+        score_both_sides(store, preset, {1: rainy(1)})
+    score_own_words(store, reading(monkeypatch, WORDS), preset, KNOWN, [2])
+    own = candidate_rewards(store, own_preset())['reward'].tolist()
+    with pytest.raises(ValueError, match='3 candidates have no score yet: score_both_sides comes first'):
+        build_preferences(store, preset)
+    assert score_both_sides(store, preset, {1: rainy(1)}) == 3
+    named = store.texts('round1', 'self_both').query('j == 1')['score'].tolist()
+    expected = [harmonic_mean([max(0, activation), share]) for activation, share in zip(own, named)]
+    assert candidate_rewards(store, preset)['reward'].tolist() == pytest.approx(expected)
+    assert expected[0] > expected[1] == 0
 
 
 def test_a_text_that_was_not_scored_does_not_count(store):
