@@ -19,7 +19,7 @@ import torch
 # %% ../nbs/parts/lookups.ipynb #838d2611
 from .show import progress_bar
 from .features import MOST_HALF, cache_folder
-from .hints import TOKENS, WORDS, Neighbour, TokenDictionary, check_dictionary
+from .hints import TOKENS, WORDS, Neighbour, TokenDictionary, check_dictionary, place_of
 from .lm.hooks import final_norm
 from .lm.sampling import seed_for
 from .presets import LOOKUPS
@@ -261,8 +261,7 @@ _READ:dict[str, dict[str, Any]] = { # how a dictionary is read, by its file
 }
 
 def _about(target:Target) -> dict[str, str]: # what a dictionary is made for
-    place = f'{target.reader.hook} of layer {target.reader.layer}'
-    return dict(model=plain_name(str(target.model.name_or_path)), place=place, width=str(target.reader.d_model))
+    return dict(model=plain_name(str(target.model.name_or_path)), **place_of(target.reader))
 
 def dictionary_file(
     preset, # `Preset`

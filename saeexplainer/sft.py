@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 
 # %% ../nbs/01_sft.ipynb #575f6f00
-from .explainer import Explainer, ExplainerCard
-from .hints import WORDS, HINTS, TokenDictionary, feature_hints, with_hints
+from .explainer import Explainer, ExplainerCard, hints_file
+from .hints import WORDS, HINTS, TokenDictionary, feature_hints, place_of, with_hints
 from .injection import FeatureCollator, prompt_messages, without_placeholder
 from .lm.chat import answer_ends, answer_ids
 from .lm.hooks import routers
@@ -209,7 +209,7 @@ def train_sft( # noqa: PLR0913
               held_out=(), # `Feature`s or ids that must not be trained on
               like=None, # folder of a finished training: copied, if it is this one
               progress:bool=True, # with a bar
-              dictionary=None # file of the tokens that are hints, where the preset wants hints; the folder gets a copy
+              dictionary=None # file of the hints, where the preset wants them; None: the preset's; the folder gets a copy
              ) -> SFTResult: # of this call, or of an earlier one that did the same
     "Fine-tune the explainer on labels (3.2); raise `ValueError` where features overlap or do not fit"
     out = Path(out)
@@ -218,8 +218,9 @@ def train_sft( # noqa: PLR0913
     check_disjoint(features, held_out)
     check_disjoint(features, eval_features, 'eval')
     check_disjoint(eval_features, held_out, among='eval')
+    dictionary = hints_file(preset, dictionary)
     card = ExplainerCard.from_preset(preset, reader, 'sft', dictionary)
-    tokens = TokenDictionary.load(dictionary) if card.n_hints else None
+    tokens = TokenDictionary.load(dictionary, place_of(reader)) if dictionary else None
     indices = [feature.id.index for feature in (*features, *eval_features)]
     hints = feature_hints(tokens, reader, indices, card.n_hints) # refuses what the reader has no direction for
     rows = sft_dataset(features, card, hints)
@@ -234,6 +235,6 @@ def train_sft( # noqa: PLR0913
     trainer = sft_trainer(preset, rows, reader, explainer, checkpoints, eval_rows, progress)
     train_to_the_end(trainer, last_checkpoint(checkpoints))
     log = _log_rows(trainer.state.log_history)
-    if card.n_hints: shutil.copyfile(dictionary, out/WORDS)
+    if dictionary: shutil.copyfile(dictionary, out/WORDS)
     finish_training(trainer, card, out, dict(settings=settings, seconds=time.monotonic() - start, log=log))
     return SFTResult.load(out)

@@ -57,7 +57,8 @@ def test_prices_and_budgets_are_settings():
 
 
 def test_settings_that_are_no_yaml_are_text():
-    preset = resolve('smollm2-135m', settings=['template={placeholder} means?', 'seed=3', 'dpo_lr=[1e-5, 2e-5]'])
+    settings = ['template={placeholder} means?', 'n_hints=0', 'seed=3', 'dpo_lr=[1e-5, 2e-5]']
+    preset = resolve('smollm2-135m', settings=settings)
     assert preset.template == '{placeholder} means?'
     assert resolve('smollm2-135m', corpus='*.txt').corpus == '*.txt'
 

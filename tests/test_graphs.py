@@ -177,7 +177,7 @@ def tiny(tmp_path_factory): # preset, folder of an explainer
     tiny_sae(folder/'sae')
     preset = load_preset(
         'smollm2-135m', explainer=str(folder/'model'), target=str(folder/'model'), sae=str(folder/'sae'), layer=2,
-        device='cpu', template='Feature {placeholder}?', placeholder=PLACEHOLDER, source='tiny/2-res-tiny',
+        device='cpu', template='Feature {placeholder}?', n_hints=0, placeholder=PLACEHOLDER, source='tiny/2-res-tiny',
         explanation_tokens=5)
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False)

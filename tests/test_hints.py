@@ -12,7 +12,7 @@ from trainings import WORDS as NAMED, features, tiny_preset, train_on
 from saeexplainer.dpo import preference_dataset, preference_rows, train_dpo
 from saeexplainer.explainer import CARD, Explainer, ExplainerCard, prompts_of
 from saeexplainer.hints import (
-    WORDS, Neighbour, TokenDictionary, dictionary_beside, feature_hints, hint_text, with_hints,
+    WORDS, Neighbour, TokenDictionary, dictionary_beside, feature_hints, hint_text, place_of, with_hints,
 )
 from saeexplainer.presets import load_preset
 from saeexplainer.run import Run, execute
@@ -109,7 +109,9 @@ def test_a_prompt_without_the_hints_of_its_feature_is_refused():
     with pytest.raises(KeyError): prompt_of(card, {5: 'rain'}, 8)
 
 
-@pytest.mark.parametrize('fields', [dict(n_hints=3), dict(template=TEMPLATE), dict(template=TEMPLATE*2, n_hints=1)])
+@pytest.mark.parametrize('fields', [
+    dict(n_hints=0), dict(template='{placeholder}?'), dict(template=TEMPLATE*2, n_hints=1),
+])
 def test_a_preset_whose_template_does_not_fit_is_refused(fields):
     with pytest.raises(ValueError, match='template must contain'): load_preset('smollm2-135m', **fields)
 
@@ -127,7 +129,7 @@ def world(tmp_path_factory):
     reader = FeatureReader.load(preset.sae)
     near = reader.directions(range(len(NAMED)))
     dictionary = TokenDictionary(tuple(f' {word}' for word in NAMED), torch.nn.functional.normalize(near, dim=1))
-    dictionary.save(folder/WORDS, {})
+    dictionary.save(folder/WORDS, place_of(reader))
     trained = train_on(preset, features(), folder/'sft', dictionary=folder/WORDS)
     return SimpleNamespace(folder=folder, preset=preset, reader=reader, sft=trained.folder)
 
@@ -136,9 +138,24 @@ def world(tmp_path_factory):
 def explainer(world): return Explainer.from_pretrained(world.sft, reader=world.reader)
 
 
-def test_training_needs_the_dictionary(world, tmp_path):
-    with pytest.raises(ValueError, match='n_hints is 2: give the file of the dictionary'):
+def test_training_needs_the_dictionary(world, tmp_path, monkeypatch):
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'empty'))
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'empty'))
+    with pytest.raises(FileNotFoundError, match="no dictionary yet, whose words .*: a run makes it before its stage"):
         train_on(world.preset, features(), tmp_path/'sft')
+
+
+def test_a_dictionary_of_another_layer_is_refused(world, tmp_path):
+    other = place_of(world.reader) | dict(place='resid_post of layer 7')
+    TokenDictionary((' rain',), torch.ones(1, world.reader.d_model)).save(tmp_path/WORDS, other)
+    with pytest.raises(ValueError, match='was made for the place resid_post of layer 7, not resid_post of layer 2'):
+        train_on(world.preset, features(), tmp_path/'sft', dictionary=tmp_path/WORDS)
+
+
+def test_a_dictionary_of_another_width_is_refused(world):
+    dictionary = TokenDictionary((' rain',), torch.ones(1, 5))
+    with pytest.raises(ValueError, match='the dictionary has the width 5, the directions 64: it was made for another'):
+        feature_hints(dictionary, world.reader, [0], 2)
 
 
 def test_the_folder_holds_its_dictionary(world):

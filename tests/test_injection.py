@@ -329,7 +329,7 @@ def made(tmp_path_factory, sae, reader):
     tiny_model().save_pretrained(folder/'model')
     TOKENIZER.save_pretrained(folder/'model')
     preset = load_preset('smollm2-135m', explainer=str(folder/'model'), target=str(folder/'model'),
-                         sae=str(sae), layer=2, device='cpu', template=TEMPLATE)
+                         sae=str(sae), layer=2, device='cpu', template=TEMPLATE, n_hints=0)
     torch.manual_seed(0)
     tuned = get_peft_model(load_model(preset.explainer, device='cpu')[0], random_lora())
     save_adapter(tuned, ExplainerCard.from_preset(preset, reader, 'sft'), folder/'sft')

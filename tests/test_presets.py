@@ -212,7 +212,7 @@ def test_the_home_folder_may_be_written_short_in_a_preset(tmp_path, monkeypatch)
 
 
 def test_a_template_may_begin_with_a_tilde():
-    assert load_preset('smollm2-135m', template='~{placeholder}').template == '~{placeholder}'
+    assert load_preset('smollm2-135m', template='~{placeholder}', n_hints=0).template == '~{placeholder}'
 
 
 def test_the_home_folder_may_be_written_short_in_variables(tmp_path, monkeypatch):
