@@ -102,8 +102,8 @@ def make_lab(folder, **fields) -> TinyLab:
     tiny_sae(lab.sae, **SAE)
     pq.write_table(pa.Table.from_pylist([feature_row(i) for i in range(N_FEATURES)]), lab.features)
     names = dict(WITHOUT_HINTS, base='smollm2-135m', target=str(lab.model), explainer=str(lab.model),
-                 sae='tiny/sae', layer=1, features='tiny/features.parquet', source='tiny/1-res', placeholder=PLACEHOLDER,
-                 baselines=['autointerp', 'untrained', 'best'])
+                 sae='tiny/sae', layer=1, features='tiny/features.parquet', source='tiny/1-res',
+                 placeholder=PLACEHOLDER, baselines=['autointerp', 'untrained', 'best'])
     lines = [f'{name}: {json.dumps(value)}\n' for name, value in (names | SMALL | fields).items()]
     lab.file.write_text(''.join(lines))
     return lab
