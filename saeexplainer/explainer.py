@@ -509,8 +509,8 @@ def load_explainer(
 def shipped_explainer(
     preset:Preset,
 ) -> Path|None: # a folder
-    "Return the last explainer that is shipped for a preset, if there is one"
-    folders = [data_dir()/preset.name/'explainer'/stage for stage in ('grpo', 'dpo2', 'dpo1', 'sft')]
+    "Return the best explainer that is shipped for a preset, if there is one"
+    folders = [data_dir()/preset.name/'explainer'/stage for stage in ('hinted', 'grpo', 'dpo2', 'dpo1', 'sft')]
     return next((folder for folder in folders if (folder/CARD).exists()), None)
 
 def explainer_of(

@@ -123,7 +123,7 @@ def dictionary_beside(
     sha256:str, # of the file that it was trained with
 ) -> Path: # the file
     "Return an explainer's dictionary; raises `FileNotFoundError` or `ValueError` where it is not that of its training"
-    for there in (Path(folder), Path(folder).parent):
+    for there in (Path(folder), *Path(folder).absolute().parents[:2]):
         file = there/WORDS
         if not file.exists(): continue
         found = file_sha256(file)
