@@ -6,10 +6,10 @@
 __all__ = ['STEERED_BY', 'REWARDS', 'BegunWith', 'check_model', 'features_identity', 'file_hashes', 'check_files', 'Adapters',
            'held_out', 'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_writers',
            'check_local_weights', 'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of', 'Run',
-           'forget_empty_claim', 'sft_stage', 'training_labels', 'reward_candidates', 'rewarded_candidates',
-           'forget_empty_round', 'prefs_stage', 'dpo_stage', 'grpo_features', 'text_reward', 'own_words_reward',
-           'grpo_stage', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test', 'evaluate_stage',
-           'stage_functions', 'execute']
+           'forget_empty_claim', 'taught_features', 'sft_stage', 'training_labels', 'reward_candidates',
+           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'grpo_features', 'text_reward',
+           'own_words_reward', 'grpo_stage', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test',
+           'evaluate_stage', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from .dpo import train_dpo
 from .explainer import load_explainer, model_sha256, oracle_note
 from saeexplainer.features import (
-    NO_PATTERN, check_features_of, features_file, labels_of, load_features, split_features, unused,
+    NO_PATTERN, Feature, check_features_of, features_file, labels_of, load_features, split_features, unused,
 )
 from .files import file_sha256, hold, read_json, whole
 from .grpo import OwnWordsReward, TextReward, train_grpo
@@ -64,7 +64,7 @@ class _MadeWith(NamedTuple):
 
 _MADE_WITH = (
     _MadeWith('progress', "stage = 'sft' AND finished IS NOT NULL",
-              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient n_sft '
+              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient n_sft sft_labels '
               'max_length lora_r lora_alpha lora_dropout '
               'sft_lr sft_epochs sft_batch sft_accumulation sft_warmup sft_weight_decay'),
     _MadeWith('explanations', "stage GLOB 'round[0-9]*'",
@@ -647,6 +647,19 @@ def forget_empty_claim(
     folder = adapter/'checkpoints'
     if folder.is_dir() and not any(folder.glob('checkpoint-*')): shutil.rmtree(folder)
 
+def taught_features(
+    run:Run,
+    split:str, # 'sft' or 'validation'
+) -> list[Feature]: # their `explanation` is what is learned
+    "Return the features of a split that SFT learns from; raises `ValueError` where nobody has explained any"
+    features = [run.features[i] for i in run.splits[split]]
+    by = run.preset.sft_labels
+    if by is None: return features
+    texts = labels_of(features, by)
+    if features and not texts: raise ValueError(f'sft_labels: {by!r} has explained none of the {len(features)} features')
+    return [dataclasses.replace(feature, explanation=texts[feature.index])
+            for feature in features if feature.index in texts]
+
 def sft_stage(
     run:Run,
 ) -> str: # what came out, in a line
@@ -654,15 +667,16 @@ def sft_stage(
     dictionary = dictionary_file(run.preset, run.target, WORDS, run.progress) if run.preset.n_hints else None
     run.make_room()
     forget_empty_claim(run.adapter('sft'))
-    chosen = {name: [run.features[i] for i in part] for name, part in run.splits.items()}
-    held_out = [feature for name, part in chosen.items() if name.startswith(('test', 'preference')) for feature in part]
+    taught = taught_features(run, 'sft')
+    parts = [part for name, part in run.splits.items() if name.startswith(('test', 'preference'))]
+    held_out = [run.features[i] for part in parts for i in part]
     result = train_sft(
-        run.preset, chosen['sft'], run.reader, run.adapter('sft'),
-        eval_features=chosen['validation'], held_out=held_out,
+        run.preset, taught, run.reader, run.adapter('sft'),
+        eval_features=taught_features(run, 'validation'), held_out=held_out,
         like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary)
     losses = result.losses
     loss = f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
-    return f"{len(chosen['sft'])} features, {loss}{run.adapters.origin('sft')}"
+    return f"{len(taught)} features, {loss}{run.adapters.origin('sft')}"
 
 # %% ../nbs/parts/run.ipynb #22754a21
 def _stage_before(round:int) -> str: # whose explainer a round begins with

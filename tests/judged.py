@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from helpers import PLACEHOLDER, SENTENCES, tiny_model, tiny_sae, tiny_tokenizer
 from saeexplainer.features import Context, Feature, FeatureId, save_features
-from saeexplainer.presets import WITHOUT_HINTS
+from saeexplainer.presets import AS_PAPER
 from saeexplainer.replies import Reply
 from saeexplainer.saes import FeatureReader
 from saeexplainer.target import Target
@@ -66,7 +66,7 @@ def feature_row(index): # of the feature table
 
 
 SMALL = dict(
-    **WITHOUT_HINTS, baselines=[], device='cpu', dtype='float32', placeholder=PLACEHOLDER,
+    **AS_PAPER, baselines=[], device='cpu', dtype='float32', placeholder=PLACEHOLDER,
     n_sft=6, n_pref=2, n_test=3, n_output=0, n_candidates=2, n_texts=1, n_generative=2, n_activating=1, n_neutral=1,
     sft_batch=2, dpo_batch=1, sft_epochs=1., dpo_epochs=1., dpo_rounds=1, threshold=0., spread=0., margin=0.,
     explanation_tokens=6, text_tokens=8, batch_size=4,

@@ -21,7 +21,7 @@ from saeexplainer.dictionaries import read_explanations
 from saeexplainer.explainer import Explainer, ExplainerCard, save_adapter
 from saeexplainer.features import load_features, save_features
 from saeexplainer.lm.models import load_model
-from saeexplainer.presets import WITHOUT_HINTS, load_preset
+from saeexplainer.presets import AS_PAPER, load_preset
 from saeexplainer.replies import Request
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
@@ -188,7 +188,7 @@ def reader(tmp_path): return FeatureReader.load(tiny_sae(tmp_path/'sae', d_in=16
 def adapter(tmp_path, reader):
     "Folder of a tiny explainer"
     base = save_tiny(tmp_path/'model', n_layers=2)
-    preset = load_preset('smollm2-135m', **WITHOUT_HINTS, explainer=str(base), placeholder=PLACEHOLDER)
+    preset = load_preset('smollm2-135m', **AS_PAPER, explainer=str(base), placeholder=PLACEHOLDER)
     torch.manual_seed(0)
     lora = LoraConfig(r=8, lora_alpha=8, target_modules='all-linear', task_type='CAUSAL_LM', init_lora_weights=False)
     model = get_peft_model(load_model(preset.explainer, 'float32', 'cpu')[0], lora)

@@ -14,7 +14,7 @@ from saeexplainer.prefs import (
     Dropped, Pair, build_preferences, candidate_rewards, distinct_candidates, preference_prompt, sample_candidates,
     score_candidates, select_pair, threshold_of, write_texts,
 )
-from saeexplainer.presets import WITHOUT_HINTS, load_preset
+from saeexplainer.presets import AS_PAPER, load_preset
 from saeexplainer.replies import Reply
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import RunStore
@@ -182,7 +182,7 @@ def world(tmp_path_factory):
     tiny_model().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     preset = load_preset(
-        'smollm2-135m', **WITHOUT_HINTS, target=str(model), explainer=str(model),
+        'smollm2-135m', **AS_PAPER, target=str(model), explainer=str(model),
         sae=str(tiny_sae(folder/'sae')), layer=2,
         n_candidates=3, n_texts=2, explanation_tokens=4, text_tokens=6, batch_size=4, device='cpu', dtype='float32')
     reader = FeatureReader.load(preset.sae)

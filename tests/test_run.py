@@ -3,6 +3,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,12 +17,12 @@ from writer_server import capable
 from saeexplainer.benchmark import Bench
 from saeexplainer.dpo import validation_features
 from saeexplainer.explainer import Explainer
-from saeexplainer.features import load_features
+from saeexplainer.features import Explanation, Feature, FeatureId, load_features
 from saeexplainer.metrics import evaluate
 from saeexplainer.presets import load_preset
 from saeexplainer.report import write_report
 from saeexplainer.results import Results, check_measured, provenance
-from saeexplainer.run import check_target, disjoint_splits, execute, held_out, prefs_stage
+from saeexplainer.run import check_target, disjoint_splits, execute, held_out, prefs_stage, taught_features
 from saeexplainer.sft import train_sft
 from saeexplainer.target import Target
 from saeexplainer.writers.budget import BudgetSpent
@@ -415,3 +416,29 @@ def test_validation_features_are_preference_features(lab, validated_run):
         held_out = set(validation_features(run.preference_features(1), run.preset.seed))
         assert held_out <= set(run.splits['preference1'])
         assert not held_out & set(run.splits['test'])
+
+
+# ---- what SFT learns
+
+def told(index, *pairs): # a feature, and (model, text) of what is said of it
+    said = tuple(Explanation(text, model, 'words') for model, text in pairs)
+    return Feature(FeatureId('tiny', '1-res', index), 'the label', 2., .01, explanations=said)
+
+
+def taught(by, *features):
+    by_index = {feature.index: feature for feature in features}
+    run = SimpleNamespace(preset=SimpleNamespace(sft_labels=by), features=by_index, splits={'sft': list(by_index)})
+    return [(feature.index, feature.explanation) for feature in taught_features(run, 'sft')]
+
+
+def test_sft_learns_what_the_preset_says():
+    features = told(3, ('mine', 'rain'), ('peak words', 'sea')), told(5, ('mine', 'fog')), told(8)
+    assert taught(None, *features) == [(3, 'the label'), (5, 'the label'), (8, 'the label')]
+    assert taught('peak words', *features) == [(3, 'sea')]
+    assert taught('mine', *features) == [(3, 'rain'), (5, 'fog')]
+    assert taught('mine') == []
+
+
+def test_explanations_that_nobody_gave():
+    with pytest.raises(ValueError, match="sft_labels: 'guess' has explained none of the 1 features"):
+        taught('guess', told(3, ('mine', 'rain')))

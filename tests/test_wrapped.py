@@ -10,7 +10,7 @@ from helpers import PLACEHOLDER, WRAPPED, save_wrapped, tiny_sae
 from saeexplainer.explainer import Explainer, ExplainerCard
 from saeexplainer.lm.hooks import backbone, decoder_layers, residual_hook, residual_stream, routers
 from saeexplainer.lm.models import load_model
-from saeexplainer.presets import WITHOUT_HINTS, load_preset
+from saeexplainer.presets import AS_PAPER, load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.target import Target
 
@@ -27,7 +27,7 @@ class World:
         self.reader = FeatureReader.load(sae)
         models = dict(explainer=self.model, target=self.model, sae=sae, layer=2)
         how = dict(device='cpu', dtype='float32', placeholder=PLACEHOLDER)
-        self.preset = load_preset('smollm2-135m', **WITHOUT_HINTS, **models, **how)
+        self.preset = load_preset('smollm2-135m', **AS_PAPER, **models, **how)
 
     def load(self): return load_model(self.model, 'float32', 'cpu')
 

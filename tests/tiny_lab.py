@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from saeexplainer.explainer import ExplainerCard, save_adapter
 from saeexplainer.lm.models import load_model
-from saeexplainer.presets import WITHOUT_HINTS, Preset, load_preset
+from saeexplainer.presets import AS_PAPER, Preset, load_preset
 from saeexplainer.run import Run, execute
 from saeexplainer.saes import FeatureReader
 from saeexplainer.store import KEYS
@@ -101,7 +101,7 @@ def make_lab(folder, **fields) -> TinyLab:
     tiny_tokenizer().save_pretrained(lab.model)
     tiny_sae(lab.sae, **SAE)
     pq.write_table(pa.Table.from_pylist([feature_row(i) for i in range(N_FEATURES)]), lab.features)
-    names = dict(WITHOUT_HINTS, base='smollm2-135m', target=str(lab.model), explainer=str(lab.model),
+    names = dict(AS_PAPER, base='smollm2-135m', target=str(lab.model), explainer=str(lab.model),
                  sae='tiny/sae', layer=1, features='tiny/features.parquet', source='tiny/1-res',
                  placeholder=PLACEHOLDER, baselines=['autointerp', 'untrained', 'best'])
     lines = [f'{name}: {json.dumps(value)}\n' for name, value in (names | SMALL | fields).items()]

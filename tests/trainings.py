@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from saeexplainer.dpo import validation_features
 from saeexplainer.explainer import Explainer, save_adapter
-from saeexplainer.presets import WITHOUT_HINTS, load_preset
+from saeexplainer.presets import AS_PAPER, load_preset
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sft import train_sft
 
@@ -32,7 +32,7 @@ def make_model(folder, arch='llama'):
 
 
 def preset_in(folder, **fields):
-    names = dict(WITHOUT_HINTS, target=str(folder/'model'), explainer=str(folder/'model'), sae=str(folder/'sae'),
+    names = dict(AS_PAPER, target=str(folder/'model'), explainer=str(folder/'model'), sae=str(folder/'sae'),
                  layer=2, device='cpu')
     return load_preset('smollm2-135m', **names | fields)
 
