@@ -41,6 +41,7 @@ def _from_four_bits(packed:torch.Tensor, width:int) -> torch.Tensor: # (n, width
     levels = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :width].float() - _LEVELS
     return torch.nn.functional.normalize(levels, dim=1)
 
+# %% ../nbs/parts/hints.ipynb #5ba5c2d2
 @dataclass(frozen=True)
 class TokenDictionary:
     "The mean residual stream at each of n tokens or words, centred, as unit vectors"
@@ -55,10 +56,9 @@ class TokenDictionary:
         k:int=5,
     ) -> list[list[Neighbour]]: # m lists, the nearest token first
         "Return the entries with the largest cosine to each direction; raises `ValueError` for another width"
-        width = self.vectors.shape[1]
-        if directions.shape[1] != width:
-            raise ValueError(f'the dictionary has the width {width}, the directions {directions.shape[1]}: '
-                             'it was made for another model')
+        own, other = self.vectors.shape[1], directions.shape[1]
+        if own != other: raise ValueError(f'the dictionary has the width {own}, the directions {other}: '
+                                          'it was made for another model')
         units = torch.nn.functional.normalize(directions.float().cpu(), dim=1)
         best = (units @ self.vectors.T).topk(min(k, len(self.tokens)))
         return [[Neighbour(self.tokens[place], value) for place, value in zip(*row)]
@@ -155,6 +155,7 @@ def hint_text(
 
 _NEAR = .6 # of the cosine of the nearest
 
+# %% ../nbs/parts/hints.ipynb #d7838046
 def hints_for(
     dictionary:TokenDictionary|None, # None: there are no hints
     directions:torch.Tensor, # (m, d)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'below_margin', 'select_pair', 'threshold_of', 'preference_prompt',
            'stage_of', 'sample_candidates', 'add_lookups', 'distinct_candidates', 'write_texts', 'score_candidates',
-           'score_own_words', 'harmonic_mean', 'score_both_sides', 'check_own_words_scored', 'check_texts_scored',
+           'score_own_words', 'check_own_words_scored', 'check_texts_scored', 'harmonic_mean', 'score_both_sides',
            'candidate_rewards', 'choose_pairs', 'check_scored', 'build_preferences', 'split_verdicts', 'split_half']
 
 # %% ../nbs/02_prefs.ipynb #adffe148
@@ -375,6 +375,29 @@ def score_own_words( # noqa: PLR0913
         store.put_texts(rows)
     return len(todo)
 
+# %% ../nbs/02_prefs.ipynb #6d359487
+def check_own_words_scored(
+    store, # `RunStore`
+    round:int, # from 1
+) -> None:
+    "Raise `ValueError` until all candidates of a round are scored by their own words"
+    lack = len(_without(store, round, 'self'))
+    if lack: raise ValueError(f'round {round}: {lack} candidates have no score yet: score_own_words comes first')
+
+def check_texts_scored(
+    store, # `RunStore`
+    preset, # `Preset`
+    round:int, # from 1
+) -> None:
+    "Raise `ValueError` until all texts of a round are written and scored"
+    stage = stage_of(round)
+    wanted = len(distinct_candidates(store, round)) * preset.n_texts
+    lack = wanted - len(store.texts(stage, kind='preference'))
+    if lack: raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
+    unscored = len(store.unscored(stage, 'preference'))
+    if unscored:
+        raise ValueError(f'round {round}: {unscored} texts have no score yet: score_candidates comes first')
+
 # %% ../nbs/02_prefs.ipynb #3b8a5ba6
 def harmonic_mean(
     shares:Sequence[float], # from 0 to 1; NaN: not known
@@ -419,28 +442,6 @@ def score_both_sides(
         rows += _stored(place, dict(activation=activation, coverage=named))
     store.put_texts(rows)
     return len(todo)
-
-def check_own_words_scored(
-    store, # `RunStore`
-    round:int, # from 1
-) -> None:
-    "Raise `ValueError` until all candidates of a round are scored by their own words"
-    lack = len(_without(store, round, 'self'))
-    if lack: raise ValueError(f'round {round}: {lack} candidates have no score yet: score_own_words comes first')
-
-def check_texts_scored(
-    store, # `RunStore`
-    preset, # `Preset`
-    round:int, # from 1
-) -> None:
-    "Raise `ValueError` until all texts of a round are written and scored"
-    stage = stage_of(round)
-    wanted = len(distinct_candidates(store, round)) * preset.n_texts
-    lack = wanted - len(store.texts(stage, kind='preference'))
-    if lack: raise ValueError(f'round {round}: {lack} of {wanted} texts are not written yet: write_texts comes first')
-    unscored = len(store.unscored(stage, 'preference'))
-    if unscored:
-        raise ValueError(f'round {round}: {unscored} texts have no score yet: score_candidates comes first')
 
 # %% ../nbs/02_prefs.ipynb #39876307
 # of a candidate's rows, in the order of j
