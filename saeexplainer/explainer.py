@@ -129,7 +129,7 @@ class ExplainerCard:
 
     @classmethod
     def from_preset(cls, preset:Preset, reader:FeatureReader, stage:str='untrained',
-                    dictionary:str|Path|None=None) -> 'ExplainerCard': # dictionary: file of the hints; None: the preset's
+                    dictionary:str|Path|None=None) -> 'ExplainerCard': # dictionary: a file; None: the preset's
         "Return the card of an explainer that `preset` describes, for the features of `reader`; raises `ValueError`"
         place = preset.injection
         return cls(

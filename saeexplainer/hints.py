@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'WORDS', 'HINTS', 'Neighbour', 'TokenDictionary', 'check_dictionary', 'place_of', 'dictionary_beside',
-           'hint_text', 'hints_for', 'feature_hints', 'with_hints']
+           'near_enough', 'hint_text', 'hints_for', 'feature_hints', 'with_hints']
 
 # %% ../nbs/parts/hints.ipynb #6ba06e76
 import json
@@ -35,7 +35,7 @@ def _four_bits(vectors:torch.Tensor) -> torch.Tensor: # (n, d) -> (n, d/2 rounde
     even = torch.nn.functional.pad(levels, (0, vectors.shape[1] % 2)).to(torch.uint8)
     return even[:, ::2] | even[:, 1::2] << 4
 
-def _from_four_bits(packed:torch.Tensor, width:int) -> torch.Tensor: # (n, width) fp32, unit vectors; raises `ValueError`
+def _from_four_bits(packed:torch.Tensor, width:int) -> torch.Tensor: # (n, width) fp32; raises `ValueError`
     stored, wanted = (packed.dtype, packed.shape[1]), (torch.uint8, (width + 1)//2)
     if stored != wanted: raise ValueError(f'{stored} in place of {wanted}')
     levels = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :width].float() - _LEVELS
@@ -140,17 +140,22 @@ def _named(token:str) -> str:
     is_piece = token[:1].isalpha()
     return f'-{bare}' if is_piece else bare
 
+def near_enough(
+    neighbours:Sequence[Neighbour], # the nearest first
+    share:float, # of the cosine of the nearest
+) -> list[Neighbour]:
+    "Return those that are not much farther away than the nearest"
+    return [near for near in neighbours if near.cosine >= share*neighbours[0].cosine]
+
 def hint_text(
     neighbours:Sequence[Neighbour], # the nearest first
     most:int, # that are named
 ) -> str: # 'child, parent, -ing'
     "Name what is near to a direction"
     named:dict[str, str] = {}
-    nearest = max((near.cosine for near in neighbours), default=0.)
-    for near in neighbours:
+    for near in near_enough(neighbours, _NEAR):
         key = near.token.strip().casefold()
-        is_near = near.cosine >= _NEAR*nearest
-        if key and is_near: named.setdefault(key, _named(near.token))
+        if key: named.setdefault(key, _named(near.token))
     return ', '.join(list(named.values())[:most])
 
 _NEAR = .6 # of the cosine of the nearest

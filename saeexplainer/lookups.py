@@ -19,7 +19,7 @@ import torch
 # %% ../nbs/parts/lookups.ipynb #838d2611
 from .show import progress_bar
 from .features import MOST_HALF, cache_folder
-from .hints import TOKENS, WORDS, Neighbour, TokenDictionary, check_dictionary, place_of
+from .hints import TOKENS, WORDS, Neighbour, TokenDictionary, check_dictionary, near_enough, place_of
 from .lm.hooks import final_norm
 from .lm.sampling import seed_for
 from .presets import LOOKUPS
@@ -294,8 +294,7 @@ def token_dictionary(
 IN_DICTIONARY = {'nearest token': TOKENS, 'nearest word': WORDS, 'nearest words': WORDS}
 
 def _near_phrase(neighbours:Sequence[Neighbour], most:int) -> str: # the nearest one, and those almost as near
-    close = [one.token for one in neighbours if one.cosine >= _ALMOST*neighbours[0].cosine]
-    return token_phrase(close, most)
+    return token_phrase([one.token for one in near_enough(neighbours, _ALMOST)], most)
 
 _ALMOST = .8 # of the cosine of the nearest
 

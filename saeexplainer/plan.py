@@ -259,7 +259,8 @@ def _text_requests(lists:_Lists, one_text:bool, lengths) -> Asked: # one_text: a
 # %% ../nbs/parts/plan.ipynb #94d96c22
 def _preference_lists(preset, lengths) -> _Lists: # of all rounds, of online RL, and of the candidates of 'best'
     lists = 0.
-    if preset.reward not in OWN_REWARDS: lists += preset.dpo_rounds*preset.n_pref*_distinct(preset, lengths, lookups=True)
+    if preset.reward not in OWN_REWARDS:
+        lists += preset.dpo_rounds*preset.n_pref*_distinct(preset, lengths, lookups=True)
     if preset.reward not in OWN_REWARDS and 'best' in preset.baselines:
         lists += preset.n_test*_distinct(preset, lengths, lookups=False)
     if preset.grpo_reward == 'texts': lists += _draws(preset)*lengths.distinct

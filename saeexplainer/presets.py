@@ -141,7 +141,8 @@ class Preset:
     label_model: str|None = _field(None,
         "which model's labels features have; None: the source's default, recorded with the run")
     sft_labels: str|None = _field(None,
-        'whose explanations SFT learns from, by those features that they have explained; None: the labels of label_model')
+        'whose explanations SFT learns from, by those features that they have explained; '
+        'None: the labels of label_model')
     baseline_labels: tuple[str, ...] = _field((),
         "models whose labels of the test features are measured beside the explainer's, where there "
         'are any')

@@ -64,8 +64,8 @@ class _MadeWith(NamedTuple):
 
 _MADE_WITH = (
     _MadeWith('progress', "stage = 'sft' AND finished IS NOT NULL",
-              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient n_sft sft_labels '
-              'max_length lora_r lora_alpha lora_dropout '
+              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient n_sft '
+              'sft_labels max_length lora_r lora_alpha lora_dropout '
               'sft_lr sft_epochs sft_batch sft_accumulation sft_warmup sft_weight_decay'),
     _MadeWith('explanations', "stage GLOB 'round[0-9]*'",
               'n_pref new_features_in_round_2 n_candidates candidate_lookups candidate_temperature candidate_top_p '
@@ -656,7 +656,8 @@ def taught_features(
     by = run.preset.sft_labels
     if by is None: return features
     texts = labels_of(features, by)
-    if features and not texts: raise ValueError(f'sft_labels: {by!r} has explained none of the {len(features)} features')
+    if features and not texts:
+        raise ValueError(f'sft_labels: {by!r} has explained none of the {len(features)} features')
     return [dataclasses.replace(feature, explanation=texts[feature.index])
             for feature in features if feature.index in texts]
 

@@ -209,7 +209,7 @@ def train_sft( # noqa: PLR0913
               held_out=(), # `Feature`s or ids that must not be trained on
               like=None, # folder of a finished training: copied, if it is this one
               progress:bool=True, # with a bar
-              dictionary=None # file of the hints, where the preset wants them; None: the preset's; the folder gets a copy
+              dictionary=None # file of the hints; None: the preset's, where it wants them; the folder gets a copy
              ) -> SFTResult: # of this call, or of an earlier one that did the same
     "Fine-tune the explainer on labels (3.2); raise `ValueError` where features overlap or do not fit"
     out = Path(out)
