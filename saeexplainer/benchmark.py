@@ -299,7 +299,8 @@ BUILT_IN = ('label', 'peak words', *LOOKUPS, 'autointerp', 'contrastive', SELFIE
 def _greedy(run:Run, stage:str, features:Sequence[int], folder:Path) -> dict[int, str]: # folder: of explainers
     explainer = load_explainer(folder/stage if (folder/stage).exists() else stage, run.preset, run.reader)
     texts = explainer.explain(run.reader.directions(features), max_new_tokens=run.preset.explanation_tokens,
-                              batch_size=run.preset.batch_size, progress=run.progress)
+                              batch_size=run.preset.batch_size, progress=run.progress,
+                              encoders=run.reader.encoders(features))
     return dict(zip(features, texts))
 
 def _labels(bench:Bench) -> dict[int, str]: # of a strong reader

@@ -285,7 +285,8 @@ def _explain_batch(work:_Work, explainer, batch:list[int]) -> list[dict]: # rows
     texts = explainer.explain(
         work.reader.directions(batch),
         max_new_tokens=work.preset.explanation_tokens,
-        batch_size=work.preset.batch_size)
+        batch_size=work.preset.batch_size,
+        encoders=work.reader.encoders(batch))
     return [_explained_row(work, index, text) for index, text in zip(batch, texts)]
 
 def _ranked_row(index:int, ranked:Ranked) -> dict: # its explanation takes the place of the greedy one

@@ -374,11 +374,11 @@ def _checked_prompt(explainer) -> list[int]: # without hints; the tokenizer gets
 
 def prompts_of(
     explainer, # `Explainer`
-    directions:torch.Tensor, # (n, d_model)
+    encoders:torch.Tensor, # (n, d_model): along which the features fire
 ) -> list[list[int]]: # n, of token ids
-    "Return the prompt of each direction, with its hints where the explainer's card wants them"
-    if explainer.dictionary is None: return [explainer.prompt]*len(directions)
-    hints = hints_for(explainer.dictionary, directions, explainer.card.n_hints)
+    "Return the prompt of each feature, with its hints where the explainer's card wants them"
+    if explainer.dictionary is None: return [explainer.prompt]*len(encoders)
+    hints = hints_for(explainer.dictionary, encoders, explainer.card.n_hints)
     prompts = {text: _prompt(explainer, text) for text in set(hints)}
     return [prompts[text] for text in hints]
 
@@ -396,13 +396,32 @@ def _sampling(card:ExplainerCard, temperature:float, top_p:float, max_new_tokens
     if max_new_tokens is None: max_new_tokens = card.explanation_tokens or 64 # older cards do not say it
     return Sampling(temperature, top_p, max_new_tokens)
 
-def _texts(explainer, directions, seeds, sampling, batch_size, progress) -> list[str]: # seeds None: greedy
-    directions = _directions(directions, explainer.card.d_model)
+@dataclass(frozen=True)
+class _Questions:
+    "What is injected, and into which prompt"
+    directions: torch.Tensor # (n, d_model)
+    prompts: list # n, of token ids
+
+    def __len__(self): return len(self.prompts)
+
+    def repeated(self, k): # each k times
+        prompts = [prompt for prompt in self.prompts for _ in range(k)]
+        return _Questions(self.directions.repeat_interleave(k, 0), prompts)
+
+def _questions(explainer, directions, encoders) -> _Questions: # encoders None: the directions
+    width = explainer.card.d_model
+    directions = _directions(directions, width)
+    encoders = directions if encoders is None else _directions(encoders, width)
+    if len(encoders) != len(directions):
+        raise ValueError(f'{len(encoders)} encoder directions for {len(directions)} directions: give one for each')
+    return _Questions(directions, prompts_of(explainer, encoders))
+
+def _texts(explainer, questions, seeds, sampling, batch_size, progress) -> list[str]: # seeds None: greedy
     texts = []
-    with progress_bar(len(directions), 'explanations', progress) as bar:
-        for i in range(0, len(directions), batch_size):
-            vectors = directions[i:i+batch_size]
-            prompts = pad(prompts_of(explainer, vectors), 0, left=True)
+    with progress_bar(len(questions), 'explanations', progress) as bar:
+        for i in range(0, len(questions), batch_size):
+            vectors = questions.directions[i:i+batch_size]
+            prompts = pad(questions.prompts[i:i+batch_size], 0, left=True)
             with explainer.injector.using(vectors.to(explainer.model.device)):
                 texts += sample(
                     explainer.model, explainer.tokenizer, **prompts,
@@ -412,15 +431,14 @@ def _texts(explainer, directions, seeds, sampling, batch_size, progress) -> list
             bar.update(len(vectors))
     return texts
 
-def _candidates(explainer, directions, k, seeds, sampling, batch_size, progress) -> list[list[str]]: # (n, k)
-    directions = _directions(directions, explainer.card.d_model)
-    n = len(directions)
+def _candidates(explainer, questions, k, seeds, sampling, batch_size, progress) -> list[list[str]]: # (n, k)
+    n = len(questions)
     if not hasattr(seeds, '__len__'): # one for all
         seeds = [[seed_for(seeds, 'explain', i, j) for j in range(k)] for i in range(n)]
     if [len(row) for row in seeds] != [k]*n:
         raise ValueError(f'seeds must be ({n}, {k}), one per direction and candidate')
     flat = [int(seed) for row in seeds for seed in row]
-    texts = _texts(explainer, directions.repeat_interleave(k, 0), flat, sampling, batch_size, progress)
+    texts = _texts(explainer, questions.repeated(k), flat, sampling, batch_size, progress)
     return [texts[i:i+k] for i in range(0, len(texts), k)]
 
 # %% ../nbs/parts/explainer.ipynb #27dc6f79
@@ -460,20 +478,25 @@ class Explainer:
 
     def explain(self, directions:Any, # (n, d_model)
                 max_new_tokens:int|None=None, # None: the card's
-                batch_size:int=64, progress:bool=False) -> list[str]: # one per direction
+                batch_size:int=64, progress:bool=False,
+                encoders:Any=None, # (n, d_model): what hints come from, along which features fire; None: directions
+                ) -> list[str]: # one per direction
         "Return greedy explanations; raises `ValueError` for directions of another width, zero or NaN, and for indices"
         sampling = _sampling(self.card, 0, 1., max_new_tokens)
-        return _texts(self, directions, None, sampling, batch_size, progress)
+        return _texts(self, _questions(self, directions, encoders), None, sampling, batch_size, progress)
 
     def sample( # noqa: PLR0913
         self, directions:Any, # (n, d_model)
         k:int, # candidates for each
         temperature:float=.9, top_p:float=.9, seed:int=0,
         seeds:Any=None, # (n, k) ints; default: from `seed`, row and candidate
-        max_new_tokens:int|None=None, batch_size:int=64, progress:bool=False) -> list[list[str]]: # (n, k)
+        max_new_tokens:int|None=None, batch_size:int=64, progress:bool=False,
+        encoders:Any=None, # (n, d_model), as of `explain`
+    ) -> list[list[str]]: # (n, k)
         "Return k sampled explanations of each direction (3.3)"
         sampling = _sampling(self.card, temperature, top_p, max_new_tokens)
-        return _candidates(self, directions, k, seed if seeds is None else seeds, sampling, batch_size, progress)
+        questions = _questions(self, directions, encoders)
+        return _candidates(self, questions, k, seed if seeds is None else seeds, sampling, batch_size, progress)
 
     def save(self, folder:str|Path) -> None:
         "Write adapter and card, as `from_pretrained` reads them; raises `ValueError` for an untrained explainer"

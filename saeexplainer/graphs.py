@@ -200,7 +200,8 @@ def explained_labels(
     chosen = [index for index, is_alive in zip(there, alive.tolist()) if is_alive]
     if not chosen: return {}
     texts = load_explainer(explainer, preset, reader).explain(
-        reader.directions(chosen), max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size)
+        reader.directions(chosen), max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size,
+        encoders=reader.encoders(chosen))
     free_memory() # the next preset has another model
     return {index: text for index, text in zip(chosen, texts) if text}
 

@@ -444,7 +444,7 @@ def train_grpo(
     claim(checkpoints, settings)
     explainer = Explainer.from_pretrained(previous, reader=reader, trainable=True, device=preset.device)
     wanted = list(dict.fromkeys(rows['feature']))
-    prompts = dict(zip(wanted, prompts_of(explainer, reader.directions(wanted))))
+    prompts = dict(zip(wanted, prompts_of(explainer, reader.encoders(wanted))))
     trainer = grpo_trainer(preset, rows, reader, explainer, checkpoints, reward, progress, prompts)
     step0 = step0_check(trainer)
     train_to_the_end(trainer, last_checkpoint(checkpoints))

@@ -135,11 +135,6 @@ def dictionary_beside(
 # %% ../nbs/parts/hints.ipynb #9b4daa4f
 HINTS = '{hints}' # its place in a template
 
-def _named(token:str) -> str:
-    bare = token.strip()
-    is_piece = token[:1].isalpha()
-    return f'-{bare}' if is_piece else bare
-
 def near_enough(
     neighbours:Sequence[Neighbour], # the nearest first
     share:float, # of the cosine of the nearest
@@ -150,12 +145,12 @@ def near_enough(
 def hint_text(
     neighbours:Sequence[Neighbour], # the nearest first
     most:int, # that are named
-) -> str: # 'child, parent, -ing'
+) -> str: # "'child', 'parent'"
     "Name what is near to a direction"
     named:dict[str, str] = {}
     for near in near_enough(neighbours, _NEAR):
-        key = near.token.strip().casefold()
-        if key: named.setdefault(key, _named(near.token))
+        word = near.token.strip()
+        if word: named.setdefault(word.casefold(), f"'{word}'")
     return ', '.join(list(named.values())[:most])
 
 _NEAR = .6 # of the cosine of the nearest
@@ -163,12 +158,12 @@ _NEAR = .6 # of the cosine of the nearest
 # %% ../nbs/parts/hints.ipynb #d7838046
 def hints_for(
     dictionary:TokenDictionary|None, # None: there are no hints
-    directions:torch.Tensor, # (m, d)
+    encoders:torch.Tensor, # (m, d): along which the features fire
     most:int, # that are named of each
 ) -> list[str]: # m texts
-    "Return the hints of directions"
-    if dictionary is None: return ['']*len(directions)
-    near = dictionary.nearest(directions, k=12*most) # a word has several entries
+    "Return the hints of features"
+    if dictionary is None: return ['']*len(encoders)
+    near = dictionary.nearest(encoders, k=12*most) # a word has several entries
     return [hint_text(row, most) for row in near]
 
 def feature_hints(
@@ -180,7 +175,7 @@ def feature_hints(
     "Return the hints of features"
     distinct = sorted({int(feature) for feature in features})
     if not distinct: return {}
-    return dict(zip(distinct, hints_for(dictionary, reader.directions(distinct), most)))
+    return dict(zip(distinct, hints_for(dictionary, reader.encoders(distinct), most)))
 
 def with_hints(
     template:str, # with `{placeholder}`, and `{hints}` where it has them

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IN_DICTIONARY', 'NEAREST', 'ONE_BY_ONE', 'can_be_named', 'token_phrase', 'Key', 'keys_of', 'Means', 'spread',
            'entries_of', 'read_token_dictionary', 'ProbeHit', 'probe_vocabulary', 'logit_lens', 'nearest_labels',
-           'random_labels', 'dictionary_file', 'token_dictionary', 'look_up', 'phrases_of']
+           'random_labels', 'dictionary_file', 'token_dictionary', 'neighbours_of', 'look_up', 'phrases_of']
 
 # %% ../nbs/parts/lookups.ipynb #39d11c4d
 import random
@@ -76,7 +76,7 @@ def keys_of(
     words = words_at(tokens)
     keys:list[tuple[Key, ...]] = []
     for token, word, before in zip(tokens, words, _words_before(tokens, words)):
-        name = token if word is None or token.strip() == word else f' {word.casefold()}'
+        name = token if word is None or token.strip() == word else f' {word}'
         keys.append((Key(token, name), Key(token, name, before)))
     return keys
 
@@ -293,6 +293,19 @@ def token_dictionary(
 # lookups, and the dictionaries that they look in
 IN_DICTIONARY = {'nearest token': TOKENS, 'nearest word': WORDS, 'nearest words': WORDS}
 
+def neighbours_of( # noqa: PLR0913
+    name:str, # one of `IN_DICTIONARY`
+    preset, # `Preset`
+    target:Target, # of the preset
+    features:Sequence[int], # indices
+    k:int=20, # entries of each; a word has several
+    progress:bool=True,
+) -> list[list[Neighbour]]: # the nearest first
+    "Look features up: words by the encoder's direction, as hints are; tokens by the decoder's"
+    dictionary = token_dictionary(preset, target, IN_DICTIONARY[name], progress)
+    by = target.reader.encoders if IN_DICTIONARY[name] == WORDS else target.reader.directions
+    return dictionary.nearest(by(list(features)), k)
+
 def _near_phrase(neighbours:Sequence[Neighbour], most:int) -> str: # the nearest one, and those almost as near
     return token_phrase([one.token for one in near_enough(neighbours, _ALMOST)], most)
 
@@ -316,8 +329,7 @@ def look_up( # noqa: PLR0913
     if name in ('nearest label', 'random label') and not labels:
         raise ValueError(f'the lookup {name!r} needs labels of other features, and there are none')
     if name in IN_DICTIONARY:
-        dictionary = token_dictionary(preset, target, IN_DICTIONARY[name], progress)
-        nearest = dictionary.nearest(reader.directions(features), k=20) # a word has several entries
+        nearest = neighbours_of(name, preset, target, features, progress=progress)
         most = 3 if name == 'nearest words' else 1
         return {feature: _near_phrase(row, most) for feature, row in zip(features, nearest)}
     if name == 'vocabulary probe':
@@ -349,8 +361,7 @@ def phrases_of( # noqa: PLR0913
     if name not in ONE_BY_ONE:
         return {feature: [text] for feature, text in look_up(name, preset, target, features, labels, progress).items()}
     if not len(features): return {}
-    directions = target.reader.directions(list(features))
-    nearest = token_dictionary(preset, target, IN_DICTIONARY[name], progress).nearest(directions, 4*NEAREST)
+    nearest = neighbours_of(name, preset, target, features, 4*NEAREST, progress)
     found = {}
     for feature, neighbours in zip(features, nearest):
         phrases = dict.fromkeys(token_phrase([one.token], most=1) for one in neighbours) # a word has several entries

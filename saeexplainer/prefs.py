@@ -200,6 +200,7 @@ def sample_candidates(
             seeds=seeds,
             max_new_tokens=sampling.max_tokens,
             batch_size=preset.batch_size,
+            encoders=reader.encoders(batch),
         )
         rows = []
         for feature, texts in zip(batch, drawn):

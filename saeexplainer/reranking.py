@@ -37,13 +37,14 @@ def draw_candidates( # noqa: PLR0913
     "Explain features several times; raises `ValueError` for a number of candidates below 0"
     if n < 0: raise ValueError(f'{n} candidates cannot be drawn: it is 0 or more')
     directions = reader.directions(list(features))
+    encoders = reader.encoders(list(features))
     how = preset.candidate_sampling
-    greedy = explainer.explain(directions, how.max_tokens, batch_size, progress)
+    greedy = explainer.explain(directions, how.max_tokens, batch_size, progress, encoders)
     if n == 0: return [[text] for text in greedy]
     seeds = [[seed_for(preset.seed, 'explain', feature, k) for k in range(n)] for feature in features]
     drawn = explainer.sample(
         directions, n, how.temperature, how.top_p, seeds=seeds,
-        max_new_tokens=how.max_tokens, batch_size=batch_size, progress=progress)
+        max_new_tokens=how.max_tokens, batch_size=batch_size, progress=progress, encoders=encoders)
     return [distinct_texts([first, *others]) for first, others in zip(greedy, drawn)]
 
 # %% ../nbs/parts/reranking.ipynb #1202bf2f

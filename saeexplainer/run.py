@@ -816,7 +816,7 @@ def _explained_by(run:Run, stage:str, test:list[int]) -> dict[int, str]: # featu
         preset = run.preset
         texts = run.explainer(stage).explain(
             run.reader.directions(missing), max_new_tokens=preset.explanation_tokens,
-            batch_size=preset.batch_size, progress=run.progress)
+            batch_size=preset.batch_size, progress=run.progress, encoders=run.reader.encoders(missing))
         run.store.put_explanations([(stage, i, 0, text) for i, text in zip(missing, texts)])
         have = run.store.explanations(stage)
     return dict(zip(have['feature'].tolist(), have['text']))

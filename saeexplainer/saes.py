@@ -633,6 +633,13 @@ class FeatureReader:
         rows = self.sae.W_dec[self._rows.indices(features)]
         return check_directions(rows.clone(), self.d_model)
 
+    def encoders(self, features:Features) -> torch.Tensor: # (n, d) fp32
+        "Return encoder directions, along which features fire: of an SAE that has none, the decoder's; raise likewise"
+        weights = getattr(self.sae, 'W_enc', None)
+        if weights is None: return self.directions(features)
+        columns = weights[:, self._rows.indices(features)]
+        return check_directions(columns.T.clone(), self.d_model)
+
     @torch.no_grad()
     def encode(self, resid:torch.Tensor) -> torch.Tensor: # (..., d) -> (..., n_features)
         "Return all activations, by sae-lens' own encode"

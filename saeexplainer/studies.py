@@ -81,7 +81,8 @@ def _trained_variant(run, preset, held_out, out, progress) -> Path: # the adapte
 
 def _explained(run, explainer, preset, held_out, samples) -> list[Explained]:
     directions = run.reader.directions(held_out)
-    generation = dict(max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size)
+    generation = dict(encoders=run.reader.encoders(held_out), max_new_tokens=preset.explanation_tokens,
+                      batch_size=preset.batch_size)
     sampling = preset.candidate_sampling
     drawn = explainer.sample(
         directions,
@@ -376,7 +377,8 @@ class RuleLab:
         preset = self.preset
         explainer = load_explainer(adapter, preset, self.reader)
         texts = explainer.explain(
-            self.reader.directions(features), max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size)
+            self.reader.directions(features), max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size,
+            encoders=self.reader.encoders(features))
         writer = writer_for(preset.evaluation_writer, target, preset)
         verified = verify(target, writer, list(zip(features, texts)), preset, n, self.progress)
         peaks = self.results['features'].set_index('feature')['max_act']
