@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'WORDS', 'HINTS', 'Neighbour', 'TokenDictionary', 'check_dictionary', 'place_of', 'dictionary_beside',
-           'near_enough', 'hint_text', 'hints_for', 'feature_hints', 'with_hints']
+           'near_enough', 'hint_words', 'hint_text', 'words_near', 'hints_for', 'feature_hints', 'with_hints']
 
 # %% ../nbs/parts/hints.ipynb #6ba06e76
 import json
@@ -142,20 +142,35 @@ def near_enough(
     "Return those that are not much farther away than the nearest"
     return [near for near in neighbours if near.cosine >= share*neighbours[0].cosine]
 
-def hint_text(
+def hint_words(
     neighbours:Sequence[Neighbour], # the nearest first
     most:int, # that are named
-) -> str: # "'child', 'parent'"
-    "Name what is near to a direction"
+) -> list[str]: # ['child', 'parent']
+    "Choose what is named of that which is near to a direction"
     named:dict[str, str] = {}
     for near in near_enough(neighbours, _NEAR):
         word = near.token.strip()
-        if word: named.setdefault(word.casefold(), f"'{word}'")
-    return ', '.join(list(named.values())[:most])
+        if word: named.setdefault(word.casefold(), word)
+    return list(named.values())[:most]
 
 _NEAR = .6 # of the cosine of the nearest
 
+def hint_text(
+    words:Sequence[str],
+) -> str: # "'child', 'parent'"
+    "Name words in a prompt"
+    return ', '.join(f"'{word}'" for word in words)
+
 # %% ../nbs/parts/hints.ipynb #d7838046
+def words_near(
+    dictionary:TokenDictionary,
+    encoders:torch.Tensor, # (m, d): along which the features fire
+    most:int, # words of each
+) -> list[list[str]]: # m
+    "Return the words that hints name"
+    near = dictionary.nearest(encoders, k=12*most) # a word has several entries
+    return [hint_words(row, most) for row in near]
+
 def hints_for(
     dictionary:TokenDictionary|None, # None: there are no hints
     encoders:torch.Tensor, # (m, d): along which the features fire
@@ -163,8 +178,7 @@ def hints_for(
 ) -> list[str]: # m texts
     "Return the hints of features"
     if dictionary is None: return ['']*len(encoders)
-    near = dictionary.nearest(encoders, k=12*most) # a word has several entries
-    return [hint_text(row, most) for row in near]
+    return [hint_text(words) for words in words_near(dictionary, encoders, most)]
 
 def feature_hints(
     dictionary:TokenDictionary|None, # None: there are no hints

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IN_DICTIONARY', 'NEAREST', 'ONE_BY_ONE', 'can_be_named', 'token_phrase', 'Key', 'keys_of', 'Means', 'spread',
            'entries_of', 'read_token_dictionary', 'ProbeHit', 'probe_vocabulary', 'logit_lens', 'nearest_labels',
-           'random_labels', 'dictionary_file', 'token_dictionary', 'neighbours_of', 'look_up', 'phrases_of']
+           'random_labels', 'dictionary_file', 'token_dictionary', 'neighbours_of', 'look_up', 'phrases_of', 'akin',
+           'peak_units', 'known_phrase']
 
 # %% ../nbs/parts/lookups.ipynb #39d11c4d
 import random
@@ -367,3 +368,38 @@ def phrases_of( # noqa: PLR0913
         phrases = dict.fromkeys(token_phrase([one.token], most=1) for one in neighbours) # a word has several entries
         found[feature] = ([*phrases] + ['']*NEAREST)[:NEAREST]
     return found
+
+# %% ../nbs/parts/lookups.ipynb #798e3f99
+def akin(
+    word:str,
+    other:str, # both case folded
+) -> bool:
+    "Return whether two words look like forms of one: they begin alike, and are about as long"
+    if word == other: return True
+    shorter = min(len(word), len(other))
+    alike = max(_STEM, shorter - 2)
+    return shorter >= _STEM and word[:alike] == other[:alike] and abs(len(word) - len(other)) <= _ENDING
+
+_STEM = 4 # letters
+_ENDING = 4
+
+def peak_units(
+    contexts:Iterable, # of `Context`
+) -> Counter: # word, or token that is in no word, case folded -> number of peaks
+    "Count what stands at the peaks"
+    tokens = ((words_at(context.tokens)[context.peak], context.tokens[context.peak]) for context in contexts)
+    return Counter((word or token.strip()).casefold() for word, token in tokens)
+
+def known_phrase(
+    hints:Sequence[str], # words
+    contexts:Sequence, # of `Context`, the feature's strongest
+) -> str: # '' where nothing can be known
+    "Say what an explainer that sees the hints can know of a feature"
+    units = peak_units(contexts)
+    right = [hint for hint in hints if any(akin(unit, hint.casefold()) for unit in units)]
+    if right: return token_phrase([f' {hint}' for hint in right], _MOST)
+    [(unit, count)] = units.most_common(1) or [('', 0)]
+    return token_phrase([f' {unit}'], 1) if count >= _COMMON*len(contexts) else ''
+
+_MOST = 5 # words
+_COMMON = .3 # of the peaks

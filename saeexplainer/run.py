@@ -30,16 +30,16 @@ from .grpo import OwnWordsReward, TextReward, train_grpo
 from .labels import autointerp, silent_contexts
 from .lm.hooks import context_length
 from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
-from .hints import WORDS, check_dictionary
-from .lookups import IN_DICTIONARY, dictionary_file, look_up
+from .hints import WORDS, TokenDictionary, check_dictionary, place_of, words_near
+from .lookups import IN_DICTIONARY, dictionary_file, known_phrase, look_up
 from .metrics import Evaluation, evaluate
 from saeexplainer.prefs import (
     add_lookups, build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_both_sides,
     score_candidates, score_own_words, threshold_of, write_texts,
 )
 from saeexplainer.presets import (
-    LOOKUPS, OWN_REWARDS, SELFIE, Preset, asked_writers, bench_folder, evaluated_stages, explainer_stages, is_local,
-    load_preset, validation_size,
+    HINTED_WORDS, LOOKUPS, OWN_REWARDS, SELFIE, Preset, asked_writers, bench_folder, evaluated_stages,
+    explainer_stages, is_local, load_preset, validation_size,
 )
 from .replies import Request
 from .report import write_report
@@ -647,15 +647,23 @@ def forget_empty_claim(
     folder = adapter/'checkpoints'
     if folder.is_dir() and not any(folder.glob('checkpoint-*')): shutil.rmtree(folder)
 
+def _known_labels(run, features, dictionary) -> dict[int, str]: # feature -> phrase, where there is one
+    near = TokenDictionary.load(dictionary, place_of(run.reader))
+    encoders = run.reader.encoders([feature.index for feature in features])
+    hints = words_near(near, encoders, run.preset.n_hints)
+    phrases = {feature.index: known_phrase(words, feature.contexts) for feature, words in zip(features, hints)}
+    return {index: phrase for index, phrase in phrases.items() if phrase}
+
 def taught_features(
     run:Run,
     split:str, # 'sft' or 'validation'
+    dictionary:Path|None=None, # file of the hints
 ) -> list[Feature]: # their `explanation` is what is learned
     "Return the features of a split that SFT learns from; raises `ValueError` where nobody has explained any"
     features = [run.features[i] for i in run.splits[split]]
     by = run.preset.sft_labels
     if by is None: return features
-    texts = labels_of(features, by)
+    texts = _known_labels(run, features, dictionary) if by == HINTED_WORDS else labels_of(features, by)
     if features and not texts:
         raise ValueError(f'sft_labels: {by!r} has explained none of the {len(features)} features')
     return [dataclasses.replace(feature, explanation=texts[feature.index])
@@ -668,12 +676,12 @@ def sft_stage(
     dictionary = dictionary_file(run.preset, run.target, WORDS, run.progress) if run.preset.n_hints else None
     run.make_room()
     forget_empty_claim(run.adapter('sft'))
-    taught = taught_features(run, 'sft')
+    taught = taught_features(run, 'sft', dictionary)
     parts = [part for name, part in run.splits.items() if name.startswith(('test', 'preference'))]
     held_out = [run.features[i] for part in parts for i in part]
     result = train_sft(
         run.preset, taught, run.reader, run.adapter('sft'),
-        eval_features=taught_features(run, 'validation'), held_out=held_out,
+        eval_features=taught_features(run, 'validation', dictionary), held_out=held_out,
         like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary)
     losses = result.losses
     loss = f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'

@@ -634,11 +634,13 @@ class FeatureReader:
         return check_directions(rows.clone(), self.d_model)
 
     def encoders(self, features:Features) -> torch.Tensor: # (n, d) fp32
-        "Return encoder directions, along which features fire: of an SAE that has none, the decoder's; raise likewise"
+        "Return encoder directions, along which features fire; the decoder's where there is none; raise as above"
+        rows = self.directions(features)
         weights = getattr(self.sae, 'W_enc', None)
-        if weights is None: return self.directions(features)
-        columns = weights[:, self._rows.indices(features)]
-        return check_directions(columns.T.clone(), self.d_model)
+        if weights is None: return rows
+        columns = weights[:, self._rows.indices(features)].T.float()
+        is_good = columns.isfinite().all(1, keepdim=True) & columns.any(1, keepdim=True)
+        return torch.where(is_good, columns, rows)
 
     @torch.no_grad()
     def encode(self, resid:torch.Tensor) -> torch.Tensor: # (..., d) -> (..., n_features)

@@ -12,8 +12,10 @@ from trainings import WORDS as NAMED, features, tiny_preset, train_on
 from saeexplainer.dpo import preference_dataset, preference_rows, train_dpo
 from saeexplainer.explainer import CARD, Explainer, ExplainerCard, prompts_of
 from saeexplainer.hints import (
-    WORDS, Neighbour, TokenDictionary, dictionary_beside, feature_hints, hint_text, place_of, with_hints,
+    WORDS, Neighbour, TokenDictionary, dictionary_beside, feature_hints, hint_text, hint_words, place_of,
+    with_hints,
 )
+from saeexplainer.lookups import token_phrase
 from saeexplainer.presets import load_preset
 from saeexplainer.run import Run, execute
 from saeexplainer.saes import FeatureReader
@@ -74,21 +76,25 @@ def test_four_bits_keep_the_nearest_token(tmp_path, width):
 
 # ---- the words of a hint
 
-@pytest.mark.parametrize('tokens, text', [
-    ([' child', ' Child', 'CHILD', ' parent'], 'child, parent'),
-    ([' child', 'ren'], 'child, -ren'),
-    ([' (', '2', ' the'], '(, 2'),
-    (['\n', ' ', ' rain'], 'rain'),
-    ([], ''),
+@pytest.mark.parametrize('tokens, words', [
+    ([' child', ' Child', 'CHILD', ' parent'], ['child', 'parent']),
+    ([' child', 'ren'], ['child', 'ren']),
+    ([' (', '2', ' the'], ['(', '2']),
+    (['\n', ' ', ' rain'], ['rain']),
+    ([], []),
 ])
-def test_tokens_are_named_once(tokens, text):
-    assert hint_text([Neighbour(token, .5) for token in tokens], most=2) == text
+def test_tokens_are_named_once(tokens, words):
+    assert hint_words([Neighbour(token, .5) for token in tokens], most=2) == words
+
+
+def test_hints_are_quoted_as_explanations_quote_words():
+    assert token_phrase([' rain', ' sea']) == f"words such as {hint_text(['rain', 'sea'])}"
 
 
 def test_words_far_behind_the_nearest_are_no_hints():
     near = [Neighbour(' sure', .5), Neighbour(' certain', .31), Neighbour(' not', .29)]
-    assert hint_text(near, most=3) == 'sure, certain'
-    assert hint_text([Neighbour(' away', -.1), Neighbour(' off', -.2)], most=3) == '' # nothing is near
+    assert hint_words(near, most=3) == ['sure', 'certain']
+    assert hint_words([Neighbour(' away', -.1), Neighbour(' off', -.2)], most=3) == [] # nothing is near
 
 
 @pytest.mark.parametrize('hints', [PLACEHOLDER, f'a{PLACEHOLDER}b', '{placeholder}', PLACEHOLDER.strip()*2])
@@ -127,7 +133,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp('hints')
     preset = tiny_preset(folder, **HINTED)
     reader = FeatureReader.load(preset.sae)
-    near = reader.directions(range(len(NAMED)))
+    near = reader.encoders(range(len(NAMED)))
     dictionary = TokenDictionary(tuple(f' {word}' for word in NAMED), torch.nn.functional.normalize(near, dim=1))
     dictionary.save(folder/WORDS, place_of(reader))
     trained = train_on(preset, features(), folder/'sft', dictionary=folder/WORDS)
@@ -165,21 +171,34 @@ def test_the_folder_holds_its_dictionary(world):
 
 
 def test_each_prompt_names_its_own_tokens(world, explainer):
-    prompts = prompts_of(explainer, world.reader.directions([0, 3]))
+    prompts = prompts_of(explainer, world.reader.encoders([0, 3]))
     texts = [explainer.tokenizer.decode(ids) for ids in prompts]
-    assert f'near to: {NAMED[0]}' in texts[0]
-    assert f'near to: {NAMED[3]}' in texts[1]
+    assert f"near to: '{NAMED[0]}'" in texts[0]
+    assert f"near to: '{NAMED[3]}'" in texts[1]
     assert all(ids.count(explainer.placeholder_id) == 1 for ids in prompts)
 
 
 def test_rows_of_one_batch_do_not_mix(world, explainer):
-    directions = world.reader.directions(range(len(NAMED)))
-    together = explainer.explain(directions, max_new_tokens=6)
-    assert together == [explainer.explain(one[None], max_new_tokens=6)[0] for one in directions]
+    features = range(len(NAMED))
+    def said(some):
+        return explainer.explain(world.reader.directions(some), max_new_tokens=6, encoders=world.reader.encoders(some))
+    assert said(features) == [text for one in features for text in said([one])]
+
+
+def test_an_encoder_for_each_direction(world, explainer):
+    with pytest.raises(ValueError, match='1 encoder directions for 2 directions: give one for each'):
+        explainer.explain(world.reader.directions([0, 3]), encoders=world.reader.encoders([0]))
+
+
+def test_a_direction_without_an_encoder_is_looked_up_itself(world, explainer):
+    directions = world.reader.directions([1, 2])
+    alone = explainer.explain(directions, max_new_tokens=6)
+    assert alone == explainer.explain(directions, max_new_tokens=6, encoders=directions)
+    assert explainer.sample(directions, 2) == explainer.sample(directions, 2, encoders=directions)
 
 
 def test_a_hint_changes_what_is_said(world, explainer):
-    [direction] = world.reader.directions([0])
+    [direction] = world.reader.encoders([0])
     other = replace(explainer.dictionary, vectors=explainer.dictionary.vectors.roll(5, 0))
     hinted = prompts_of(explainer, direction[None])
     mine, explainer.dictionary = explainer.dictionary, other
@@ -228,7 +247,7 @@ PAIRS = [dict(feature=index, chosen=f"the word '{word}'", rejected='a sea') for 
 def test_pairs_stand_behind_the_prompts_of_their_features(world, explainer):
     hints = feature_hints(explainer.dictionary, world.reader, range(8), 2)
     rows = preference_rows(preference_dataset(PAIRS, explainer.card, hints), explainer, 256)
-    assert list(rows['prompt_ids']) == prompts_of(explainer, world.reader.directions(range(8)))
+    assert list(rows['prompt_ids']) == prompts_of(explainer, world.reader.encoders(range(8)))
 
 
 def test_a_round_goes_on_with_the_hints(world, tmp_path):

@@ -169,6 +169,26 @@ def test_an_sae_has_a_place_and_sizes(reader):
     assert (reader.layer, reader.hook, reader.d_model, reader.n_features) == (2, 'resid_post', 64, 512)
 
 
+def test_encoders_are_those_of_the_encoder(reader):
+    assert torch.equal(reader.encoders([7, 5]), reader.sae.W_enc[:, [7, 5]].T)
+    assert not reader.encoders(5).requires_grad
+    with pytest.raises(ValueError, match='is no feature'): reader.encoders([0, .5])
+
+
+def test_a_feature_without_an_encoder_has_its_decoders_direction(tmp_path):
+    broken = read(tmp_path)
+    before = broken.encoders([5])
+    broken.sae.W_enc.data[:, 3] = 0
+    broken.sae.W_enc.data[:, 4] = float('nan')
+    assert torch.equal(broken.encoders([3, 4]), broken.directions([3, 4]))
+    assert torch.equal(broken.encoders([5]), before)
+
+
+def test_an_sae_without_an_encoder(tmp_path):
+    pursuit = read(tmp_path, 'matching_pursuit')
+    assert torch.equal(pursuit.encoders([5]), pursuit.directions([5]))
+
+
 def test_directions_are_a_copy(reader):
     reader.directions([3]).zero_()
     assert reader.directions([3]).any()
