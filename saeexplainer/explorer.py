@@ -228,7 +228,8 @@ class AskedFeature(KnownFeatures):
         directions = self.lab.reader.directions([index])
         temperature = how.temperature if temperature is None else temperature
         [texts] = self.explainer.sample(directions, n, temperature, how.top_p, max_new_tokens=how.max_tokens,
-                                        seed=seed_for(seed, 'explorer', index), encoders=self.lab.reader.encoders([index]))
+                                        seed=seed_for(seed, 'explorer', index),
+                                        encoders=self.lab.reader.encoders([index]))
         self.drawn.setdefault(index, {})[seed] = texts
         return texts
 

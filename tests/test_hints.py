@@ -15,9 +15,9 @@ from saeexplainer.hints import (
     WORDS, Neighbour, TokenDictionary, dictionary_beside, feature_hints, hint_text, hint_words, place_of,
     with_hints,
 )
-from saeexplainer.lookups import token_phrase
-from saeexplainer.presets import load_preset
-from saeexplainer.run import Run, execute
+from saeexplainer.lookups import dictionary_file, token_phrase
+from saeexplainer.presets import AS_PAPER, HINTED_WORDS, load_preset
+from saeexplainer.run import Run, execute, taught_features
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sft import prompt_of
 
@@ -276,3 +276,25 @@ def test_a_run_with_hints(tmp_path, monkeypatch):
         folder = tmp_path/'run'/'explainer'/stage
         card = json.loads((folder/CARD).read_text())
         assert dictionary_beside(folder, card['dictionary_sha256']).parent == folder
+
+
+def test_a_run_that_learns_the_hints_that_are_right(tmp_path, monkeypatch):
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    preset = load_preset(judged_preset(tmp_path, **HINTED, sft_labels=HINTED_WORDS))
+    with Run(tmp_path/'run', preset, progress=False) as run:
+        file = dictionary_file(preset, run.target, WORDS, progress=False)
+        taught = taught_features(run, 'sft', file)
+        hints = feature_hints(TokenDictionary.load(file), run.reader, run.splits['sft'], preset.n_hints)
+        assert taught
+        for feature in taught:
+            word = run.features[feature.index].words[0]
+            assert feature.explanation == f"the word '{word}'" # it stands at the only peak, a hint or not
+        assert set(hints) == set(run.splits['sft'])
+        execute(run, say=lambda line: None)
+        assert 'sft' in set(run.store.explanations()['stage'])
+
+
+def test_labels_of_hints_need_hints():
+    with pytest.raises(ValueError, match="sft_labels 'hinted words' are words of hints: n_hints must be above 0"):
+        load_preset('smollm2-135m', **AS_PAPER | dict(sft_labels=HINTED_WORDS))

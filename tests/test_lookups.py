@@ -1,15 +1,17 @@
 "Explanations that need no training: near tokens, probed tokens, neighbours' labels, and what is refused"
 import math
+from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ARCHITECTURES, WRAPPED, save_wrapped, tiny_model, tiny_tokenizer
-from judged import judged_preset, running_documents, tiny_target
+from judged import context, judged_preset, running_documents, tiny_target
 from saeexplainer.lm.hooks import decoder_layers, final_norm
 from saeexplainer.lm.models import load_model
 from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.lookups import (
-    NEAREST, ONE_BY_ONE, Key, Means, check_dictionary, entries_of, keys_of, logit_lens, look_up, nearest_labels,
-    phrases_of, probe_vocabulary, random_labels, read_token_dictionary, spread, token_dictionary, token_phrase,
+    IN_DICTIONARY, NEAREST, ONE_BY_ONE, Key, Means, akin, check_dictionary, entries_of, keys_of, known_phrase, logit_lens, look_up,
+    nearest_labels, neighbours_of, peak_units, phrases_of, probe_vocabulary, random_labels, read_token_dictionary,
+    spread, token_dictionary, token_phrase,
 )
 from saeexplainer.presets import CANDIDATE_LOOKUPS, LOOKUPS, load_preset
 from saeexplainer.sources.reading import token_strings
@@ -161,7 +163,8 @@ def test_means_are_those_of_all_places_of_an_entry():
 @pytest.mark.parametrize('tokens, names', [
     ([' rain', ' fell', '.'], [' rain', ' fell', '.']),
     ([' enc', 'roach', 'es', ','], [' encroaches', ' encroaches', ' encroaches', ',']),
-    (['Don', "'", 't', ' go'], [" don't", " don't", " don't", ' go']),
+    (['Don', "'", 't', ' go'], [" Don't", " Don't", " Don't", ' go']),
+    ([' Mon', 'roe', ' mon', 'roe'], [' Monroe', ' Monroe', ' monroe', ' monroe']),
     ([' 19', '90', '\n'], [' 1990', ' 1990', '\n']),
 ])
 def test_a_piece_is_known_by_its_word(tokens, names):
@@ -313,6 +316,61 @@ def test_a_tokenizer_without_bos(tmp_path):
     assert len(logit_lens(plain, plain.reader.directions([3]))[0]) == 3
     assert not math.isnan(sum(hit.activation for hit in probe_vocabulary(plain, [3], progress=False)[3]))
     assert len(read_token_dictionary(plain, running_documents(), progress=False).tokens) > 20
+
+
+def test_words_are_looked_up_by_the_encoder_and_tokens_by_the_decoder(preset):
+    tiny = Target.load(preset)
+    by = {'nearest words': tiny.reader.encoders([3]), 'nearest token': tiny.reader.directions([3])}
+    for name, directions in by.items():
+        dictionary = token_dictionary(preset, tiny, IN_DICTIONARY[name], progress=False)
+        assert neighbours_of(name, preset, tiny, [3], k=4, progress=False) == dictionary.nearest(directions, k=4)
+
+
+# as labels
+
+@pytest.mark.parametrize('word, other', [
+    ('raise', 'raise'), ('raise', 'raises'), ('raising', 'raised'), ('spent', 'spending'), ('(', '('),
+])
+def test_forms_of_one_word(word, other):
+    assert akin(word, other)
+    assert akin(other, word)
+
+
+@pytest.mark.parametrize('word, other', [
+    ('win', 'winning'), ('rain', 'rail'), ('sea', 'seas'), ('inter', 'international'), ('', 'a'), ('state', 'plate'),
+])
+def test_words_that_are_not_taken_for_forms_of_one(word, other):
+    assert not akin(word, other)
+    assert not akin(other, word)
+
+
+def test_what_stands_at_the_peaks():
+    comma = SimpleNamespace(tokens=('rain', ',', ' enc', 'roach'), peak=1)
+    piece = SimpleNamespace(tokens=('rain', ',', ' Enc', 'roach'), peak=3)
+    assert peak_units([comma, piece, piece]) == {',': 1, 'encroach': 2}
+
+
+RAINED = [context('it rained here', 1, 2.)]*2 + [context('the sea was calm', 1, 2.)]*3
+
+@pytest.mark.parametrize('hints, phrase', [
+    (['rain', 'snow', 'Sea'], "words such as 'rain', 'Sea'"), # in their order, as they are written
+    (['sea', 'snow'], "the word 'sea'"),
+    (['snow', 'fog'], "the word 'sea'"), # three peaks of five
+    ([], "the word 'sea'"),
+])
+def test_what_can_be_known_from_hints(hints, phrase):
+    assert known_phrase(hints, RAINED) == phrase
+
+
+def test_where_nothing_can_be_known_nothing_is_said():
+    words = [context(f'a {word} here', 1, 2.) for word in ('rain', 'snow', 'fog', 'sea')]
+    assert known_phrase(['wind'], words) == ''
+    assert known_phrase(['wind'], []) == ''
+
+
+def test_a_label_of_hints_is_short():
+    forms = ['rains', 'rained', 'raining', 'rainy', 'rainfall', 'rain']
+    assert known_phrase(forms, RAINED) == "words such as 'rains', 'rained', 'raining', 'rainy', 'rainfall'"
 
 
 # as candidates
