@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IN_DICTIONARY', 'NEAREST', 'ONE_BY_ONE', 'can_be_named', 'token_phrase', 'Key', 'keys_of', 'Means', 'spread',
            'entries_of', 'read_token_dictionary', 'ProbeHit', 'probe_vocabulary', 'logit_lens', 'nearest_labels',
-           'random_labels', 'dictionary_file', 'token_dictionary', 'neighbours_of', 'look_up', 'phrases_of', 'akin',
-           'peak_units', 'known_phrase']
+           'random_labels', 'dictionary_file', 'token_dictionary', 'neighbours_of', 'look_up', 'phrases_of',
+           'known_phrase']
 
 # %% ../nbs/parts/lookups.ipynb #39d11c4d
 import random
@@ -19,6 +19,7 @@ import torch
 
 # %% ../nbs/parts/lookups.ipynb #838d2611
 from .show import progress_bar
+from .evaluation.words import akin, peak_units
 from .features import MOST_HALF, cache_folder
 from .hints import TOKENS, WORDS, Neighbour, TokenDictionary, check_dictionary, near_enough, place_of
 from .lm.hooks import final_norm
@@ -370,26 +371,6 @@ def phrases_of( # noqa: PLR0913
     return found
 
 # %% ../nbs/parts/lookups.ipynb #798e3f99
-def akin(
-    word:str,
-    other:str, # both case folded
-) -> bool:
-    "Return whether two words look like forms of one: they begin alike, and are about as long"
-    if word == other: return True
-    shorter = min(len(word), len(other))
-    alike = max(_STEM, shorter - 2)
-    return shorter >= _STEM and word[:alike] == other[:alike] and abs(len(word) - len(other)) <= _ENDING
-
-_STEM = 4 # letters
-_ENDING = 4
-
-def peak_units(
-    contexts:Iterable, # of `Context`
-) -> Counter: # word, or token that is in no word, case folded -> number of peaks
-    "Count what stands at the peaks"
-    tokens = ((words_at(context.tokens)[context.peak], context.tokens[context.peak]) for context in contexts)
-    return Counter((word or token.strip()).casefold() for word, token in tokens)
-
 def known_phrase(
     hints:Sequence[str], # words
     contexts:Sequence, # of `Context`, the feature's strongest

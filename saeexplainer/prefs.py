@@ -6,7 +6,8 @@
 __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'below_margin', 'select_pair', 'threshold_of', 'preference_prompt',
            'stage_of', 'sample_candidates', 'add_lookups', 'distinct_candidates', 'write_texts', 'score_candidates',
            'score_own_words', 'check_own_words_scored', 'check_texts_scored', 'harmonic_mean', 'score_both_sides',
-           'candidate_rewards', 'choose_pairs', 'check_scored', 'build_preferences', 'split_verdicts', 'split_half']
+           'words_reward', 'score_named_words', 'candidate_rewards', 'choose_pairs', 'check_scored',
+           'build_preferences', 'split_verdicts', 'split_half']
 
 # %% ../nbs/02_prefs.ipynb #adffe148
 import math, statistics
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/02_prefs.ipynb #3be92d45
-from .evaluation.words import coverage
+from .evaluation.words import coverage, named_words
 from .lm.sampling import seed_for
 from .lookups import phrases_of
 from .presets import OWN_REWARDS, SHARE_REWARDS, PairRule, Sampling
@@ -444,9 +445,34 @@ def score_both_sides(
     store.put_texts(rows)
     return len(todo)
 
+def words_reward(
+    named:Sequence[float], # share of the peaks that is covered, number of wrong words
+) -> float: # from 0 to 1; NaN where the feature has no contexts
+    "Return the share of the peaks that is covered, less for each wrong word"
+    covered, wrong = named
+    return float(covered*_WRONG**wrong)
+
+_WRONG = .4 # of the reward is left with a wrong word: what blind readers leave of it
+
+def score_named_words(
+    store, # `RunStore`
+    preset, # `Preset`
+    features:Mapping, # index -> `Feature`
+    round:int=1, # from 1
+) -> int: # candidates scored now
+    "Score distinct candidates by the words that they quote, against those at the peaks; no text is written or read"
+    todo = _without(store, round, 'words')
+    rows = []
+    for candidate in todo:
+        named = named_words(candidate.text, features[candidate.feature].contexts)
+        place = (stage_of(round), candidate.feature, candidate.k, 'words')
+        rows += _stored(place, dict(covered=named.covered, wrong=float(named.wrong)))
+    store.put_texts(rows)
+    return len(todo)
+
 # %% ../nbs/02_prefs.ipynb #39876307
 # of a candidate's rows, in the order of j
-_OF_SHARES = {'self': self_score, 'both': harmonic_mean, 'self_both': harmonic_mean}
+_OF_SHARES = {'self': self_score, 'both': harmonic_mean, 'self_both': harmonic_mean, 'words': words_reward}
 
 def _rewards(store, stage:str, reward:str) -> pd.DataFrame: # feature, k, reward
     is_share = reward in SHARE_REWARDS
@@ -500,10 +526,10 @@ def check_scored(
 ) -> None:
     "Raise `ValueError` until all that the reward of a round is made of is stored"
     reward = preset.pair_rule.reward
-    if reward in OWN_REWARDS: check_own_words_scored(store, round)
-    else: check_texts_scored(store, preset, round)
+    if reward in ('self', 'self_both'): check_own_words_scored(store, round)
+    if reward not in OWN_REWARDS: check_texts_scored(store, preset, round)
     lack = len(_without(store, round, reward)) if reward in SHARE_REWARDS else 0
-    if lack: raise ValueError(f'round {round}: {lack} candidates have no score yet: score_both_sides comes first')
+    if lack: raise ValueError(f'round {round}: {lack} candidates have no score by {reward!r} yet')
 
 def build_preferences(
     store, # `RunStore`

@@ -107,7 +107,7 @@ LOOKUPS = (
     'nearest token', 'nearest word', 'nearest words', 'vocabulary probe', 'nearest label', 'logit lens', 'random label',
 )
 CANDIDATE_LOOKUPS = LOOKUPS[:5] # those that may join the candidates of a feature
-OWN_REWARDS = ('self', 'self_both') # of an explanation's own words: no text is written
+OWN_REWARDS = ('self', 'self_both', 'words') # of an explanation's own words: no text is written
 SHARE_REWARDS = (*OWN_REWARDS, 'both') # in shares of the strongest activation, not in units of it
 SELFIE = 'SelfIE prompt'
 BASELINES = ('autointerp', 'untrained', 'best', *LOOKUPS, 'contrastive', SELFIE)
@@ -212,11 +212,12 @@ class Preset:
     reward: str = _field('max',
         "score of a candidate over its texts: 'max' (Eq. 7) or 'mean' of the per-text maxima; 'self', the share of "
         "max_act that its own words reach, above other features' (no text is written); 'both', the harmonic mean of "
-        "the share that its texts reach and of the contexts whose peak word it names; or 'self_both', the same with "
-        'the share that its own words reach')
+        "the share that its texts reach and of the contexts whose peak word it names; 'self_both', the same with "
+        "the share that its own words reach; or 'words', the share of the peaks whose words it quotes, less for each "
+        'quoted word that stands at none')
     threshold: float|str = _field('auto',
         "tau of Eq. 8; 'auto': .25 x the median max_act of the SFT features, or .25 where the reward is a share "
-        "('self', 'both', 'self_both'); over n_texts, where it is a mean over texts ('mean', 'both')")
+        "('self', 'both', 'self_both', 'words'); over n_texts, where it is a mean over texts ('mean', 'both')")
     spread: float = _field(.10, 'smallest (s_max - s_min) / s_max of a feature that is kept (Eq. 8)')
     margin: float = _field(.15, 'the rejected one lies at least this share of s_max below the chosen (Eq. 9)')
     negative: str = _field('hard',
@@ -460,7 +461,7 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda p: p.sft_labels != HINTED_WORDS or p.n_hints > 0,
          f"sft_labels {HINTED_WORDS!r} are words of hints: n_hints must be above 0"),
     Rule(lambda p: p.reward in ('max', 'mean', *SHARE_REWARDS),
-         "reward must be 'max', 'mean', 'self', 'both' or 'self_both', not {p.reward}"),
+         "reward must be 'max', 'mean', 'self', 'both', 'self_both' or 'words', not {p.reward}"),
     Rule(lambda p: set(p.candidate_lookups) <= set(CANDIDATE_LOOKUPS),
          f"candidate_lookups are {', '.join(map(repr, CANDIDATE_LOOKUPS))}, not {{p.candidate_lookups}}"),
     Rule(lambda p: len(set(p.candidate_lookups)) == len(p.candidate_lookups),

@@ -35,6 +35,7 @@ from .lookups import IN_DICTIONARY, dictionary_file, known_phrase, look_up
 from .metrics import Evaluation, evaluate
 from saeexplainer.prefs import (
     add_lookups, build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_both_sides,
+    score_named_words,
     score_candidates, score_own_words, threshold_of, write_texts,
 )
 from saeexplainer.presets import (
@@ -707,7 +708,9 @@ def reward_candidates(
 ) -> None:
     "Score the candidates of a round by the preset's `reward`: by written texts, by their own words, or by both sides"
     preset = run.preset
-    if preset.reward in OWN_REWARDS:
+    if preset.reward == 'words':
+        score_named_words(run.store, preset, run.features, round)
+    elif preset.reward in OWN_REWARDS:
         known = known_maxima(run.features.values())
         score_own_words(run.store, run.target, preset, known, _rivals(run), round, run.progress)
     else:

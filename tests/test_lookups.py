@@ -9,9 +9,9 @@ from saeexplainer.lm.hooks import decoder_layers, final_norm
 from saeexplainer.lm.models import load_model
 from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.lookups import (
-    IN_DICTIONARY, NEAREST, ONE_BY_ONE, Key, Means, akin, check_dictionary, entries_of, keys_of, known_phrase, logit_lens, look_up,
-    nearest_labels, neighbours_of, peak_units, phrases_of, probe_vocabulary, random_labels, read_token_dictionary,
-    spread, token_dictionary, token_phrase,
+    IN_DICTIONARY, NEAREST, ONE_BY_ONE, Key, Means, akin, check_dictionary, entries_of, keys_of, known_phrase,
+    logit_lens, look_up, nearest_labels, neighbours_of, peak_units, phrases_of, probe_vocabulary, random_labels,
+    read_token_dictionary, spread, token_dictionary, token_phrase,
 )
 from saeexplainer.presets import CANDIDATE_LOOKUPS, LOOKUPS, load_preset
 from saeexplainer.sources.reading import token_strings
