@@ -27,19 +27,24 @@ class Neighbour:
 
 # %% ../nbs/parts/hints.ipynb #bb20de73
 _LEVELS = 7 # in four bits, on either side of 0
-_CUT = .7 # of the largest number of a vector: what is beyond gets the last level
+_CUT = 2.7 # standard deviations: what is beyond gets the last level
 
-def _four_bits(vectors:torch.Tensor) -> torch.Tensor: # (n, d) -> (n, d/2 rounded up) uint8; a row has its own scale
-    scale = _CUT*vectors.abs().amax(1, keepdim=True)
-    levels = (_LEVELS*vectors/scale).round().clamp(-_LEVELS, _LEVELS) + _LEVELS
+def _four_bits(vectors:torch.Tensor) -> tuple: # (n, d) -> (n, d/2 rounded up) uint8, and (d,) scales of the dimensions
+    scales = _spread(vectors, 0)[0]
+    scaled = vectors/scales
+    levels = (_LEVELS/_CUT*scaled/_spread(scaled, 1)).round().clamp(-_LEVELS, _LEVELS) + _LEVELS
     even = torch.nn.functional.pad(levels, (0, vectors.shape[1] % 2)).to(torch.uint8)
-    return even[:, ::2] | even[:, 1::2] << 4
+    return even[:, ::2] | even[:, 1::2] << 4, scales
 
-def _from_four_bits(packed:torch.Tensor, width:int) -> torch.Tensor: # (n, width) fp32; raises `ValueError`
+def _spread(vectors, dim) -> torch.Tensor: # root mean square, never 0
+    return vectors.square().mean(dim, keepdim=True).sqrt().clamp_min(1e-12)
+
+def _from_four_bits(packed:torch.Tensor, scales:torch.Tensor) -> torch.Tensor: # (n, d) fp32; raises `ValueError`
+    width = len(scales)
     stored, wanted = (packed.dtype, packed.shape[1]), (torch.uint8, (width + 1)//2)
     if stored != wanted: raise ValueError(f'{stored} in place of {wanted}')
     levels = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :width].float() - _LEVELS
-    return torch.nn.functional.normalize(levels, dim=1)
+    return torch.nn.functional.normalize(levels*scales, dim=1)
 
 # %% ../nbs/parts/hints.ipynb #5ba5c2d2
 @dataclass(frozen=True)
@@ -71,8 +76,9 @@ class TokenDictionary:
     ) -> None:
         "Write the dictionary, vectors in four bits"
         from safetensors.torch import save
-        metadata = dict(about, width=str(self.vectors.shape[1]), tokens=json.dumps(self.tokens))
-        stored = save({'vectors': _four_bits(self.vectors).contiguous()}, metadata)
+        vectors, scales = _four_bits(self.vectors)
+        metadata = dict(about, width=str(len(scales)), tokens=json.dumps(self.tokens))
+        stored = save({'vectors': vectors.contiguous(), 'scales': scales}, metadata)
         with whole(Path(file)) as part: part.write_bytes(stored)
 
     @classmethod
@@ -86,7 +92,7 @@ class TokenDictionary:
         try:
             with safe_open(file, 'pt') as stored:
                 metadata = stored.metadata() or {}
-                vectors = _from_four_bits(stored.get_tensor('vectors'), int(metadata['width']))
+                vectors = _from_four_bits(stored.get_tensor('vectors'), stored.get_tensor('scales'))
             tokens = tuple(json.loads(metadata['tokens']))
         except (SafetensorError, KeyError, ValueError) as error:
             why = first_line(error)
