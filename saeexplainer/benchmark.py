@@ -292,8 +292,8 @@ def agreement_line(
     return f'{said}; two of them give the same rating to {equal} of the explanations (weighted kappa {kappa}).'
 
 # %% ../nbs/parts/benchmark.ipynb #b4ccc90e
-SHIPPED = ('untrained', 'sft', 'dpo1', 'dpo2', 'hinted') # explainers
-_GONE = ('dpo1',) # its adapter is no longer among the data; what it said is
+SHIPPED = ('untrained', 'sft', 'dpo1', 'dpo2', 'hinted sft', 'hinted') # explainers
+_GONE = ('dpo1', 'hinted sft') # their adapters are not among the data; what they said is
 BUILT_IN = ('label', 'peak words', *LOOKUPS, 'autointerp', 'contrastive', SELFIE, *SHIPPED) # methods
 
 def _greedy(run:Run, stage:str, features:Sequence[int], folder:Path) -> dict[int, str]: # folder: of explainers

@@ -445,6 +445,7 @@ def score_both_sides(
     store.put_texts(rows)
     return len(todo)
 
+# %% ../nbs/02_prefs.ipynb #b7bd3d7f
 def words_reward(
     named:Sequence[float], # share of the peaks that is covered, number of wrong words
 ) -> float: # from 0 to 1; NaN where the feature has no contexts

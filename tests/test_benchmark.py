@@ -146,7 +146,8 @@ def test_what_is_not_the_bench_is_refused(bench, tmp_path, changed, line):
         benchmark(replace(bench, **changed), {'mine': {2: 'rain'}}, tmp_path/'run', progress=False)
 
 
-QUICK = [name for name in BUILT_IN if name not in ('sft', 'dpo1', 'dpo2', 'hinted')] # those are trained
+TRAINED = ('sft', 'dpo1', 'dpo2', 'hinted sft', 'hinted')
+QUICK = [name for name in BUILT_IN if name not in TRAINED]
 CHEAP = ('coverage', 'retrieval')
 
 

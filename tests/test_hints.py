@@ -74,6 +74,24 @@ def test_four_bits_keep_the_nearest_token(tmp_path, width):
     assert [row[0].token for row in loaded.nearest(vectors, k=1)] == list(dictionary.tokens)
 
 
+def test_a_few_large_dimensions_do_not_take_all_levels(tmp_path):
+    vectors = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    vectors[:, :2] *= 40 # as in a residual stream
+    units = torch.nn.functional.normalize(vectors, dim=1)
+    TokenDictionary(tuple(map(str, range(50))), units).save(tmp_path/WORDS, {})
+    loaded = TokenDictionary.load(tmp_path/WORDS).vectors
+    small = torch.nn.functional.cosine_similarity(loaded[:, 2:], units[:, 2:])
+    assert small.min() > .95
+
+
+def test_a_dimension_that_is_always_zero(tmp_path):
+    vectors = torch.eye(4)
+    vectors[3, 3] = 0
+    vectors[3, 0] = 1
+    TokenDictionary(tuple('abcd'), vectors).save(tmp_path/WORDS, {})
+    assert not TokenDictionary.load(tmp_path/WORDS).vectors[:, 3].any()
+
+
 # ---- the words of a hint
 
 @pytest.mark.parametrize('tokens, words', [

@@ -1,6 +1,5 @@
 "Explanations that need no training: near tokens, probed tokens, neighbours' labels, and what is refused"
 import math
-from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ARCHITECTURES, WRAPPED, save_wrapped, tiny_model, tiny_tokenizer
@@ -9,8 +8,8 @@ from saeexplainer.lm.hooks import decoder_layers, final_norm
 from saeexplainer.lm.models import load_model
 from saeexplainer.hints import TOKENS, WORDS
 from saeexplainer.lookups import (
-    IN_DICTIONARY, NEAREST, ONE_BY_ONE, Key, Means, akin, check_dictionary, entries_of, keys_of, known_phrase,
-    logit_lens, look_up, nearest_labels, neighbours_of, peak_units, phrases_of, probe_vocabulary, random_labels,
+    IN_DICTIONARY, NEAREST, ONE_BY_ONE, Key, Means, check_dictionary, entries_of, keys_of, known_phrase,
+    logit_lens, look_up, nearest_labels, neighbours_of, phrases_of, probe_vocabulary, random_labels,
     read_token_dictionary, spread, token_dictionary, token_phrase,
 )
 from saeexplainer.presets import CANDIDATE_LOOKUPS, LOOKUPS, load_preset
@@ -327,28 +326,6 @@ def test_words_are_looked_up_by_the_encoder_and_tokens_by_the_decoder(preset):
 
 
 # as labels
-
-@pytest.mark.parametrize('word, other', [
-    ('raise', 'raise'), ('raise', 'raises'), ('raising', 'raised'), ('spent', 'spending'), ('(', '('),
-])
-def test_forms_of_one_word(word, other):
-    assert akin(word, other)
-    assert akin(other, word)
-
-
-@pytest.mark.parametrize('word, other', [
-    ('win', 'winning'), ('rain', 'rail'), ('sea', 'seas'), ('inter', 'international'), ('', 'a'), ('state', 'plate'),
-])
-def test_words_that_are_not_taken_for_forms_of_one(word, other):
-    assert not akin(word, other)
-    assert not akin(other, word)
-
-
-def test_what_stands_at_the_peaks():
-    comma = SimpleNamespace(tokens=('rain', ',', ' enc', 'roach'), peak=1)
-    piece = SimpleNamespace(tokens=('rain', ',', ' Enc', 'roach'), peak=3)
-    assert peak_units([comma, piece, piece]) == {',': 1, 'encroach': 2}
-
 
 RAINED = [context('it rained here', 1, 2.)]*2 + [context('the sea was calm', 1, 2.)]*3
 

@@ -126,7 +126,7 @@ def test_a_preset_does_not_change():
     (dict(label_model=3), 'preset field label_model must be text or null, not 3'),
     (dict(threshold='low'), "threshold must be a number or 'auto', not 'low'"),
     (dict(template='no place for it'), 'template must contain {placeholder} exactly once'),
-    (dict(reward='median'), "reward must be 'max', 'mean', 'self', 'both' or 'self_both', not 'median'"),
+    (dict(reward='median'), "reward must be 'max', 'mean', 'self', 'both', 'self_both' or 'words', not 'median'"),
     (dict(reward='self'), "threshold (10.0) must be below 1 or 'auto' where reward is 'self'"),
     (dict(reward='both', threshold=1), "threshold (1.0) must be below 1 or 'auto' where reward is 'both'"),
     (dict(reward='both', threshold='tau'), "threshold must be a number or 'auto', not 'tau'"),

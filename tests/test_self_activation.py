@@ -8,8 +8,8 @@ from helpers import tiny_tokenizer
 from judged import context, feature, tiny_target
 
 from saeexplainer.prefs import (
-    add_lookups, build_preferences, candidate_rewards, choose_pairs, harmonic_mean, score_both_sides, score_own_words,
-    split_verdicts, threshold_of,
+    add_lookups, build_preferences, candidate_rewards, choose_pairs, harmonic_mean, score_both_sides,
+    score_named_words, score_own_words, split_verdicts, threshold_of,
 )
 from saeexplainer.presets import load_preset
 from saeexplainer.reranking import Candidate, Ranked, distinct_texts, draw_candidates, rank_candidates
@@ -250,7 +250,7 @@ def test_a_round_without_candidates_has_no_rewards(store):
     assert not len(candidate_rewards(store, own_preset(reward='both')))
 
 
-@pytest.mark.parametrize('reward, threshold', [('self', .25), ('both', .0625), ('self_both', .25)])
+@pytest.mark.parametrize('reward, threshold', [('self', .25), ('both', .0625), ('self_both', .25), ('words', .25)])
 def test_the_threshold_is_a_share(reward, threshold):
     strong = [SimpleNamespace(max_act=800.)]
     assert threshold_of(own_preset(reward=reward), strong) == threshold
@@ -297,7 +297,7 @@ def test_both_sides_of_own_words_by_hand(store, monkeypatch):
         score_both_sides(store, preset, {1: rainy(1)})
     score_own_words(store, reading(monkeypatch, WORDS), preset, KNOWN, [2])
     own = candidate_rewards(store, own_preset())['reward'].tolist()
-    with pytest.raises(ValueError, match='3 candidates have no score yet: score_both_sides comes first'):
+    with pytest.raises(ValueError, match="3 candidates have no score by 'self_both' yet"):
         build_preferences(store, preset)
     assert score_both_sides(store, preset, {1: rainy(1)}) == 3
     named = store.texts('round1', 'self_both').query('j == 1')['score'].tolist()
@@ -331,7 +331,7 @@ def test_both_sides_need_all_scores(store):
     with pytest.raises(ValueError, match='round 1: 1 texts have no score yet'):
         score_both_sides(store, own_preset(**BOTH), {1: rainy(1)})
     store.put_scores([('round1', 1, 0, 'preference', 1, 3.)])
-    with pytest.raises(ValueError, match='round 1: 1 candidates have no score yet: score_both_sides comes first'):
+    with pytest.raises(ValueError, match="round 1: 1 candidates have no score by 'both' yet"):
         build_preferences(store, own_preset(**BOTH))
 
 
@@ -427,3 +427,24 @@ def test_ranks_are_scores_of_own_words(target):
     assert [one.score for one in ranked[3].candidates[:2]] == pytest.approx(scores[:2], abs=1e-4)
     assert ranked[3].candidates[2].score is None
     assert ranked[99].best.text == said[0] # nothing is known of it
+
+
+# ---- the words that are named
+
+def test_named_words_by_hand(store):
+    preset = own_preset(reward='words')
+    texts = ["the word 'rain'", "words such as 'rain', 'sea'", "words such as 'rain', 'fog'", "the word 'fog'"]
+    put(store, {1: texts})
+    with pytest.raises(ValueError, match="round 1: 4 candidates have no score by 'words' yet"):
+        build_preferences(store, preset)
+    assert score_named_words(store, preset, {1: rainy(1)}) == 4
+    assert score_named_words(store, preset, {1: rainy(1)}) == 0
+    assert candidate_rewards(store, preset)['reward'].tolist() == pytest.approx([.75, 1., .3, 0.])
+    assert build_preferences(store, preset)['chosen'].tolist() == [texts[1]]
+
+
+def test_a_feature_without_contexts_has_no_reward_of_words(store):
+    preset = own_preset(reward='words')
+    put(store, {1: ["the word 'rain'", "the word 'sea'"]})
+    score_named_words(store, preset, {1: feature(1, contexts=[])})
+    assert choose_pairs(store, preset)['dropped'].tolist() == ['unscored']
