@@ -458,8 +458,6 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda p: p.template.count('{placeholder}') == 1, 'template must contain {{placeholder}} exactly once'),
     Rule(lambda p: p.template.count('{hints}') == (p.n_hints > 0),
          'template must contain {{hints}} exactly once where n_hints is above 0, and not where it is 0'),
-    Rule(lambda p: p.sft_labels != HINTED_WORDS or p.n_hints > 0,
-         f"sft_labels {HINTED_WORDS!r} are words of hints: n_hints must be above 0"),
     Rule(lambda p: p.reward in ('max', 'mean', *SHARE_REWARDS),
          "reward must be 'max', 'mean', 'self', 'both', 'self_both' or 'words', not {p.reward}"),
     Rule(lambda p: set(p.candidate_lookups) <= set(CANDIDATE_LOOKUPS),

@@ -649,6 +649,8 @@ def forget_empty_claim(
     if folder.is_dir() and not any(folder.glob('checkpoint-*')): shutil.rmtree(folder)
 
 def _known_labels(run, features, dictionary) -> dict[int, str]: # feature -> phrase, where there is one
+    if not run.preset.n_hints:
+        raise ValueError('sft_labels: hinted words are words of hints: set n_hints above 0, or sft_labels to null')
     near = TokenDictionary.load(dictionary, place_of(run.reader))
     encoders = run.reader.encoders([feature.index for feature in features])
     hints = words_near(near, encoders, run.preset.n_hints)

@@ -314,5 +314,7 @@ def test_a_run_that_learns_the_hints_that_are_right(tmp_path, monkeypatch):
 
 
 def test_labels_of_hints_need_hints():
-    with pytest.raises(ValueError, match="sft_labels 'hinted words' are words of hints: n_hints must be above 0"):
-        load_preset('smollm2-135m', **AS_PAPER | dict(sft_labels=HINTED_WORDS))
+    run = SimpleNamespace(preset=load_preset('smollm2-135m', **AS_PAPER | dict(sft_labels=HINTED_WORDS)),
+                          features={}, splits=dict(sft=[]))
+    with pytest.raises(ValueError, match='hinted words are words of hints: set n_hints above 0, or sft_labels to null'):
+        taught_features(run, 'sft')
