@@ -416,6 +416,7 @@ def _questions(explainer, directions, encoders) -> _Questions: # encoders None: 
         raise ValueError(f'{len(encoders)} encoder directions for {len(directions)} directions: give one for each')
     return _Questions(directions, prompts_of(explainer, encoders))
 
+# %% ../nbs/parts/explainer.ipynb #0d77ee43
 def _texts(explainer, questions, seeds, sampling, batch_size, progress) -> list[str]: # seeds None: greedy
     texts = []
     with progress_bar(len(questions), 'explanations', progress) as bar:
@@ -464,8 +465,7 @@ class Explainer:
 
     @classmethod
     def from_pretrained(cls, source:str|Path, # folder or hub id
-                        reader:FeatureReader|None=None, # to check it against
-                        trainable:bool=False, # keep the adapter as it is, with gradients
+                        reader:FeatureReader|None=None, trainable:bool=False, # to check it against; with gradients
                         dtype:Any=None, device:Any=None) -> 'Explainer': # with its adapter merged, unless trainable
         "Load an explainer (as `load_model`); raises `ValueError` where model, layer, SAE or width are not the card's"
         return cls(*_pretrained(source, reader, trainable, dtype, device))
@@ -479,24 +479,20 @@ class Explainer:
     def explain(self, directions:Any, # (n, d_model)
                 max_new_tokens:int|None=None, # None: the card's
                 batch_size:int=64, progress:bool=False,
-                encoders:Any=None, # (n, d_model): what hints come from, along which features fire; None: directions
-                ) -> list[str]: # one per direction
+                encoders:Any=None) -> list[str]: # (n, d_model) along which features fire, for hints; None: directions
         "Return greedy explanations; raises `ValueError` for directions of another width, zero or NaN, and for indices"
         sampling = _sampling(self.card, 0, 1., max_new_tokens)
         return _texts(self, _questions(self, directions, encoders), None, sampling, batch_size, progress)
 
     def sample( # noqa: PLR0913
-        self, directions:Any, # (n, d_model)
-        k:int, # candidates for each
-        temperature:float=.9, top_p:float=.9, seed:int=0,
-        seeds:Any=None, # (n, k) ints; default: from `seed`, row and candidate
+        self, directions:Any, k:int, # (n, d_model), and candidates for each
+        temperature:float=.9, top_p:float=.9, seed:int=0, seeds:Any=None, # (n, k) ints; default: from `seed`, row and k
         max_new_tokens:int|None=None, batch_size:int=64, progress:bool=False,
-        encoders:Any=None, # (n, d_model), as of `explain`
-    ) -> list[list[str]]: # (n, k)
+        encoders:Any=None) -> list[list[str]]: # as of `explain`; (n, k)
         "Return k sampled explanations of each direction (3.3)"
         sampling = _sampling(self.card, temperature, top_p, max_new_tokens)
-        questions = _questions(self, directions, encoders)
-        return _candidates(self, questions, k, seed if seeds is None else seeds, sampling, batch_size, progress)
+        seeds, questions = seed if seeds is None else seeds, _questions(self, directions, encoders)
+        return _candidates(self, questions, k, seeds, sampling, batch_size, progress)
 
     def save(self, folder:str|Path) -> None:
         "Write adapter and card, as `from_pretrained` reads them; raises `ValueError` for an untrained explainer"

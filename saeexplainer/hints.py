@@ -76,9 +76,8 @@ class TokenDictionary:
     ) -> None:
         "Write the dictionary, vectors in four bits"
         from safetensors.torch import save
-        vectors, scales = _four_bits(self.vectors)
-        metadata = dict(about, width=str(len(scales)), tokens=json.dumps(self.tokens))
-        stored = save({'vectors': vectors.contiguous(), 'scales': scales}, metadata)
+        metadata = dict(about, width=str(self.vectors.shape[1]), tokens=json.dumps(self.tokens))
+        stored = save(dict(zip(('vectors', 'scales'), _four_bits(self.vectors))), metadata)
         with whole(Path(file)) as part: part.write_bytes(stored)
 
     @classmethod
@@ -186,6 +185,7 @@ def hints_for(
     if dictionary is None: return ['']*len(encoders)
     return [hint_text(words) for words in words_near(dictionary, encoders, most)]
 
+# %% ../nbs/parts/hints.ipynb #aafebb3c
 def feature_hints(
     dictionary:TokenDictionary|None, # None: there are no hints
     reader, # `FeatureReader`

@@ -308,6 +308,7 @@ def neighbours_of( # noqa: PLR0913
     by = target.reader.encoders if IN_DICTIONARY[name] == WORDS else target.reader.directions
     return dictionary.nearest(by(list(features)), k)
 
+# %% ../nbs/parts/lookups.ipynb #02970ff5
 def _near_phrase(neighbours:Sequence[Neighbour], most:int) -> str: # the nearest one, and those almost as near
     return token_phrase([one.token for one in near_enough(neighbours, _ALMOST)], most)
 

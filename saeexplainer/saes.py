@@ -6,7 +6,7 @@
 __all__ = ['ONE_COLUMN', 'FULL_ENCODE', 'NORMALISED', 'MODULE', 'Features', 'ENCODE_AT_ONCE', 'WEIGHTS', 'parse_hook',
            'check_directions', 'feature_indices', 'pre_activations', 'one_column', 'competing', 'decoder_step',
            'find_sae', 'hub_folder', 'check_config', 'load_sae', 'tensors_sha256', 'LoadedSAE', 'place_of', 'open_sae',
-           'SAERows', 'FeatureReader']
+           'SAERows', 'encoder_rows', 'FeatureReader']
 
 # %% ../nbs/parts/saes.ipynb #eec56a9f
 import hashlib, operator, os, re
@@ -594,6 +594,19 @@ class SAERows:
         begin = self.reconstruct(x) if spliced else x
         return begin + change[..., None] * step
 
+# %% ../nbs/parts/saes.ipynb #68a73fe3
+def encoder_rows(
+    sae, # of sae-lens
+    indices:torch.Tensor, # (n,) of features
+    decoders:torch.Tensor, # (n, d) their decoder directions
+) -> torch.Tensor: # (n, d) fp32
+    "Return encoder directions of features; a decoder's where there is none"
+    weights = getattr(sae, 'W_enc', None)
+    if weights is None: return decoders
+    columns = weights[:, indices].T.float()
+    is_good = columns.isfinite().all(1, keepdim=True) & columns.any(1, keepdim=True)
+    return torch.where(is_good, columns, decoders)
+
 # %% ../nbs/parts/saes.ipynb #9ed5b49e
 class FeatureReader:
     "Read single features of an SAE: directions, activations and clamping, all in fp32"
@@ -624,29 +637,21 @@ class FeatureReader:
         return self._sha256
 
     def __repr__(self):
-        kind = self.sae.cfg.architecture()
-        size = f'{self.n_features} features, width {self.d_model}'
+        kind, size = self.sae.cfg.architecture(), f'{self.n_features} features, width {self.d_model}'
         return f'{type(self).__name__}({kind}, {size}, {self.hook} of layer {self.layer})'
 
     def directions(self, features:Features) -> torch.Tensor: # (n, d) fp32
         "Return decoder directions, as the SAE stores them; raise `ValueError` where one is zero or not finite"
-        rows = self.sae.W_dec[self._rows.indices(features)]
-        return check_directions(rows.clone(), self.d_model)
+        return check_directions(self.sae.W_dec[self._rows.indices(features)].clone(), self.d_model)
 
     def encoders(self, features:Features) -> torch.Tensor: # (n, d) fp32
         "Return encoder directions, along which features fire; the decoder's where there is none; raise as above"
-        rows = self.directions(features)
-        weights = getattr(self.sae, 'W_enc', None)
-        if weights is None: return rows
-        columns = weights[:, self._rows.indices(features)].T.float()
-        is_good = columns.isfinite().all(1, keepdim=True) & columns.any(1, keepdim=True)
-        return torch.where(is_good, columns, rows)
+        return encoder_rows(self.sae, self._rows.indices(features), self.directions(features))
 
     @torch.no_grad()
     def encode(self, resid:torch.Tensor) -> torch.Tensor: # (..., d) -> (..., n_features)
         "Return all activations, by sae-lens' own encode"
-        x = self._rows.vectors(resid)
-        return self.sae.encode(self._rows.centre(x))
+        return self.sae.encode(self._rows.centre(self._rows.vectors(resid)))
 
     def activations(self, resid:torch.Tensor, features:Features) -> torch.Tensor: # (n, t, d) -> (n, t) or (n, t, m)
         "Return activations of feature i, or of all m features in row i, on every token of row i"

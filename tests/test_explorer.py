@@ -334,8 +334,9 @@ def test_explain_is_what_the_command_says(explorer):
     x = another(explorer, feature=468) # no run explained it
     assert all(who.startswith('label') for who in x.said())
     click(x.view, 'Explain')
-    directions = x.target.reader.directions([468])
-    [greedy] = x.explainer.explain(directions, max_new_tokens=x.preset.explanation_tokens)
+    reader = x.target.reader
+    [greedy] = x.explainer.explain(
+        reader.directions([468]), max_new_tokens=x.preset.explanation_tokens, encoders=reader.encoders([468]))
     assert x.said()['explained here'] == greedy
     assert x.own() == greedy
     assert escape(greedy) in shown(x.view)
