@@ -34,7 +34,7 @@ def _four_bits(vectors:torch.Tensor) -> tuple: # (n, d) -> (n, d/2 rounded up) u
     scaled = vectors/scales
     levels = (_LEVELS/_CUT*scaled/_spread(scaled, 1)).round().clamp(-_LEVELS, _LEVELS) + _LEVELS
     even = torch.nn.functional.pad(levels, (0, vectors.shape[1] % 2)).to(torch.uint8)
-    return even[:, ::2] | even[:, 1::2] << 4, scales
+    return (even[:, ::2] | even[:, 1::2] << 4).contiguous(), scales
 
 def _spread(vectors, dim) -> torch.Tensor: # root mean square, never 0
     return vectors.square().mean(dim, keepdim=True).sqrt().clamp_min(1e-12)
