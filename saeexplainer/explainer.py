@@ -491,8 +491,8 @@ class Explainer:
         encoders:Any=None) -> list[list[str]]: # as of `explain`; (n, k)
         "Return k sampled explanations of each direction (3.3)"
         sampling = _sampling(self.card, temperature, top_p, max_new_tokens)
-        seeds, questions = seed if seeds is None else seeds, _questions(self, directions, encoders)
-        return _candidates(self, questions, k, seeds, sampling, batch_size, progress)
+        questions = _questions(self, directions, encoders)
+        return _candidates(self, questions, k, seed if seeds is None else seeds, sampling, batch_size, progress)
 
     def save(self, folder:str|Path) -> None:
         "Write adapter and card, as `from_pretrained` reads them; raises `ValueError` for an untrained explainer"

@@ -35,8 +35,7 @@ from .lookups import IN_DICTIONARY, dictionary_file, known_phrase, look_up
 from .metrics import Evaluation, evaluate
 from saeexplainer.prefs import (
     add_lookups, build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_both_sides,
-    score_named_words,
-    score_candidates, score_own_words, threshold_of, write_texts,
+    score_candidates, score_named_words, score_own_words, threshold_of, write_texts,
 )
 from saeexplainer.presets import (
     HINTED_WORDS, LOOKUPS, OWN_REWARDS, SELFIE, Preset, asked_writers, bench_folder, evaluated_stages,
