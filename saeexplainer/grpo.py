@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['step_features', 'grpo_rows', 'grpo_config', 'own_seeds', 'Drawer', 'checked_rewards', 'trl_reward', 'TextReward',
-           'OwnWordsReward', 'grpo_trainer', 'Step0', 'own_log_probs', 'step0_check', 'GRPOResult', 'train_grpo']
+           'OwnWordsReward', 'NamedWordsReward', 'grpo_trainer', 'Step0', 'own_log_probs', 'step0_check', 'GRPOResult',
+           'train_grpo']
 
 # %% ../nbs/parts/grpo.ipynb #509ac6a9
 import dataclasses, math, time
@@ -21,7 +22,8 @@ from .explainer import Explainer, ExplainerCard, copy_dictionary, prompts_of
 from .files import check_tensors
 from .lm.models import weights_sha256
 from .lm.sampling import end_ids, new_tokens, pad, seed_for
-from .prefs import preference_prompt
+from .evaluation.words import named_words
+from .prefs import preference_prompt, words_reward
 from .presets import Sampling
 from .replies import Request
 from .self_activation import own_words
@@ -252,6 +254,22 @@ class OwnWordsReward:
         read = own_words(self.target, list(zip(features, texts)), self.max_acts, self.rivals)
         scores = [None if math.isnan(one.score) else one.score for one in read]
         return [score if text.strip() else 0. for score, text in zip(scores, texts)]
+
+# %% ../nbs/parts/grpo.ipynb #96768932
+@dataclass
+class NamedWordsReward:
+    "Rewards explanations by the words that they quote, against those at the peaks of the feature's contexts"
+    contexts: Mapping[int, Sequence] # of `Context`, by feature
+
+    @property
+    def settings(self) -> dict: # JSON
+        "Return what makes two rewards the same"
+        return dict(words=True)
+
+    def __call__(self, features:list[int], texts:list[str]) -> list[float|None]: # from 0 to 1; None: no contexts
+        named = [named_words(text, self.contexts[feature]) for feature, text in zip(features, texts)]
+        rewards = [words_reward((one.covered, one.wrong)) for one in named]
+        return [None if math.isnan(reward) else reward for reward in rewards]
 
 # %% ../nbs/parts/grpo.ipynb #5bf503fc
 def _ends(explainer) -> list[int]: # token ids; raises `ValueError` where there are none

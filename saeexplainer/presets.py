@@ -111,7 +111,7 @@ OWN_REWARDS = ('self', 'self_both', 'words') # of an explanation's own words: no
 SHARE_REWARDS = (*OWN_REWARDS, 'both') # in shares of the strongest activation, not in units of it
 SELFIE = 'SelfIE prompt'
 BASELINES = ('autointerp', 'untrained', 'best', *LOOKUPS, 'contrastive', SELFIE)
-GRPO_REWARDS = ('texts', 'self')
+GRPO_REWARDS = ('texts', 'self', 'words')
 
 # %% ../nbs/parts/presets.ipynb #c1df3a74
 def _plain(value): # as YAML has it
@@ -246,7 +246,7 @@ class Preset:
     grpo_steps: int = _field(0, 'steps of online RL (GRPO) behind the last round of DPO; 0: none')
     grpo_reward: str = _field('texts',
         "what an explanation is rewarded by in GRPO: 'texts', the largest activation on n_texts texts that the "
-        "writer writes from it, as a share of the feature's max_act, at most 1; or 'self', as `reward` has it")
+        "writer writes from it, as a share of the feature's max_act, at most 1; or 'self' or 'words', as `reward` has them")
     grpo_lr: float = _field(2e-5, 'learning rate of GRPO')
     grpo_beta: float = _field(.02, 'weight of the KL divergence from the stage before in GRPO; 0: none')
     grpo_group: int = _field(8, 'explanations drawn of a feature in a step of GRPO, which are held against each other')

@@ -8,8 +8,8 @@ __all__ = ['STEERED_BY', 'REWARDS', 'BegunWith', 'check_model', 'features_identi
            'check_local_weights', 'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of', 'Run',
            'forget_empty_claim', 'taught_features', 'sft_stage', 'training_labels', 'reward_candidates',
            'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'grpo_features', 'text_reward',
-           'own_words_reward', 'grpo_stage', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test',
-           'evaluate_stage', 'stage_functions', 'execute']
+           'own_words_reward', 'named_words_reward', 'grpo_stage', 'best_candidates', 'silent_of',
+           'explain_by_contexts', 'explain_test', 'evaluate_stage', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -26,7 +26,7 @@ from saeexplainer.features import (
     NO_PATTERN, Feature, check_features_of, features_file, labels_of, load_features, split_features, unused,
 )
 from .files import file_sha256, hold, read_json, whole
-from .grpo import OwnWordsReward, TextReward, train_grpo
+from .grpo import NamedWordsReward, OwnWordsReward, TextReward, train_grpo
 from .labels import autointerp, silent_contexts
 from .lm.hooks import context_length
 from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
@@ -374,7 +374,10 @@ def disjoint_splits(
         wants_label = name in _WITH_LABELS
         places = [k for k, i in enumerate(left) if not wants_label or features[i].status == 'ok'][:n]
         parts[name] = [left[k] for k in places]
-        if places: left = left[places[-1] + 1:]
+        if not places: continue
+        end = places[-1] + 1
+        passed_over = [left[k] for k in sorted({*range(end)} - {*places})] # without a label: others may take them
+        left = left[end:] + passed_over
     if len(parts['test']) < preset.n_test or any(len(parts[name]) < n for name, n in sizes.items()):
         raise ValueError(_too_few(preset, features, order))
     return parts
@@ -801,7 +804,17 @@ def own_words_reward(
     "Return the reward by an explanation's own words"
     return OwnWordsReward(run.target, known_maxima(run.features.values()), _rivals(run))
 
-REWARDS = {'texts': text_reward, 'self': own_words_reward} # `grpo_reward` -> function of the run
+def named_words_reward(
+    run:Run,
+) -> NamedWordsReward:
+    "Return the reward by the words that an explanation quotes"
+    return NamedWordsReward({i: run.features[i].contexts for i in grpo_features(run)})
+
+REWARDS = { # `grpo_reward` -> function of the run
+    'texts': text_reward,
+    'self': own_words_reward,
+    'words': named_words_reward,
+}
 
 def grpo_stage(
     run:Run,

@@ -535,7 +535,7 @@ def test_the_reward_by_texts_is_a_share_of_the_strongest_activation(tiny_lab):
 
 @pytest.mark.parametrize('fields, says', [
     (dict(grpo_loss='grpo'), "grpo_loss must be 'dr_grpo' or 'dapo', not 'grpo'"),
-    (dict(grpo_reward='luck'), "grpo_reward must be 'texts' or 'self', not 'luck'"),
+    (dict(grpo_reward='luck'), "grpo_reward must be 'texts' or 'self' or 'words', not 'luck'"),
     (dict(grpo_group=1), 'grpo_group must be 2 or more'),
     (dict(grpo_steps=1, n_pref=4), r'grpo_features \(8\) cannot be more than n_pref \(4\)'),
     (dict(grpo_steps=-1), 'preset field grpo_steps must be 0 or more'),

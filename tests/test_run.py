@@ -27,6 +27,7 @@ from saeexplainer.sft import train_sft
 from saeexplainer.target import Target
 from saeexplainer.writers.budget import BudgetSpent
 
+HINTED = str(Path(__file__).parents[1]/'data/smollm2-135m/hinted.yaml')
 TABLES = ('sft_log dpo_log candidates pairs explanations metrics steering judgements texts '
           'features stages').split()
 
@@ -69,6 +70,13 @@ def test_a_bench_that_is_held_out_is_in_no_split(embedded):
     assert kept & set(free['preference1'])
     assert not kept & {i for part in held.values() for i in part}
     assert held['test'] == free['test']
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_every_seed_finds_the_features_of_the_shipped_recipe(embedded, seed):
+    preset = load_preset(HINTED, seed=seed)
+    sizes = {name: len(set(part)) for name, part in disjoint_splits(preset, embedded).items()}
+    assert (sizes['test'], sizes['sft'], sizes['preference1']) == (preset.n_test, preset.n_sft, preset.n_pref)
 
 
 @pytest.mark.parametrize('name, changed, line', [
