@@ -246,7 +246,8 @@ class Preset:
     grpo_steps: int = _field(0, 'steps of online RL (GRPO) behind the last round of DPO; 0: none')
     grpo_reward: str = _field('texts',
         "what an explanation is rewarded by in GRPO: 'texts', the largest activation on n_texts texts that the "
-        "writer writes from it, as a share of the feature's max_act, at most 1; or 'self' or 'words', as `reward` has them")
+        "writer writes from it, as a share of the feature's max_act, at most 1; or 'self' or 'words', as `reward` "
+        'has them')
     grpo_lr: float = _field(2e-5, 'learning rate of GRPO')
     grpo_beta: float = _field(.02, 'weight of the KL divergence from the stage before in GRPO; 0: none')
     grpo_group: int = _field(8, 'explanations drawn of a feature in a step of GRPO, which are held against each other')
