@@ -162,6 +162,8 @@ def _model_facts(card) -> dict[str, Any]: # of an `ExplainerCard`
         'layer after which the direction is added': card.layer,
         'coefficient': card.coefficient,
         'template': card.template,
+        'words near the direction in its prompt': card.n_hints or None,
+        'SHA-256 of the dictionary that they are from': card.dictionary_sha256,
         'stage': card.stage,
         'made with': ', '.join(f'{name} {version}' for name, version in card.versions.items()),
     }
@@ -171,11 +173,15 @@ _USE = '''## How to use it
 ```python
 from saeexplainer import Explainer
 explainer = Explainer.from_pretrained({name!r})
-explainer.explain(directions) # (n, {width}): rows of the SAE's W_dec
+explainer.explain({asked}
 ```
 
 Beside a preset of its SAE: `saeexplainer explain PRESET 5 13 --explainer {name}`. Another SAE, layer or width is
 refused.'''
+
+def _asked(card) -> str: # the rest of the line of code
+    if not card.n_hints: return f"directions) # (n, {card.d_model}): rows of the SAE's W_dec"
+    return f"directions, encoders=encoders) # (n, {card.d_model}): rows of the SAE's W_dec, columns of its W_enc"
 
 def model_card(
     card, # `ExplainerCard`
@@ -197,7 +203,7 @@ def model_card(
         f'{header}\n# An explainer of the features of {code_span(card.source)}',
         "A LoRA adapter with which a language model reads the decoder direction of an SAE's feature, and says in "
         'words what the feature means. Trained and measured with saeexplainer.',
-        _USE.format(name=name, width=card.d_model),
+        _USE.format(name=name, asked=_asked(card)),
         f'## What it was made with\n\n{facts_table(_model_facts(card))}',
         f'## How it was trained\n\n{told}',
         metrics_section(run_metrics(adapter, card), card.stage),

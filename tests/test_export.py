@@ -323,6 +323,17 @@ def test_the_card_of_the_shipped_explainer():
     assert re.search(r'\| generative \| [0-9.]+ \[[0-9.]+, [0-9.]+\] \| 300 \|', text)
 
 
+def test_the_card_of_an_explainer_with_hints_asks_with_encoders():
+    card = ExplainerCard.load(SHIPPED/'explainer'/'hinted')
+    _, text = header_of(model_card(card, 'me/mine'))
+    assert 'explainer.explain(directions, encoders=encoders)' in text
+    assert f'| words near the direction in its prompt | `{card.n_hints}` |' in text
+    assert card.dictionary_sha256 in text
+    _, without = header_of(model_card(ExplainerCard.load(SHIPPED/'explainer'/'dpo2'), 'me/mine'))
+    assert 'explainer.explain(directions) #' in without
+    assert 'dictionary' not in without
+
+
 def test_the_card_of_an_adapter_alone():
     _, text = header_of(model_card(ExplainerCard.load(SHIPPED/'explainer'/'dpo2'), 'me/mine'))
     assert 'No record of its training lies beside it' in text
