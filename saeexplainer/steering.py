@@ -55,16 +55,18 @@ def each(what:np.ndarray, # one for all prompts, or one per prompt
 # %% ../nbs/parts/steering.ipynb #7d1ee6a6
 @contextmanager
 def editing(model, # causal LM
-            reader:FeatureReader, # says where the stream is changed
-            edit:Callable[[torch.Tensor], torch.Tensor], # residual stream -> residual stream
+            reader:FeatureReader, # says what is read, and where the model is changed
+            edit:Callable[[torch.Tensor, torch.Tensor], torch.Tensor], # what is read, what is written -> in its place
             attention_mask:torch.Tensor # (n, t) of the prompts, padded on the left
            ) -> Iterator[None]:
-    "Apply `edit` where the SAE reads, in every forward pass: on the prompts' tokens, then on each new one"
-    def edit_tokens(resid):
-        new = edit(resid)
-        if resid.shape[1] != attention_mask.shape[1]: return new
-        return torch.where(attention_mask[..., None].bool(), new, resid)
-    with residual_hook(model, reader.layer, reader.hook, edit_tokens): yield
+    "Apply `edit` where the dictionary writes, in every forward pass: on the prompts' tokens, then on each new one"
+    read:list[torch.Tensor] = []
+    def keep(x): read[:] = [x]
+    def edit_tokens(written):
+        new = edit(read[0], written)
+        if written.shape[1] != attention_mask.shape[1]: return new
+        return torch.where(attention_mask[..., None].bool(), new, written)
+    with residual_hook(model, *reader.reads, keep), residual_hook(model, *reader.writes, edit_tokens): yield
 
 def steering(model, # causal LM
              reader:FeatureReader, # of an SAE of this model
@@ -76,7 +78,7 @@ def steering(model, # causal LM
     "Clamp feature i to `values[i]` in row i"
     check_reference(reference)
     values = clamp_values(values)
-    def clamp(resid): return reader.clamp(resid, features, values, spliced=reference=='sae')
+    def clamp(read, written): return reader.clamp(read, features, values, reference=='sae', written)
     return editing(model, reader, clamp, attention_mask)
 
 def unsteered(model, # causal LM
@@ -86,7 +88,9 @@ def unsteered(model, # causal LM
              ) -> AbstractContextManager:
     "Leave all features alone: the model that steering is compared with"
     check_reference(reference)
-    return nullcontext() if reference=='raw' else editing(model, reader, reader.reconstruct, attention_mask)
+    if reference == 'raw': return nullcontext()
+    def splice(read, written): return reader.reconstruct(read).to(written)
+    return editing(model, reader, splice, attention_mask)
 
 # %% ../nbs/parts/steering.ipynb #9318e58e
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class CleanRun:
     "Prompts as the unsteered model reads them"
     batch: dict # input_ids and attention_mask, (p, t), padded on the left
     counts: torch.Tensor # (p, t) bool: the positions over which a KL is averaged
-    resid: torch.Tensor # (p, t, d) where the SAE reads
+    read: torch.Tensor # (p, t, d) where the dictionary reads
+    written: torch.Tensor # (p, t, d') where it writes
     log_probs: torch.Tensor # (positions that count, vocabulary) fp32
 
 @torch.no_grad()
@@ -119,11 +124,13 @@ def clean_run(model, # causal LM
     counts = is_token & (mask.cumsum(-1) > 1) if bos else is_token
     any_counts = counts.any(-1, keepdim=True)
     counts = torch.where(any_counts, counts, is_token) # all of a prompt of nothing but BOS
-    seen:list[torch.Tensor] = []
-    with residual_hook(model, reader.layer, reader.hook, seen.append), unsteered(model, reader, mask, reference):
+    read:list[torch.Tensor] = []
+    written:list[torch.Tensor] = []
+    seen = (residual_hook(model, *reader.reads, read.append), residual_hook(model, *reader.writes, written.append))
+    with seen[0], seen[1], unsteered(model, reader, mask, reference):
         log_probs = log_probs_at(model, batch, counts)
     check_stream(model, reader, log_probs.isfinite().all(-1), ...)
-    return CleanRun(batch, counts, seen[0], log_probs)
+    return CleanRun(batch, counts, read[0], written[0], log_probs)
 
 # %% ../nbs/parts/steering.ipynb #aab7391d
 LOGITS_AT_ONCE = 2**27 # numbers in the logits of one forward pass: 512 MB
@@ -172,19 +179,19 @@ def steered_kls(model, # causal LM
 class SteeringScale:
     "Where a search for a clamp begins, and the unit of its steps"
     active: float # largest activation of the feature on the prompts
-    step: float # moves the residual stream by a tenth of its size
+    step: float # moves what is written by a tenth of its size
 
 def steering_scale(reader:FeatureReader, # of an SAE of the model
                    feature:int,
                    clean:CleanRun # of the prompts
                   ) -> SteeringScale:
     "Return where a search for a clamp of a feature begins, and its unit"
-    resid = clean.resid.float()
-    features = torch.full((len(resid),), int(feature), device=resid.device)
-    acts = reader.activations(resid, features)
-    steps = decoder_step(reader.sae, resid, features)
-    one = steps.norm(dim=-1).expand(resid.shape[:2]) # size of one unit
-    ratios = resid.norm(dim=-1) / one
+    read = clean.read.float()
+    features = torch.full((len(read),), int(feature), device=read.device)
+    acts = reader.activations(read, features)
+    steps = decoder_step(reader.sae, read, features)
+    one = steps.norm(dim=-1).expand(read.shape[:2]) # size of one unit
+    ratios = clean.written.float().norm(dim=-1) / one
     active = acts[clean.counts].max()
     ratio = ratios[clean.counts].median()
     return SteeringScale(active.item(), .1*ratio.item())

@@ -1,0 +1,282 @@
+"Places in a decoder layer: by every name, in every family, read by dictionaries of every kind, and steered"
+import numpy as np
+import pytest
+import torch
+from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer.lm.hooks import decoder_layers, residual_hook, residual_stream
+from saeexplainer.lm.places import PLACES, Place, parse_hook, spot_of
+from saeexplainer.lm.sampling import pad, sample
+from saeexplainer.saes import FULL_ENCODE, ONE_COLUMN, TRANSCODERS, FeatureReader, load_sae
+from saeexplainer.target import Target, tokenise
+from target_worlds import PROMPTS, TEXTS, lively
+
+IDS = torch.tensor([[1, 9, 12, 40, 77], [1, 33, 8, 5, 60]])
+WHOLE = torch.ones_like(IDS)
+
+
+# ---- names
+
+@pytest.mark.parametrize('name, place', [
+    ('blocks.12.hook_resid_pre', (12, 'resid_pre')),
+    ('blocks.12.hook_resid_mid', (12, 'resid_mid')),
+    ('blocks.7.hook_attn_out', (7, 'attn_out')),
+    ('blocks.7.hook_mlp_out', (7, 'mlp_out')),
+    ('blocks.7.attn.hook_z', (7, 'z')),
+    ('blocks.7.ln2.hook_normalized', (7, 'mlp_normalized')),
+    ('blocks.7.mlp.hook_in', (7, 'mlp_in')),
+    ('blocks.7.hook_mlp_in', (7, 'resid_mid')),
+    ('model.layers.2', (2, 'resid_post')),
+    ('model.language_model.layers.11', (11, 'resid_post')),
+    ('transformer.h.3', (3, 'resid_post')),
+    ('gpt_neox.layers.5.output', (5, 'resid_post')),
+    ('model.layers.0.input', (0, 'resid_pre')),
+    ('model.layers.2.mlp', (2, 'mlp.output')),
+    ('model.layers.2.self_attn.o_proj.input', (2, 'self_attn.o_proj.input')),
+    ('model.layers.3.post_feedforward_layernorm.output', (3, 'post_feedforward_layernorm.output')),
+])
+def test_hook_names_and_modules(name, place):
+    assert parse_hook(name) == Place(*place)
+
+
+@pytest.mark.parametrize('name', [
+    None, '', 'hook_embed', 'blocks.1.attn.hook_q', 'xblocks.1.hook_resid_post', 'vision_tower.encoder.layers.1',
+    'encoder.layers.2', 'model.layers.2..mlp', 'model.layers.mlp', 5,
+])
+def test_hooks_that_are_in_no_layer(name):
+    with pytest.raises(ValueError, match='known are blocks.N.*`sae_hook: blocks.6.hook_resid_post`'): parse_hook(name)
+
+
+# ---- families
+
+def more_models(arch):
+    "Families that the other tests have no tiny model of"
+    import transformers
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+                 initializer_range=.1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    names = {
+        'gpt_neox': ('GPTNeoXForCausalLM', 'GPTNeoXConfig', dict(use_parallel_residual=False)),
+        'olmo2': ('Olmo2ForCausalLM', 'Olmo2Config', {}),
+        'glm4': ('Glm4ForCausalLM', 'Glm4Config', dict(num_key_value_heads=2, head_dim=16)),
+        'mistral': ('MistralForCausalLM', 'MistralConfig', dict(num_key_value_heads=2)),
+        'qwen2': ('Qwen2ForCausalLM', 'Qwen2Config', dict(num_key_value_heads=2)),
+        'gpt_oss': ('GptOssForCausalLM', 'GptOssConfig',
+                    dict(num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1)),
+        'opt': ('OPTForCausalLM', 'OPTConfig', dict(ffn_dim=128, word_embed_proj_dim=64, init_std=.1)),
+        'bloom': ('BloomForCausalLM', 'BloomConfig', dict(n_layer=4, n_head=4)),
+        'mpt': ('MptForCausalLM', 'MptConfig', dict(d_model=64, n_layers=4, n_heads=4)),
+    }
+    model, config, own = names[arch]
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes | own)).eval()
+
+
+MORE = ('gpt_neox', 'olmo2', 'glm4', 'mistral', 'qwen2', 'gpt_oss', 'opt', 'bloom', 'mpt')
+NEXT_TO = dict(rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def lms():
+    return {arch: tiny_model(arch) for arch in ARCHITECTURES} | {arch: more_models(arch) for arch in MORE}
+
+
+def passing(model, name, layer=2):
+    "What passes at a place in a whole forward pass"
+    seen = []
+    with torch.no_grad(), residual_hook(model, layer, name, seen.append): model(input_ids=IDS, attention_mask=WHOLE)
+    return seen[0].reshape(*IDS.shape, -1)
+
+
+@pytest.mark.parametrize('arch', (*ARCHITECTURES, *MORE))
+def test_a_layer_adds_what_its_parts_give(lms, arch):
+    model = lms[arch]
+    middle = passing(model, 'resid_pre') + passing(model, 'attn_out')
+    assert torch.allclose(middle, passing(model, 'resid_mid'), **NEXT_TO)
+    assert torch.allclose(middle + passing(model, 'mlp_out'), passing(model, 'resid_post'), **NEXT_TO)
+
+
+@pytest.mark.parametrize('arch', (*ARCHITECTURES, *MORE))
+def test_what_the_heads_gather_is_projected(lms, arch):
+    model = lms[arch]
+    layer = decoder_layers(model)[2]
+    projection = spot_of(layer, 'z').module
+    written = projection(passing(model, 'z').float())
+    gain = getattr(layer, 'post_feedforward_layernorm', None) or getattr(layer, 'post_self_attn_layernorm', None)
+    if gain is None: assert torch.allclose(written, passing(model, 'attn_out'), **NEXT_TO)
+    else: assert written.shape == passing(model, 'attn_out').shape
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_the_norm_without_its_weights(lms, arch):
+    plain = passing(lms[arch], 'mlp_normalized')
+    assert torch.allclose(plain.pow(2).mean(-1), torch.ones(IDS.shape), atol=1e-2)
+    stream = passing(lms[arch], 'resid_mid')
+    if arch == 'gpt2': stream = stream - stream.mean(-1, keepdim=True)
+    assert torch.allclose(torch.cosine_similarity(plain, stream, dim=-1), torch.ones(IDS.shape), atol=1e-4)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+@pytest.mark.parametrize('name', PLACES)
+def test_early_exit_reads_the_same(lms, arch, name):
+    model = lms[arch]
+    ran = []
+    handle = decoder_layers(model)[3].register_forward_pre_hook(lambda *_: ran.append(True))
+    early = residual_stream(model, IDS, WHOLE, 2, name)
+    handle.remove()
+    assert not ran
+    assert torch.equal(early.reshape(*IDS.shape, -1), passing(model, name))
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+@pytest.mark.parametrize('name', [name for name in PLACES if name != 'mlp_normalized'])
+def test_what_is_put_in_its_place_reaches_the_logits(lms, arch, name):
+    model = lms[arch]
+    before = passing(model, 'resid_post', 3)
+    with residual_hook(model, 2, name, lambda x: x + 1e-2*torch.randn_like(x)): after = passing(model, 'resid_post', 3)
+    with residual_hook(model, 2, name, torch.clone): same = passing(model, 'resid_post', 3)
+    assert not torch.allclose(before, after, atol=1e-4)
+    assert torch.allclose(before, same, **NEXT_TO)
+
+
+def test_what_is_added_between_attention_and_mlp_stays_in_the_stream(lms):
+    moved = torch.full((64,), .5)
+    with residual_hook(lms['llama'], 2, 'resid_mid', lambda x: x + moved): after = passing(lms['llama'], 'resid_mid')
+    assert torch.allclose(after, passing(lms['llama'], 'resid_mid') + moved, **NEXT_TO)
+
+
+def test_a_norm_cannot_be_changed(lms):
+    with pytest.raises(ValueError, match='can be read, not changed'):
+        with residual_hook(lms['llama'], 2, 'mlp_normalized', torch.clone): passing(lms['llama'], 'resid_post')
+
+
+def test_a_place_that_a_model_does_not_have(lms):
+    with pytest.raises(ValueError, match="LlamaDecoderLayer has no place 'cross_attn.output'.*it has self_attn, mlp"):
+        residual_stream(lms['llama'], IDS, WHOLE, 2, 'cross_attn.output')
+
+
+# ---- dictionaries
+
+@pytest.fixture(scope='module')
+def tokenizer(): return tiny_tokenizer()
+
+
+HOOKS = ('hook_resid_pre', 'hook_resid_mid', 'hook_resid_post', 'hook_attn_out', 'hook_mlp_out', 'attn.hook_z',
+         'mlp.hook_in', 'ln2.hook_normalized')
+
+
+def dictionary_at(folder, kind, hook, **about):
+    "A tiny dictionary that reads at a place of layer 2; a transcoder writes behind the MLP"
+    metadata = dict(hook_name_out='blocks.2.hook_mlp_out') if kind in TRANSCODERS else {}
+    own = dict(reshape_activations='hook_z') if hook == 'attn.hook_z' else {}
+    folder = tiny_sae(folder, kind, metadata=metadata | about, hook=hook.removeprefix('hook_'), **own)
+    if not hook.startswith('hook_'): # `tiny_sae` writes hook_ in front
+        file = folder/'cfg.json'
+        file.write_text(file.read_text().replace(f'blocks.2.hook_{hook}', f'blocks.2.{hook}'))
+    return FeatureReader.load(folder)
+
+
+@pytest.mark.parametrize('kind', (*ONE_COLUMN, *FULL_ENCODE))
+@pytest.mark.parametrize('hook', HOOKS)
+@pytest.mark.parametrize('arch', ('llama', 'gemma2', 'gpt2'))
+def test_a_feature_read_at_a_place_equals_the_encode_of_sae_lens(lms, tokenizer, tmp_path, arch, hook, kind, largest_error):
+    reader = dictionary_at(tmp_path/'sae', kind, hook)
+    target = Target(lms[arch], tokenizer, reader)
+    texts = [text for text in TEXTS if text]
+    wanted = np.stack([whole_encode(target, text) for text in texts]) # (texts, features)
+    features = lively(target)
+    found = target.max_act_table(texts, features)
+    assert wanted[:, features].max() > 0
+    assert largest_error(f'activations at {hook}', relative(found, wanted[:, features])) < 1e-4
+
+
+def relative(found, wanted):
+    "Largest difference, relative to max(1, the largest value)"
+    found, wanted = torch.as_tensor(found), torch.as_tensor(wanted)
+    return ((found - wanted).abs().max()/wanted.abs().max().clamp(min=1.)).item()
+
+
+def whole_encode(target, text):
+    "Largest activations on a text, by a whole forward pass and sae-lens' own encode"
+    [tokens] = tokenise(target.tokenizer, [text])
+    seen = []
+    with torch.no_grad(), residual_hook(target.model, *target.reader.reads, seen.append):
+        target.model(**pad([tokens.ids], 0))
+    acts = target.reader.sae.encode(seen[0].float().reshape(1, len(tokens.ids), -1))
+    return acts[0][torch.tensor(tokens.counts)].max(0).values.numpy()
+
+
+@pytest.mark.parametrize('kind', TRANSCODERS)
+def test_clamping_a_transcoder_is_rank_one_where_it_writes(tmp_path, kind, largest_error):
+    reader = dictionary_at(tmp_path/'sae', kind, 'mlp.hook_in')
+    torch.manual_seed(0)
+    read, written = torch.randn(3, 5, 64), torch.randn(3, 5, 64)
+    sae = reader.sae
+    acts = sae.encode(read)
+    changed = acts.clone()
+    changed[..., 7] = 4.
+    miss = written - sae.decode(acts)
+    clamped = reader.clamp(read, 7, [4.]*3, written=written)
+    assert largest_error('clamp where a transcoder writes', relative(clamped, sae.decode(changed) + miss)) < 1e-4
+    spliced = sae(read) + sae.decode(changed) - sae.decode(acts)
+    assert relative(reader.clamp(read, 7, [4.]*3, True, written), spliced) < 1e-4
+
+
+def the_long_way(target, features, values, mask):
+    "A hook where the dictionary writes: what it writes with features changed, less what it writes, is added"
+    sae = target.reader.sae
+    read = []
+    def keep(x): read[:] = [x]
+    def change(written):
+        acts = sae.encode(read[0])
+        changed = acts.clone()
+        for row, feature, value in zip(changed, features, values): row[:, feature] = value
+        new = written + sae.decode(changed) - sae.decode(acts)
+        is_prompt = len(mask[0]) == written.shape[1]
+        return torch.where(mask[..., None].bool(), new, written) if is_prompt else new
+    return residual_hook(target.model, *target.reader.reads, keep), residual_hook(
+        target.model, *target.reader.writes, change)
+
+
+@pytest.mark.parametrize('arch', ('llama', 'gemma3', 'gpt2'))
+@pytest.mark.parametrize('kind, hook', [
+    ('jumprelu', 'hook_resid_mid'), ('standard', 'hook_attn_out'), ('topk', 'hook_mlp_out'), ('gated', 'attn.hook_z'),
+    ('transcoder', 'mlp.hook_in'), ('jumprelu_skip_transcoder', 'ln2.hook_normalized'),
+    ('skip_transcoder', 'hook_resid_mid'),
+])
+def test_steered_generation_equals_the_long_way(lms, tokenizer, tmp_path, arch, kind, hook):
+    target = Target(lms[arch], tokenizer, dictionary_at(tmp_path/'sae', kind, hook))
+    features, values = lively(target, n=3), [20., -20., 0.]
+    how = dict(max_new_tokens=8, seeds=[1, 2, 3])
+    batch = pad([prompt.ids for prompt in tokenise(tokenizer, PROMPTS)], 0, left=True)
+    read, write = the_long_way(target, features, values, batch['attention_mask'])
+    with read, write: wanted = sample(target.model, tokenizer, **batch, temperature=.75, **how)
+    assert target.generate(PROMPTS, features, values, **how) == wanted
+    assert wanted != target.generate(PROMPTS, **how)
+
+
+@pytest.mark.parametrize('kind, hook', [('transcoder', 'mlp.hook_in'), ('standard', 'hook_mlp_out')])
+def test_a_clamp_for_a_kl_is_found_where_it_writes(lms, tokenizer, tmp_path, kind, hook):
+    target = Target(lms['llama'], tokenizer, dictionary_at(tmp_path/'sae', kind, hook))
+    found = target.steering_value(lively(target)[0], .3, PROMPTS)
+    assert found.reached
+    assert found.kl == pytest.approx(.3, rel=.05)
+
+
+def test_a_transcoder_says_where_it_writes(tmp_path):
+    folder = tiny_sae(tmp_path/'sae', 'transcoder')
+    with pytest.raises(ValueError, match='does not say where it writes'): FeatureReader.load(folder)
+
+
+def test_the_module_of_the_model_comes_before_the_hook(tmp_path):
+    about = dict(hf_hook_name='model.layers.2.pre_feedforward_layernorm.output',
+                 hf_hook_name_out='model.layers.2.post_feedforward_layernorm.output')
+    reader = dictionary_at(tmp_path/'sae', 'jumprelu_transcoder', 'hook_mlp_in', **about)
+    assert reader.reads == (2, 'pre_feedforward_layernorm.output')
+    assert reader.writes == (2, 'post_feedforward_layernorm.output')
+    said = FeatureReader.load(tmp_path/'sae', hook='blocks.1.mlp.hook_in')
+    assert said.reads == (1, 'mlp_in')
+
+
+def test_heads_come_side_by_side(tmp_path):
+    reader = dictionary_at(tmp_path/'sae', 'jumprelu', 'attn.hook_z')
+    assert load_sae(tmp_path/'sae').hook_z_reshaping_mode is False
+    assert reader.encode(torch.randn(2, 3, 64)).shape == (2, 3, 512)
