@@ -168,6 +168,7 @@ def _model_facts(card) -> dict[str, Any]: # of an `ExplainerCard`
         'made with': ', '.join(f'{name} {version}' for name, version in card.versions.items()),
     }
 
+# %% ../nbs/parts/cards.ipynb #ce315bb6
 _USE = '''## How to use it
 
 ```python

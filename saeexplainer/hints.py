@@ -121,7 +121,7 @@ def place_of(
     reader, # `FeatureReader`
 ) -> dict[str, str]: # facts of a dictionary's file
     "Return where a dictionary must have been read for the directions of an SAE to be looked up in it"
-    return dict(place=f'{reader.hook} of layer {reader.layer}', width=str(reader.d_model))
+    return dict(place=f'{reader.hook} of layer {reader.layer}', width=str(reader.d_in))
 
 def dictionary_beside(
     folder:str|Path, # of an explainer

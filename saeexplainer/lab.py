@@ -455,7 +455,7 @@ def _lab_of(model, sae, more:dict, fields:dict) -> Lab: # of a preset that is bu
     for name in presets():
         preset = load_preset(name)
         if (preset.target, preset.sae) == (str(model), str(sae)): return Lab(load_preset(name, **fields), **more)
-    reader = FeatureReader.load(sae)
+    reader = FeatureReader.load(sae, target=str(model))
     return Lab(load_preset(preset_of(model, sae, reader), **fields), **more, reader=reader)
 
 def load(

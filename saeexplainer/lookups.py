@@ -156,7 +156,7 @@ def read_token_dictionary( # noqa: PLR0913
     entries = entries_of(([key for of_token in row for key in of_token if is_named(key)] for row in keys), least)
     if not entries: raise ValueError(f'no token comes {least} times in this corpus: choose a longer one')
     others = len(entries)
-    means = Means(torch.zeros(others + 1, target.reader.d_model), torch.zeros(others + 1, dtype=torch.long))
+    means = Means(torch.zeros(others + 1, target.reader.d_in), torch.zeros(others + 1, dtype=torch.long))
     with progress_bar(sum(map(len, windows)), 'reading tokens', progress) as bar:
         for start in range(0, len(windows), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
@@ -303,9 +303,11 @@ def neighbours_of( # noqa: PLR0913
     k:int=20, # entries of each; a word has several
     progress:bool=True,
 ) -> list[list[Neighbour]]: # the nearest first
-    "Look features up: words by the encoder's direction, as hints are; tokens by the decoder's"
+    "Look features up: words by the encoder's direction, as hints are; tokens by the decoder's, if it writes there"
     dictionary = token_dictionary(preset, target, IN_DICTIONARY[name], progress)
-    by = target.reader.encoders if IN_DICTIONARY[name] == WORDS else target.reader.directions
+    reader = target.reader
+    by_encoder = IN_DICTIONARY[name] == WORDS or reader.reads != reader.writes or reader.heads is not None
+    by = reader.encoders if by_encoder else reader.directions
     return dictionary.nearest(by(list(features)), k)
 
 # %% ../nbs/parts/lookups.ipynb #02970ff5

@@ -6,13 +6,13 @@
 __all__ = ['TRANSCODERS', 'WITH_THRESHOLD', 'ONE_COLUMN', 'FULL_ENCODE', 'NORMALISED', 'Features', 'ENCODE_AT_ONCE', 'WEIGHTS',
            'check_directions', 'feature_indices', 'pre_activations', 'one_column', 'competing', 'decoder_step',
            'find_sae', 'hub_folder', 'check_config', 'load_sae', 'tensors_sha256', 'LoadedSAE', 'place_of',
-           'written_place', 'open_sae', 'SAERows', 'encoder_rows', 'FeatureReader']
+           'written_place', 'open_sae', 'SAERows', 'direction_rows', 'encoder_rows', 'FeatureReader']
 
 # %% ../nbs/parts/saes.ipynb #eec56a9f
-import hashlib, operator, os, re
+import hashlib, operator, os
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -20,8 +20,9 @@ import torch
 
 # %% ../nbs/parts/saes.ipynb #0156f113
 from .files import check_tensors, read_json
+from .lm.heads import load_written_by_heads
 from .lm.models import weights_sha256
-from .lm.places import Place, parse_hook
+from .lm.places import Place, is_of_heads, parse_hook
 from .presets import Preset, data_dir, no_data
 
 # %% ../nbs/parts/saes.ipynb #c99ab570
@@ -455,6 +456,7 @@ class LoadedSAE:
     sae: Any # of sae-lens, fp32
     card: dict|None = None # how it was made; `model_sha256` binds it to a model
     sha256: str|None = None # of its weights file; None: it came without one
+    heads: torch.Tensor|None = None # (d_in, d_model) what heads write, where the dictionary reads them
 
 def place_of(
     sae, # sae-lens SAE
@@ -505,10 +507,12 @@ def open_sae(
     hook:str|None=None, # where it reads, instead of the metadata's
     bos:bool|None=None, # whether texts begin with BOS
     model:str|None=None, # the name of its model
+    target:str|None=None, # the model whose heads it reads; None: they are not read
 ) -> LoadedSAE:
     "Load an SAE and the `card.json` beside it; raise `FileNotFoundError` or `ValueError` with what is wrong"
     if isinstance(source, Preset):
-        found = open_sae(source.sae, device, source.sae_hook, source.sae_bos, source.sae_model)
+        named = (source.sae_hook, source.sae_bos, source.sae_model, source.target)
+        found = open_sae(source.sae, device, *named)
         layer, _ = place_of(found.sae)
         if layer == source.layer: return found
         raise ValueError(f"the preset says layer {source.layer}, its SAE '{source.sae}' reads layer {layer}")
@@ -522,8 +526,9 @@ def open_sae(
         if hook is not None: about.hf_hook_name = None # it would come first
         found = _with_card(source, sae)
         place_of(sae) # an error names the SAE
-        written_place(sae)
-    return found
+        place = written_place(sae)
+    if target is None or not is_of_heads(place): return found
+    return replace(found, heads=load_written_by_heads(target, place.layer))
 
 # %% ../nbs/parts/saes.ipynb #414c8783
 def _check_exist(indices:torch.Tensor, n_features:int): # raises `ValueError`
@@ -595,26 +600,41 @@ class SAERows:
         return begin + change[..., None] * step
 
 # %% ../nbs/parts/saes.ipynb #68a73fe3
+def direction_rows(
+    sae, # of sae-lens
+    indices:torch.Tensor, # (n,) of features
+    heads:torch.Tensor|None, # (d_in, d_model) what heads write, where the dictionary reads them
+) -> torch.Tensor: # (n, d_model) fp32
+    "Return decoder directions in the residual stream; raise `ValueError` where one is zero, not finite or unknown"
+    rows = sae.W_dec[indices].clone()
+    if not is_of_heads(written_place(sae)): return check_directions(rows, rows.shape[1])
+    if heads is None:
+        raise ValueError('this SAE reads what heads have gathered, and their projection is not known: '
+                         'FeatureReader.load(..., target=MODEL) reads it')
+    return check_directions(rows @ heads.to(rows), heads.shape[1])
+
 def encoder_rows(
     sae, # of sae-lens
     indices:torch.Tensor, # (n,) of features
-    decoders:torch.Tensor, # (n, d) their decoder directions
-) -> torch.Tensor: # (n, d) fp32
+) -> torch.Tensor: # (n, d_in) fp32
     "Return encoder directions of features; a decoder's where there is none"
     weights = getattr(sae, 'W_enc', None)
-    if weights is None: return decoders
+    if weights is None: return sae.W_dec[indices].float()
     columns = weights[:, indices].T.float()
+    if sae.cfg.architecture() in TRANSCODERS: return columns # its decoder's direction is of another place
     is_good = columns.isfinite().all(1, keepdim=True) & columns.any(1, keepdim=True)
-    return torch.where(is_good, columns, decoders)
+    return torch.where(is_good, columns, sae.W_dec[indices].float())
 
 # %% ../nbs/parts/saes.ipynb #9ed5b49e
 class FeatureReader:
     "Read single features of a dictionary: directions, activations and clamping, all in fp32"
-    def __init__(self, sae:Any, card:dict|None=None, sha256:str|None=None): # as the fields of `LoadedSAE`
+    def __init__(self, sae:Any, card:dict|None=None, sha256:str|None=None, # as the fields of `LoadedSAE`
+                 heads:torch.Tensor|None=None):
         self.sae = sae
         self.card = card or {}
+        self.heads = heads
         self.d_in = sae.cfg.d_in # width of what it reads
-        self.d_model = sae.W_dec.shape[1] # width of a direction
+        self.d_model = sae.W_dec.shape[1] if heads is None else heads.shape[1] # width of a direction
         self.n_features = sae.cfg.d_sae
         self.reads = place_of(sae)
         self.writes = written_place(sae)
@@ -628,10 +648,11 @@ class FeatureReader:
         source, # a `Preset`; or as `find_sae` takes it
         device='cpu', # as torch takes it
         hook:str|None=None, bos:bool|None=None, model:str|None=None, # instead of what the metadata says
+        target:str|None=None, # model whose heads the dictionary reads; None: the preset's
     ) -> 'FeatureReader':
         "Load the SAE and the `card.json` beside it; raise `FileNotFoundError` or `ValueError` with what is wrong"
-        found = open_sae(source, device, hook, bos, model)
-        return cls(found.sae, found.card, found.sha256)
+        found = open_sae(source, device, hook, bos, model, target)
+        return cls(found.sae, found.card, found.sha256, found.heads)
 
     @property
     def sha256(self) -> str:
@@ -643,13 +664,13 @@ class FeatureReader:
         kind, size = self.sae.cfg.architecture(), f'{self.n_features} features, width {self.d_model}'
         return f'{type(self).__name__}({kind}, {size}, {self.hook} of layer {self.layer})'
 
-    def directions(self, features:Features) -> torch.Tensor: # (n, d) fp32
-        "Return decoder directions, as the SAE stores them; raise `ValueError` where one is zero or not finite"
-        return check_directions(self.sae.W_dec[self._rows.indices(features)].clone(), self.d_model)
+    def directions(self, features:Features) -> torch.Tensor: # (n, d_model) fp32
+        "Return decoder directions, in the residual stream; raise `ValueError` where one is zero or not finite"
+        return direction_rows(self.sae, self._rows.indices(features), self.heads)
 
-    def encoders(self, features:Features) -> torch.Tensor: # (n, d) fp32
-        "Return encoder directions, along which features fire; the decoder's where there is none; raise as above"
-        return encoder_rows(self.sae, self._rows.indices(features), self.directions(features))
+    def encoders(self, features:Features) -> torch.Tensor: # (n, d_in) fp32
+        "Return encoder directions, along which features fire; the decoder's where there is none"
+        return encoder_rows(self.sae, self._rows.indices(features))
 
     @torch.no_grad()
     def encode(self, resid:torch.Tensor) -> torch.Tensor: # (..., d) -> (..., n_features)

@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 # %% ../nbs/parts/target.ipynb #accddb1f
-from .lm.hooks import check_stream, context_length, decoder_layers, residual_stream
+from .lm.heads import written_by_heads
+from .lm.hooks import check_stream, context_length, decoder_layers, residual_hook, residual_stream
 from .lm.models import EMBEDDED, embedded_model_dir, load_model, model_source, weights_sha256
+from .lm.places import is_of_heads
 from .lm.sampling import batches, check_new, pad, sample, seed_for
 from .presets import Preset, load_preset
 from .saes import FeatureReader, Features, feature_indices
@@ -95,14 +97,17 @@ def tokenise(tokenizer, # of transformers, a fast one
 def check_fits(model, # causal LM
                reader:FeatureReader # of an SAE
               ):
-    "Raise `ValueError` where the SAE's width or layer is not one of the model's"
-    width = model.config.get_text_config().hidden_size
-    layers = len(decoder_layers(model))
-    if width != reader.d_model:
-        raise ValueError(f'the SAE is {reader.d_model} wide and the model {width}: this SAE is for another model')
-    if reader.layer >= layers:
-        raise ValueError(f'the SAE reads layer {reader.layer}, the model has layers 0 to {layers-1}: '
+    "Raise `ValueError` where the SAE's width, layer or place is not one of the model's"
+    layers = decoder_layers(model)
+    if reader.layer >= len(layers):
+        raise ValueError(f'the SAE reads layer {reader.layer}, the model has layers 0 to {len(layers)-1}: '
                          'this SAE is for another model')
+    for place in (reader.reads, reader.writes):
+        with residual_hook(model, *place, torch.clone): pass # raises where there is no such place
+    width = model.config.get_text_config().hidden_size
+    if is_of_heads(reader.reads): width = len(written_by_heads(layers[reader.layer]))
+    if width != reader.d_in:
+        raise ValueError(f'the SAE is {reader.d_in} wide and the model {width}: this SAE is for another model')
 
 # %% ../nbs/parts/target.ipynb #f0821525
 TWINS = {'it', 'instruct', 'chat', 'base', 'pt', 'hf', 'meta'} # a base model and its instruct twin may differ in these

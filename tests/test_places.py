@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers import ARCHITECTURES, tiny_model, tiny_sae, tiny_tokenizer
+from helpers import ARCHITECTURES, save_wrapped, tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer.lm.heads import load_written_by_heads, written_by_heads
 from saeexplainer.lm.hooks import decoder_layers, residual_hook, residual_stream
-from saeexplainer.lm.places import PLACES, Place, parse_hook, spot_of
+from saeexplainer.lm.places import PLACES, Place, late_norm, parse_hook, spot_of
 from saeexplainer.lm.sampling import pad, sample
 from saeexplainer.saes import FULL_ENCODE, ONE_COLUMN, TRANSCODERS, FeatureReader, load_sae
 from saeexplainer.target import Target, tokenise
@@ -48,7 +49,7 @@ def test_hooks_that_are_in_no_layer(name):
 
 # ---- families
 
-def more_models(arch):
+def more_models(arch, **fields):
     "Families that the other tests have no tiny model of"
     import transformers
     torch.manual_seed(0)
@@ -67,7 +68,7 @@ def more_models(arch):
         'mpt': ('MptForCausalLM', 'MptConfig', dict(d_model=64, n_layers=4, n_heads=4)),
     }
     model, config, own = names[arch]
-    return getattr(transformers, model)(getattr(transformers, config)(**sizes | own)).eval()
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes | own | fields)).eval()
 
 
 MORE = ('gpt_neox', 'olmo2', 'glm4', 'mistral', 'qwen2', 'gpt_oss', 'opt', 'bloom', 'mpt')
@@ -177,7 +178,8 @@ def dictionary_at(folder, kind, hook, **about):
 @pytest.mark.parametrize('kind', (*ONE_COLUMN, *FULL_ENCODE))
 @pytest.mark.parametrize('hook', HOOKS)
 @pytest.mark.parametrize('arch', ('llama', 'gemma2', 'gpt2'))
-def test_a_feature_read_at_a_place_equals_the_encode_of_sae_lens(lms, tokenizer, tmp_path, arch, hook, kind, largest_error):
+def test_a_feature_equals_the_encode_of_sae_lens( # noqa: PLR0913
+        lms, tokenizer, tmp_path, arch, hook, kind, largest_error):
     reader = dictionary_at(tmp_path/'sae', kind, hook)
     target = Target(lms[arch], tokenizer, reader)
     texts = [text for text in TEXTS if text]
@@ -274,6 +276,56 @@ def test_the_module_of_the_model_comes_before_the_hook(tmp_path):
     assert reader.writes == (2, 'post_feedforward_layernorm.output')
     said = FeatureReader.load(tmp_path/'sae', hook='blocks.1.mlp.hook_in')
     assert said.reads == (1, 'mlp_in')
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize('arch', ('llama', 'gemma2', 'gpt2', 'olmo2', 'glm4'))
+def test_directions_of_heads_are_what_a_clamp_adds_to_the_stream(lms, tmp_path, arch, largest_error):
+    model = lms[arch]
+    reader = dictionary_at(tmp_path/'sae', 'jumprelu', 'attn.hook_z')
+    reader = FeatureReader.load(tmp_path/'sae', target=save(model, tmp_path/'model'))
+    [direction] = reader.directions(7)
+    layer = decoder_layers(model)[2]
+    projection = spot_of(layer, 'z').module
+    zero = torch.zeros(1, 64)
+    added = projection(reader.sae.W_dec[7][None]) - projection(zero)
+    norm = late_norm(layer)
+    if norm is not None: added = norm(added)
+    cosine = torch.cosine_similarity(added[0], direction, dim=0).item()
+    assert largest_error('1 - cosine, direction of heads', 1 - cosine) < 1e-5
+    if norm is None: assert torch.allclose(added[0], direction, atol=1e-5)
+
+
+def test_directions_of_heads_need_their_model(tmp_path):
+    reader = dictionary_at(tmp_path/'sae', 'jumprelu', 'attn.hook_z')
+    with pytest.raises(ValueError, match='their projection is not known: FeatureReader.load'): reader.directions(7)
+
+
+def test_a_model_in_shards_and_with_eyes(lms, tmp_path):
+    folder = tmp_path/'model'
+    model = save_wrapped(folder, 'gemma3')
+    model.save_pretrained(folder, max_shard_size='100KB')
+    (folder/'model.safetensors').unlink(missing_ok=True)
+    assert (folder/'model.safetensors.index.json').exists()
+    assert torch.equal(load_written_by_heads(str(folder), 2), written_by_heads(decoder_layers(model)[2]))
+
+
+def test_a_model_without_the_place_is_refused(lms, tokenizer, tmp_path):
+    reader = FeatureReader.load(tiny_sae(tmp_path/'sae'), hook='model.layers.2.cross_attn.output')
+    with pytest.raises(ValueError, match="no place 'cross_attn.output'"): Target(lms['llama'], tokenizer, reader)
+    neox = more_models('gpt_neox', use_parallel_residual=True)
+    between = dictionary_at(tmp_path/'mid', 'jumprelu', 'hook_resid_mid')
+    with pytest.raises(ValueError, match='has no place between attention and MLP'): Target(neox, tokenizer, between)
+
+
+def test_heads_of_another_width_are_refused(tokenizer, tmp_path):
+    reader = dictionary_at(tmp_path/'sae', 'jumprelu', 'attn.hook_z')
+    wide = tiny_model('llama', head_dim=32)
+    with pytest.raises(ValueError, match='the SAE is 64 wide and the model 128'): Target(wide, tokenizer, reader)
 
 
 def test_heads_come_side_by_side(tmp_path):

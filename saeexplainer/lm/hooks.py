@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 # %% ../../nbs/parts/lm/hooks.ipynb #52d94a85
-from .places import Spot, mlp_norm, spot_of
+from .places import Spot, is_parallel, spot_of
 
 # %% ../../nbs/parts/lm/hooks.ipynb #216be6e5
 def backbone(model # a causal LM, with or without PEFT around it
@@ -107,8 +107,8 @@ def spot_hook(
 # %% ../../nbs/parts/lm/hooks.ipynb #ea95d10a
 @contextmanager
 def _middle_hook(layer, fn): # between attention and MLP
-    if hasattr(layer, 'altup'):
-        raise ValueError(f'{type(layer).__name__} has no place between attention and MLP: it has several streams')
+    if hasattr(layer, 'altup') or is_parallel(layer):
+        raise ValueError(f'{type(layer).__name__} has no place between attention and MLP')
     before:list[torch.Tensor] = []
     def change(added):
         middle = before.pop() + added
