@@ -107,7 +107,8 @@ def _entry(release:str, listed:Any, sae:dict) -> Entry:
     sae_id = sae['id']
     path = str(sae['path'])
     names = f"{listed['repo_id']} {path} {sae_id}"
-    rule = next(rule for rule in _RULES if rule.format == listed.get('conversion_func') and re.search(rule.pattern, names))
+    written = listed.get('conversion_func')
+    rule = next(rule for rule in _RULES if rule.format == written and re.search(rule.pattern, names))
     own = _own_place(sae_id) if rule.place is None else None
     place = own.name if own else rule.place
     layer = own.layer if own else _layer_in(sae_id, path, listed['repo_id'])
@@ -160,7 +161,8 @@ def entry_of(
         if entry.sae_id == sae_id: return entry
     if not found:
         near = difflib.get_close_matches(release, {entry.release for entry in catalogue()}, 3)
-        raise ValueError(f'sae-lens lists no release {release!r}' + (f': did you mean {" or ".join(near)}?' if near else ''))
+        meant = f': did you mean {" or ".join(near)}?' if near else ''
+        raise ValueError(f'sae-lens lists no release {release!r}{meant}')
     near = difflib.get_close_matches(sae_id, [entry.sae_id for entry in found], 3) or [found[0].sae_id]
     raise ValueError(f'{release} has no {sae_id!r}: did you mean {" or ".join(near)}?')
 
@@ -185,6 +187,7 @@ def twin_of(
         if re.match(pattern, model): return re.sub(pattern, twin, model)
     return model
 
+# %% ../nbs/parts/catalogue.ipynb #55f8986e
 def fields_for(
     entry:Entry,
 ) -> dict: # of a `Preset`, but for its name

@@ -9,7 +9,7 @@ __all__ = ['TRANSCODERS', 'WITH_THRESHOLD', 'ONE_COLUMN', 'FULL_ENCODE', 'NORMAL
            'written_place', 'open_sae', 'SAERows', 'direction_rows', 'encoder_rows', 'FeatureReader']
 
 # %% ../nbs/parts/saes.ipynb #eec56a9f
-import hashlib, operator, os
+import hashlib, operator, os, sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from .lm.heads import load_written_by_heads
 from .lm.models import weights_sha256
 from .lm.places import Place, is_of_heads, parse_hook
 from .presets import Preset, data_dir, no_data
+from .sparsify import SPARSIFY_WEIGHTS, is_of_sparsify, load_sparsify
 
 # %% ../nbs/parts/saes.ipynb #c99ab570
 TRANSCODERS = ('transcoder', 'skip_transcoder', 'jumprelu_transcoder', 'jumprelu_skip_transcoder')
@@ -285,19 +286,11 @@ def _check_fields(file, cfg): # those that any kind of SAE may have
     _check_metadata(file, cfg.get('metadata') or {})
 
 # %% ../nbs/parts/saes.ipynb #ec0baf01
-def _is_of_sparsify(cfg) -> bool: # has the fields of another library's format
-    if 'num_latents' in cfg: return True
-    of_sae_lens = {'hook_name', 'hook_point', 'architecture'}
-    return 'expansion_factor' in cfg and not of_sae_lens & cfg.keys()
-
 def check_config(
     file:Path, # a cfg.json in sae-lens' own format, of any version
 ) -> str: # its architecture
     "Raise `ValueError`, naming the file, for a configuration that is malformed or that sae-lens would misread"
     cfg = read_json(file)
-    if _is_of_sparsify(cfg):
-        raise ValueError(f'{file} is of an SAE of sparsify, whose format is not read: '
-                         f"convert it to sae-lens' (cfg.json and {WEIGHTS})")
     _check_fields(file, cfg)
     function = cfg.get('activation_fn') or cfg.get('activation_fn_str') or 'relu'
     named = cfg.get('architecture') or 'standard'
@@ -387,6 +380,7 @@ def _fold_scale(sae, file): # activation_scaler.json
 def _load_folder(folder, device): # the sae-lens SAE
     from sae_lens import SAE
     config = folder/'cfg.json'
+    if is_of_sparsify(read_json(config)): return load_sparsify(folder, device) # checks what it reads
     weights = folder/WEIGHTS
     wanted = check_config(config)
     if not weights.exists():
@@ -405,10 +399,19 @@ def _load_folder(folder, device): # the sae-lens SAE
     if is_scaled and scale.exists(): _fold_scale(sae, scale)
     return sae
 
+def _say_pickle(source): # to stderr; torch.load takes tensors alone, by its default
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    entry = get_pretrained_saes_directory().get(source[0])
+    file = str(entry.saes_map.get(source[1], '')) if entry else ''
+    is_pickle = file.endswith(('.pt', '.pth')) or (entry and entry.conversion_func == 'dictionary_learning_1')
+    if not is_pickle: return
+    print(f"'{_name_of(source)}' is published as a pickle: only tensors are taken from it", file=sys.stderr)
+
 def _load_release(source, device): # the sae-lens SAE of (release, sae_id)
     from sae_lens import SAE
     from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
     with _loading(source):
+        _say_pickle(source)
         converter = _from_hub if get_conversion_loader_name(source[0]) == 'sae_lens' else None
         sae = SAE.from_pretrained(*source, device=str(device), dtype='float32', converter=converter)
     _check_cached(source)
@@ -433,7 +436,10 @@ def load_sae(
     if normalised_by not in NORMALISED:
         raise ValueError(f"this SAE expects inputs normalised by '{normalised_by}' and does not bring the factor: "
                          'fold it into the weights before saving (sae-lens: fold_activation_norm_scaling_factor)')
-    if sae.cfg.reshape_activations == 'hook_z': sae.turn_off_forward_pass_hook_z_reshaping() # heads come side by side
+    reshaped_by = sae.cfg.reshape_activations
+    if reshaped_by not in ('none', 'hook_z'):
+        raise ValueError(f'this SAE reshapes its input ({reshaped_by}), in a way that is not known here')
+    if reshaped_by == 'hook_z': sae.turn_off_forward_pass_hook_z_reshaping() # heads come side by side
     return sae.eval().requires_grad_(False)
 
 # %% ../nbs/parts/saes.ipynb #05d39589
@@ -499,7 +505,8 @@ def _with_card(source, sae) -> LoadedSAE: # source: as `find_sae` returns it
     bound_to = card.get('model_sha256', '')
     if not isinstance(bound_to, str):
         raise ValueError(f'{file}: model_sha256 is {bound_to!r}, not a hash')
-    return LoadedSAE(sae, card, weights_sha256(folder, WEIGHTS))
+    weights = WEIGHTS if (folder/WEIGHTS).exists() else SPARSIFY_WEIGHTS
+    return LoadedSAE(sae, card, weights_sha256(folder, weights))
 
 def open_sae(
     source, # a `Preset`; or as `find_sae` takes it

@@ -282,7 +282,7 @@ def llama_scope(hub, repo, folder, layer, scale, d=64, n=512, seed=0): # arrays
     return arrays
 
 
-def res_jb(hub, repo, hook, d=64, n=512, seed=0, centred=True): # arrays
+def res_jb(hub, repo, folder, d=64, n=512, seed=0, centred=True, hook=None): # arrays; hook: default the folder's name
     """`cfg.json` as an SAE of 2024 has it, and weights
 
     Where it is centred, no encoder column reads the mean over the residual stream.
@@ -292,12 +292,12 @@ def res_jb(hub, repo, hook, d=64, n=512, seed=0, centred=True): # arrays
         for name, dim in (('W_enc', 0), ('W_dec', 1), ('b_dec', 0)):
             arrays[name] -= arrays[name].mean(dim, keepdim=True)
     cfg = dict(
-        model_name='gpt2-small', hook_point=hook, hook_point_layer=int(hook.split('.')[1]),
+        model_name='gpt2-small', hook_point=hook or folder, hook_point_layer=int((hook or folder).split('.')[1]),
         hook_point_head_index=None, d_in=d, d_sae=n, expansion_factor=n//d,
         dataset_path='Skylion007/openwebtext', is_dataset_tokenized=False, context_size=128,
         dtype='torch.float32', device='mps', seed=42, b_dec_init_method='geometric_median')
-    hub_file(hub, repo, f'{hook}/cfg.json').write_text(json.dumps(cfg))
-    save_arrays(arrays, hub_file(hub, repo, f'{hook}/sae_weights.safetensors'))
+    hub_file(hub, repo, f'{folder}/cfg.json').write_text(json.dumps(cfg))
+    save_arrays(arrays, hub_file(hub, repo, f'{folder}/sae_weights.safetensors'))
     return arrays
 
 

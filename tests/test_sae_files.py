@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from helpers import hub_file, tiny_sae
+from saeexplainer.lm.models import weights_sha256
 from saeexplainer.presets import load_preset
 from saeexplainer.saes import FeatureReader
 
@@ -61,13 +62,52 @@ def test_configurations_that_are_no_objects(folder, text):
     (dict(activation_fn='tanh-relu'),
      "activation function is 'tanh-relu', which sae-lens no longer has: it would be read as ReLU"),
     (dict(activation_fn_str='gelu'), "activation function is 'gelu'"),
-    (dict(num_latents=512, expansion_factor=8), 'is of an SAE of sparsify, whose format is not read'),
 ])
 def test_malformed_configurations(folder, values, says):
     edit(folder, **values)
     with pytest.raises(ValueError, match=says) as raised: FeatureReader.load(folder)
     assert str(folder/'cfg.json') in str(raised.value)
     assert '\n' not in str(raised.value)
+
+
+def sparsify_folder(folder, name='layers.2', **fields):
+    "An SAE as sparsify writes it, and its tensors"
+    torch.manual_seed(0)
+    tensors = {'encoder.weight': torch.randn(128, 64)/8, 'encoder.bias': .1*torch.randn(128),
+               'W_dec': torch.randn(128, 64)/8, 'b_dec': .1*torch.randn(64)}
+    (folder/name).mkdir(parents=True)
+    save_file(tensors, folder/name/'sae.safetensors')
+    own = dict(activation='topk', expansion_factor=2, normalize_decoder=True, num_latents=0, k=9, multi_topk=False,
+               skip_connection=False, transcode=False, d_in=64)
+    (folder/name/'cfg.json').write_text(json.dumps(own | fields))
+    return folder/name, tensors
+
+
+@pytest.mark.parametrize('name, place', [
+    ('layers.2', (2, 'resid_post')), ('layers.5.mlp', (5, 'mlp.output')), ('h.3', (3, 'resid_post'))])
+def test_an_sae_of_sparsify(tmp_path, name, place):
+    folder, tensors = sparsify_folder(tmp_path, name)
+    reader = FeatureReader.load(folder)
+    assert reader.reads == place
+    x = torch.randn(2, 7, 64)
+    pre = (x - tensors['b_dec']) @ tensors['encoder.weight'].T + tensors['encoder.bias']
+    best = pre.topk(9, dim=-1)
+    wanted = torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu())
+    assert torch.allclose(reader.activations(x, [3, 77]), wanted[[0, 1], :, [3, 77]], atol=1e-5)
+    assert torch.equal(reader.directions(5), tensors['W_dec'][[5]])
+    assert reader.sha256 == weights_sha256(folder, 'sae.safetensors')
+
+
+@pytest.mark.parametrize('values, says', [
+    (dict(transcode=True), 'transcode is True, and only its plain TopK SAEs can be read'),
+    (dict(activation='groupmax'), "activation is 'groupmax', and only topk can be read"),
+    (dict(k=0), 'k is 0, not a number above 0'),
+    (dict(k=129), 'k is 129, more than its 128 features'),
+    (dict(num_latents=100), r'encoder.weight is \(128, 64\), not \(100, 64\)'),
+])
+def test_what_of_sparsify_is_refused(tmp_path, values, says):
+    folder, _ = sparsify_folder(tmp_path, **values)
+    with pytest.raises(ValueError, match=says): FeatureReader.load(folder)
 
 
 @pytest.mark.parametrize('values, says', [
@@ -228,7 +268,7 @@ def test_metadata_can_be_overridden(elsewhere):
     reader = FeatureReader.load(elsewhere, hook='blocks.1.hook_resid_pre', bos=False, model='tiny')
     about = reader.sae.cfg.metadata
     assert (reader.layer, reader.hook, about.prepend_bos, about.model_name) == (1, 'resid_pre', False, 'tiny')
-    with pytest.raises(ValueError, match="this SAE reads 'layer 1': only SAEs on the residual stream"):
+    with pytest.raises(ValueError, match="this SAE reads 'layer 1': known are blocks.N"):
         FeatureReader.load(elsewhere, hook='layer 1')
 
 

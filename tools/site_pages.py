@@ -25,8 +25,8 @@ from site_api import CODE, api
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
 ORDER = {  # of the pages on the site; those that are not named come last
     'parts': '''
-        files show presets plan features saes
-        lm/models lm/hooks lm/chat lm/sampling
+        files show presets catalogue plan features sparsify saes
+        lm/models lm/places lm/hooks lm/heads lm/chat lm/sampling
         target steering hints explainer training grpo store replies
         writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
         writers/budget writers/traffic writers/parsing
