@@ -99,6 +99,7 @@ class Entry:
         if self.place is None or self.layer is None: return 'its names do not say where it reads'
         return None
 
+# %% ../nbs/parts/catalogue.ipynb #295b0632
 def _own_place(sae_id:str) -> Place|None: # by the hook in an id of sae-lens' own format
     found = re.match(r'blocks\.\d+\.(?:\w+\.)*hook_(?:resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)', sae_id)
     return parse_hook(found[0]) if found else None
