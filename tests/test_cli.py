@@ -120,7 +120,7 @@ def test_names_of_presets_are_completed():
 
 def test_version_and_help(capsys):
     assert printed(capsys, '--version').strip() == f'saeexplainer {saeexplainer.__version__}'
-    for command in ('run', 'explain', 'evaluate', 'features', 'presets', 'report', 'doctor'):
+    for command in ('run', 'explain', 'evaluate', 'features', 'presets', 'preset', 'report', 'doctor'):
         _, examples = printed(capsys, command, '--help').split('Examples')
         assert f'saeexplainer {command}' in examples
 

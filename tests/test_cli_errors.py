@@ -25,6 +25,9 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize('args, says', [
     (['presets', 'gemma-2-9b-l21'], 'gemma-2-9b-l20'),
+    (['presets', '--find', 'zebra'], "sae-lens lists nothing with 'zebra' in it"),
+    (['preset', 'new', 'gemma-scope-2b-pt-rse:x'], 'did you mean gemma-scope-2b-pt-res'),
+    (['preset', 'new', 'temporal-sae-gemma-2-2b:blocks.12.hook_resid_post'], 'cannot be explained: a temporal SAE'),
     (['run', 'smollm2-135m', '--size', 'huge'], 'huge'),
     (['run', 'smollm2-135m', '-s', 'n_sft'], "'n_sft' is not a setting: write field=value"),
     (['run', 'smollm2-135m', '-s', 'nsft=3'], 'n_sft'),

@@ -3,10 +3,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import ARCHITECTURES, save_wrapped, tiny_model, tiny_sae, tiny_tokenizer
+from judged import THRESHOLD, judged_preset
 from saeexplainer.lm.heads import load_written_by_heads, written_by_heads
 from saeexplainer.lm.hooks import decoder_layers, residual_hook, residual_stream
 from saeexplainer.lm.places import PLACES, Place, late_norm, parse_hook, spot_of
 from saeexplainer.lm.sampling import pad, sample
+from saeexplainer.presets import load_preset
+from saeexplainer.run import Run, execute
 from saeexplainer.saes import FULL_ENCODE, ONE_COLUMN, TRANSCODERS, FeatureReader, load_sae
 from saeexplainer.target import Target, tokenise
 from target_worlds import PROMPTS, TEXTS, lively
@@ -164,14 +167,15 @@ HOOKS = ('hook_resid_pre', 'hook_resid_mid', 'hook_resid_post', 'hook_attn_out',
          'mlp.hook_in', 'ln2.hook_normalized')
 
 
-def dictionary_at(folder, kind, hook, **about):
-    "A tiny dictionary that reads at a place of layer 2; a transcoder writes behind the MLP"
-    metadata = dict(hook_name_out='blocks.2.hook_mlp_out') if kind in TRANSCODERS else {}
-    own = dict(reshape_activations='hook_z') if hook == 'attn.hook_z' else {}
-    folder = tiny_sae(folder, kind, metadata=metadata | about, hook=hook.removeprefix('hook_'), **own)
+def dictionary_at(folder, kind, hook, layer=2, about=(), **own):
+    "A tiny dictionary that reads at a place; a transcoder writes behind the MLP"
+    metadata = dict(hook_name_out=f'blocks.{layer}.hook_mlp_out') if kind in TRANSCODERS else {}
+    if hook == 'attn.hook_z': own['reshape_activations'] = 'hook_z'
+    about = metadata | dict(about)
+    folder = tiny_sae(folder, kind, metadata=about, hook=hook.removeprefix('hook_'), layer=layer, **own)
     if not hook.startswith('hook_'): # `tiny_sae` writes hook_ in front
         file = folder/'cfg.json'
-        file.write_text(file.read_text().replace(f'blocks.2.hook_{hook}', f'blocks.2.{hook}'))
+        file.write_text(file.read_text().replace(f'.hook_{hook}', f'.{hook}'))
     return FeatureReader.load(folder)
 
 
@@ -271,7 +275,7 @@ def test_a_transcoder_says_where_it_writes(tmp_path):
 def test_the_module_of_the_model_comes_before_the_hook(tmp_path):
     about = dict(hf_hook_name='model.layers.2.pre_feedforward_layernorm.output',
                  hf_hook_name_out='model.layers.2.post_feedforward_layernorm.output')
-    reader = dictionary_at(tmp_path/'sae', 'jumprelu_transcoder', 'hook_mlp_in', **about)
+    reader = dictionary_at(tmp_path/'sae', 'jumprelu_transcoder', 'hook_mlp_in', about=about)
     assert reader.reads == (2, 'pre_feedforward_layernorm.output')
     assert reader.writes == (2, 'post_feedforward_layernorm.output')
     said = FeatureReader.load(tmp_path/'sae', hook='blocks.1.mlp.hook_in')
@@ -326,6 +330,28 @@ def test_heads_of_another_width_are_refused(tokenizer, tmp_path):
     reader = dictionary_at(tmp_path/'sae', 'jumprelu', 'attn.hook_z')
     wide = tiny_model('llama', head_dim=32)
     with pytest.raises(ValueError, match='the SAE is 64 wide and the model 128'): Target(wide, tokenizer, reader)
+
+
+# ---- a whole run
+
+WHOLE_RUN = dict(n_hints=2, template='Feature {placeholder}, near to {hints}, means', reward='self', n_candidates=4,
+                 n_output=2, steering_kl=[.2], steering_tokens=4, steering_prompts=['We', 'I think'])
+
+@pytest.mark.parametrize('kind, hook', [
+    ('jumprelu_transcoder', 'mlp.hook_in'), ('jumprelu', 'attn.hook_z'), ('jumprelu', 'hook_attn_out'),
+    ('skip_transcoder', 'ln2.hook_normalized')])
+def test_a_whole_run_on_another_dictionary(tmp_path, monkeypatch, kind, hook):
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    file = judged_preset(tmp_path, **WHOLE_RUN)
+    dictionary_at(tmp_path/'data'/'tiny'/'sae', kind, hook, layer=1, d_sae=20, threshold=THRESHOLD)
+    with Run(tmp_path/'run', load_preset(file), progress=False) as run:
+        execute(run, say=lambda line: None)
+        assert run.reader.reads == parse_hook(f'blocks.1.{hook}')
+        assert {'sft', 'dpo1'} <= set(run.store.explanations()['stage'])
+        steered = run.store.rows('SELECT DISTINCT feature FROM steering WHERE value != 0')
+        assert len(steered) >= 1
+    assert list((tmp_path/'run'/'report').iterdir())
 
 
 def test_heads_come_side_by_side(tmp_path):
