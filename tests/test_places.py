@@ -334,7 +334,7 @@ def test_heads_of_another_width_are_refused(tokenizer, tmp_path):
 
 # ---- a whole run
 
-WHOLE_RUN = dict(n_hints=2, template='Feature {placeholder}, near to {hints}, means', reward='self', n_candidates=4,
+WHOLE_RUN = dict(n_hints=2, template='Feature {placeholder}, near to {hints}, means', reward='max', n_candidates=4, n_pref=4,
                  n_output=2, steering_kl=[.2], steering_tokens=4, steering_prompts=['We', 'I think'])
 
 @pytest.mark.parametrize('kind, hook', [
