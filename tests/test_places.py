@@ -334,8 +334,9 @@ def test_heads_of_another_width_are_refused(tokenizer, tmp_path):
 
 # ---- a whole run
 
-WHOLE_RUN = dict(n_hints=2, template='Feature {placeholder}, near to {hints}, means', reward='max', n_candidates=4, n_pref=4,
-                 n_output=2, steering_kl=[.2], steering_tokens=4, steering_prompts=['We', 'I think'])
+WHOLE_RUN = dict(
+    n_hints=2, template='Feature {placeholder}, near to {hints}, means', reward='max', n_candidates=4,
+    n_texts=3, n_pref=3, n_output=2, steering_kl=[.2], steering_tokens=4, steering_prompts=['We', 'I think'])
 
 @pytest.mark.parametrize('kind, hook', [
     ('jumprelu_transcoder', 'mlp.hook_in'), ('jumprelu', 'attn.hook_z'), ('jumprelu', 'hook_attn_out'),
