@@ -158,6 +158,7 @@ def _model_facts(card) -> dict[str, Any]: # of an `ExplainerCard`
         'SAE': public_name(card.sae),
         "SHA-256 of the SAE's weights": card.sae_sha256,
         'layer of the target that the SAE reads': card.sae_layer,
+        'direction of a feature': f'of its {card.direction}',
         'width of a direction': card.d_model,
         'layer after which the direction is added': card.layer,
         'coefficient': card.coefficient,
@@ -181,8 +182,9 @@ Beside a preset of its SAE: `saeexplainer explain PRESET 5 13 --explainer {name}
 refused.'''
 
 def _asked(card) -> str: # the rest of the line of code
-    if not card.n_hints: return f"directions) # (n, {card.d_model}): rows of the SAE's W_dec"
-    return f"directions, encoders=encoders) # (n, {card.d_model}): rows of the SAE's W_dec, columns of its W_enc"
+    rows = "rows of the SAE's W_dec" if card.direction == 'decoder' else "columns of the SAE's W_enc"
+    if not card.n_hints: return f'directions) # (n, {card.d_model}): {rows}'
+    return f'directions, encoders=encoders) # (n, {card.d_model}): {rows}; columns of W_enc'
 
 def model_card(
     card, # `ExplainerCard`

@@ -69,6 +69,9 @@ def _check_reader(card, reader) -> None: # raises `ValueError` for another SAE
         raise ValueError(f"the SAE's directions have width {reader.d_model}, the explainer reads width {card.d_model}")
     if reader.layer != card.sae_layer:
         raise ValueError(f'the SAE reads layer {reader.layer}, the explainer was trained for layer {card.sae_layer}')
+    if reader.direction != card.direction:
+        raise ValueError(f"the explainer was trained on {card.direction} directions, the preset's direction is "
+                         f"'{reader.direction}'")
     if reader.sha256 != card.sae_sha256:
         raise ValueError(f'another SAE: its weights have hash {reader.sha256[:12]}, '
                          f'the explainer was trained on {card.sae} with {card.sae_sha256[:12]}')
@@ -101,6 +104,7 @@ def _dictionary_sha256(preset, dictionary) -> str|None: # None: no hints
 
 def _known(card) -> dict: # what older cards do not have, only where it says something
     unsaid = [name for name in ('explanation_tokens', 'n_hints', 'dictionary_sha256') if not card[name]]
+    if card['direction'] == 'decoder': unsaid.append('direction')
     return {name: value for name, value in card.items() if name not in unsaid}
 
 # %% ../nbs/parts/explainer.ipynb #963659f4
@@ -126,6 +130,7 @@ class ExplainerCard:
     explanation_tokens: int|None = None # longest explanation in new tokens; None: not recorded
     n_hints: int = 0 # nearest tokens that the prompt names
     dictionary_sha256: str|None = None # of the file that they come from
+    direction: str = 'decoder' # or 'encoder': which one of a feature it reads
 
     @classmethod
     def from_preset(cls, preset:Preset, reader:FeatureReader, stage:str='untrained',
@@ -138,7 +143,8 @@ class ExplainerCard:
             layer=place.layer, coefficient=place.coefficient, d_model=reader.d_model,
             sae=str(preset.sae), sae_sha256=reader.sha256, sae_layer=reader.layer,
             target=preset.target, source=preset.source, explanation_tokens=preset.explanation_tokens,
-            n_hints=preset.n_hints, dictionary_sha256=_dictionary_sha256(preset, dictionary))
+            n_hints=preset.n_hints, dictionary_sha256=_dictionary_sha256(preset, dictionary),
+            direction=reader.direction)
 
     @classmethod
     def load(cls, folder:str|Path) -> 'ExplainerCard':

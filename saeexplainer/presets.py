@@ -134,6 +134,9 @@ class Preset:
         "where the SAE reads, as in 'blocks.9.hook_resid_post'; None: as its metadata says")
     sae_bos: bool|None = _field(None, 'whether its texts begin with BOS; None: as its metadata says')
     sae_model: str|None = _field(None, 'the model it was made for; None: as its metadata says')
+    direction: str = _field('decoder',
+        "which direction of a feature is explained: 'decoder', along which it writes, or 'encoder', along which it "
+        'fires')
     source: str = _field(REQUIRED, "'model/source' of Neuronpedia: features are named 'model/source/index'")
     layer: int = _field(REQUIRED, 'layer of the target that the SAE reads')
     features: str|None = _field(None,
@@ -471,6 +474,8 @@ RULES: tuple[Rule, ...] = (
     Rule(lambda p: p.dpo_loss in ('sigmoid', 'sigmoid_norm', 'sft'),
          "dpo_loss must be 'sigmoid', 'sigmoid_norm' or 'sft', not {p.dpo_loss}"),
     Rule(lambda p: p.dpo_keep in ('last', 'best'), "dpo_keep must be 'last' or 'best', not {p.dpo_keep}"),
+    Rule(lambda p: p.direction in ('decoder', 'encoder'),
+         "direction must be 'decoder' or 'encoder', not {p.direction}"),
     Rule(lambda p: p.grpo_loss in ('dr_grpo', 'dapo'), "grpo_loss must be 'dr_grpo' or 'dapo', not {p.grpo_loss}"),
     Rule(lambda p: p.grpo_reward in GRPO_REWARDS,
          f"grpo_reward must be {' or '.join(map(repr, GRPO_REWARDS))}, not {{p.grpo_reward}}"),

@@ -55,7 +55,7 @@ from .show import first_line
 
 # %% ../nbs/parts/run.ipynb #0fab8673
 # whose features these are: everything depends on it
-_SUBJECT = 'name target sae sae_hook sae_bos sae_model source layer features label_model hold_out seed'
+_SUBJECT = 'name target sae sae_hook sae_bos sae_model direction source layer features label_model hold_out seed'
 
 class _MadeWith(NamedTuple):
     table: str # of the store

@@ -636,10 +636,12 @@ def encoder_rows(
 class FeatureReader:
     "Read single features of a dictionary: directions, activations and clamping, all in fp32"
     def __init__(self, sae:Any, card:dict|None=None, sha256:str|None=None, # as the fields of `LoadedSAE`
-                 heads:torch.Tensor|None=None):
+                 heads:torch.Tensor|None=None,
+                 direction:str='decoder'): # or 'encoder': which one `directions` returns
         self.sae = sae
         self.card = card or {}
         self.heads = heads
+        self.direction = direction
         self.d_in = sae.cfg.d_in # width of what it reads
         self.d_model = sae.W_dec.shape[1] if heads is None else heads.shape[1] # width of a direction
         self.n_features = sae.cfg.d_sae
@@ -659,7 +661,8 @@ class FeatureReader:
     ) -> 'FeatureReader':
         "Load the SAE and the `card.json` beside it; raise `FileNotFoundError` or `ValueError` with what is wrong"
         found = open_sae(source, device, hook, bos, model, target)
-        return cls(found.sae, found.card, found.sha256, found.heads)
+        direction = source.direction if isinstance(source, Preset) else 'decoder'
+        return cls(found.sae, found.card, found.sha256, found.heads, direction)
 
     @property
     def sha256(self) -> str:
@@ -672,7 +675,8 @@ class FeatureReader:
         return f'{type(self).__name__}({kind}, {size}, {self.hook} of layer {self.layer})'
 
     def directions(self, features:Features) -> torch.Tensor: # (n, d_model) fp32
-        "Return decoder directions, in the residual stream; raise `ValueError` where one is zero or not finite"
+        "Return the directions to explain; raise `ValueError` where one is zero or not finite"
+        if self.direction == 'encoder': return check_directions(self.encoders(features), self.d_model)
         return direction_rows(self.sae, self._rows.indices(features), self.heads)
 
     def encoders(self, features:Features) -> torch.Tensor: # (n, d_in) fp32

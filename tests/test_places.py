@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import ARCHITECTURES, save_wrapped, tiny_model, tiny_sae, tiny_tokenizer
 from judged import THRESHOLD, judged_preset
+from saeexplainer.explainer import ExplainerCard
 from saeexplainer.lm.heads import load_written_by_heads, written_by_heads
 from saeexplainer.lm.hooks import decoder_layers, residual_hook, residual_stream
 from saeexplainer.lm.places import PLACES, Place, late_norm, parse_hook, spot_of
@@ -353,6 +354,21 @@ def test_a_whole_run_on_another_dictionary(tmp_path, monkeypatch, kind, hook):
         steered = run.store.rows('SELECT DISTINCT feature FROM steering WHERE value != 0')
         assert len(steered) >= 1
     assert list((tmp_path/'run'/'report').iterdir())
+
+
+def test_the_direction_along_which_a_transcoder_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    file = judged_preset(tmp_path, direction='encoder')
+    dictionary_at(tmp_path/'data'/'tiny'/'sae', 'transcoder', 'mlp.hook_in', layer=1, d_sae=20)
+    reads, writes = (FeatureReader.load(load_preset(file, direction=name)) for name in ('encoder', 'decoder'))
+    assert torch.equal(reads.directions([3, 5]), reads.sae.W_enc[:, [3, 5]].T)
+    assert torch.equal(writes.directions([3, 5]), writes.sae.W_dec[[3, 5]])
+    card = ExplainerCard.from_preset(load_preset(file), reads)
+    card.check_reader(reads)
+    with pytest.raises(ValueError, match="trained on encoder directions, the preset's direction is 'decoder'"):
+        card.check_reader(writes)
+    with pytest.raises(ValueError, match="direction must be 'decoder' or 'encoder', not 'both'"):
+        load_preset(file, direction='both')
 
 
 def test_heads_come_side_by_side(tmp_path):
