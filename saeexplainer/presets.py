@@ -787,7 +787,13 @@ def _read_yaml(path) -> dict: # fields, and 'base' where the file names one
     return fields
 
 # %% ../nbs/parts/presets.ipynb #a473b196
+def _listed(name, size) -> dict: # fields for a dictionary of sae-lens, 'release:id'
+    from saeexplainer.catalogue import entry_of, fields_for
+    if size not in (None, 'full'): raise ValueError(f'{name} has no size {shown(size)}: use full')
+    return fields_for(entry_of(name)) | dict(name=re.sub(r'[^A-Za-z0-9._-]+', '-', name), size='full')
+
 def _named(name, size) -> dict: # fields of a built-in preset at a size; None: its smallest
+    if isinstance(name, str) and ':' in name: return _listed(name, size)
     if not isinstance(name, str) or name not in _PRESETS:
         raise ValueError(f'unknown preset {shown(name)}: {_near(name, presets())}')
     sizes = _SIZES.get(name, {'full': {}})
@@ -817,7 +823,7 @@ def _from_yaml(file, overrides) -> Preset:
                          'as in "base: gemma-2-9b-l20"')
     return _from(file, Preset(**fields))
 
-def load_preset(name:str|Path|Preset, /, # one of `presets()`, the path of a YAML file, or a `Preset`
+def load_preset(name:str|Path|Preset, /, # one of `presets()`, 'release:id' of sae-lens, a YAML file, or a `Preset`
                 **overrides # fields that differ; `size='demo'|'full'`
                ) -> Preset:
     "Return a checked preset; raise `ValueError` with the nearest name where a preset or a field does not exist"

@@ -1,6 +1,7 @@
 "The catalogue against sae-lens' own functions, and every one of its loaders on files as the hub has them"
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import load_file
 
+from saeexplainer.cli import main
 from saeexplainer.catalogue import accepted, catalogue, entry_of, fields_for, find, reasons
 from saeexplainer.lm.places import PLACES, parse_hook
 from saeexplainer.presets import Preset
@@ -74,6 +76,39 @@ def test_every_release_makes_a_preset():
         preset = Preset(name='mine', **fields_for(entry))
         assert preset.layer == entry.layer
         assert '/' in preset.target
+
+
+def test_the_first_page_says_how_many():
+    entries = catalogue()
+    readme = (Path(__file__).parents[1]/'README.md').read_text(encoding='utf-8')
+    read = accepted(entries)['read'].sum()
+    assert f'{len(entries):,}' in readme
+    assert f'{read:,} can be explained' in readme
+
+
+ASKED_FOR = ( # by those who trace circuits, and by name in the papers of their publishers
+    'gemma-scope-2-270m-pt-res:layer_12_width_16k_l0_medium',
+    'gemma-scope-2-4b-it-res-all:layer_0_width_16k_l0_big',
+    'gemma-scope-2-27b-it-transcoders-all:layer_0_width_16k_l0_big',
+    'gemma-scope-2b-pt-transcoders:layer_12/width_16k/average_l0_6',
+    'qwen-scope-3-1.7b-base-w32k-l50:layer14',
+    'qwen-scope-3.5-27b-w80k-l50:layer30',
+    'llama-3.1-8b-instruct-andyrdt:resid_post_layer_15_trainer_1',
+    'goodfire-llama-3.3-70b-instruct:layer_50',
+    'gpt-oss-20b-andyrdt:resid_post_layer_11_trainer_0',
+    'mwhanna-qwen3-4b-transcoders:layer_18',
+    'mntss-gemma-2-2b-2.5m-clt-as-per-layer:layer_12',
+    'pythia-70m-deduped-mlp-sm:blocks.2.hook_mlp_out',
+)
+
+@pytest.mark.parametrize('name', ASKED_FOR)
+def test_a_run_on_a_listed_dictionary_is_planned_without_a_hub(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    main(['run', name, '--dry-run', '--root', str(tmp_path)])
+    said = ' '.join(capsys.readouterr().out.split())
+    assert entry_of(name).model in said
+    assert name in said
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('words, least', [('gemma-2-2b transcoder', 26), ('qwen3-8b', 36), ('z gpt2', 12)])
