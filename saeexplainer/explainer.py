@@ -70,8 +70,7 @@ def _check_reader(card, reader) -> None: # raises `ValueError` for another SAE
     if reader.layer != card.sae_layer:
         raise ValueError(f'the SAE reads layer {reader.layer}, the explainer was trained for layer {card.sae_layer}')
     if reader.direction != card.direction:
-        raise ValueError(f"the explainer was trained on {card.direction} directions, the preset's direction is "
-                         f"'{reader.direction}'")
+        raise ValueError(f'the explainer reads {card.direction} directions, the preset says {reader.direction}')
     if reader.sha256 != card.sae_sha256:
         raise ValueError(f'another SAE: its weights have hash {reader.sha256[:12]}, '
                          f'the explainer was trained on {card.sae} with {card.sae_sha256[:12]}')
@@ -103,9 +102,8 @@ def _dictionary_sha256(preset, dictionary) -> str|None: # None: no hints
     return file_sha256(file) if file else None
 
 def _known(card) -> dict: # what older cards do not have, only where it says something
-    unsaid = [name for name in ('explanation_tokens', 'n_hints', 'dictionary_sha256') if not card[name]]
-    if card['direction'] == 'decoder': unsaid.append('direction')
-    return {name: value for name, value in card.items() if name not in unsaid}
+    older = dict(explanation_tokens=None, n_hints=0, dictionary_sha256=None, direction='decoder')
+    return {name: value for name, value in card.items() if name not in older or value != older[name]}
 
 # %% ../nbs/parts/explainer.ipynb #963659f4
 @dataclass

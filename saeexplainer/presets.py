@@ -832,7 +832,8 @@ def load_preset(name:str|Path|Preset, /, # one of `presets()`, 'release:id' of s
         return _from(name.__dict__.get('_file'), dataclasses.replace(name, **overrides))
     if isinstance(name, Path) or str(name).endswith(('.yaml', '.yml')):
         return _from_yaml(name, overrides)
-    return Preset(**{**_named(name, overrides.get('size')), **overrides})
+    listed = str(name) if ':' in str(name) else None
+    return _from(listed, Preset(**{**_named(name, overrides.get('size')), **overrides}))
 
 # %% ../nbs/parts/presets.ipynb #1fb3e883
 def diff(old:Preset,

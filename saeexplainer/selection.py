@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 # %% ../nbs/parts/selection.ipynb #7fdcfd43
+from .catalogue import of_source
 from .features import Feature, FeatureId, check_sae_of, features_file, load_features
 from .files import read_table
 from .presets import Preset, load_preset, presets
@@ -46,7 +47,7 @@ def listed(
 
 # %% ../nbs/parts/selection.ipynb #1a1f0490
 def _is_preset(name:str) -> bool: # as the first argument of a command
-    return not name.isdecimal() and (name.endswith(('.yaml', '.yml')) or '/' not in name)
+    return not name.isdecimal() and (name.endswith(('.yaml', '.yml')) or '/' not in name or ':' in name)
 
 def preset_and_names(
     names:Iterable[str]|None, # arguments of a command: perhaps a preset, then features
@@ -61,7 +62,7 @@ def preset_and_names(
     full = next((FeatureId.parse(name) for name in names if not name.isdecimal()), None)
     if full is None: return 'smollm2-135m', names
     source = f'{full.model}/{full.source}'
-    found = next((name for name in presets() if load_preset(name).source == source), None)
+    found = next((name for name in presets() if load_preset(name).source == source), None) or of_source(source)
     if found is None: raise ValueError(f'no preset explains {source}: name your own first, as in mine.yaml {names[0]}')
     return found, names
 

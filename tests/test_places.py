@@ -365,7 +365,7 @@ def test_the_direction_along_which_a_transcoder_reads(tmp_path, monkeypatch):
     assert torch.equal(writes.directions([3, 5]), writes.sae.W_dec[[3, 5]])
     card = ExplainerCard.from_preset(load_preset(file), reads)
     card.check_reader(reads)
-    with pytest.raises(ValueError, match="trained on encoder directions, the preset's direction is 'decoder'"):
+    with pytest.raises(ValueError, match="reads encoder directions, the preset says decoder"):
         card.check_reader(writes)
     with pytest.raises(ValueError, match="direction must be 'decoder' or 'encoder', not 'both'"):
         load_preset(file, direction='both')
