@@ -107,7 +107,8 @@ def spot_hook(
 # %% ../../nbs/parts/lm/hooks.ipynb #ea95d10a
 @contextmanager
 def _middle_hook(layer, fn): # between attention and MLP
-    if hasattr(layer, 'altup') or is_parallel(layer):
+    several = hasattr(layer, 'altup') or getattr(layer, 'residual_multiplier', 1) != 1 # streams, or parts of one
+    if several or is_parallel(layer):
         raise ValueError(f'{type(layer).__name__} has no place between attention and MLP')
     before:list[torch.Tensor] = []
     def change(added):
@@ -119,7 +120,8 @@ def _middle_hook(layer, fn): # between attention and MLP
 def _normalised(norm, x:torch.Tensor) -> torch.Tensor: # fp32, without the norm's own weights
     x = x.float()
     if isinstance(norm, nn.LayerNorm): x = x - x.mean(-1, keepdim=True)
-    eps = getattr(norm, 'variance_epsilon', None) or norm.eps
+    eps = getattr(norm, 'variance_epsilon', None) or getattr(norm, 'eps', None)
+    if eps is None: raise ValueError(f'{type(norm).__name__} does not say its eps: what it makes cannot be computed')
     return x*torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
 @contextmanager

@@ -56,7 +56,7 @@ def parse_hook(
                      'if it is one, say so in the preset, as in `sae_hook: blocks.6.hook_resid_post`')
 
 # %% ../../nbs/parts/lm/places.ipynb #3aea1c53
-_ATTENTION = ('self_attn', 'attn', 'attention', 'self_attention')
+_ATTENTION = ('self_attn', 'attn', 'attention', 'self_attention', 'linear_attn')
 _MLP = ('mlp', 'feed_forward', 'ffn', 'block_sparse_moe')
 _PROJECTION = ('o_proj', 'out_proj', 'c_proj', 'dense') # of what the heads have gathered
 _MLP_NORM = ('pre_feedforward_layernorm', 'ln_2', 'norm_2', 'final_layer_norm')
