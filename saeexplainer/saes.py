@@ -553,7 +553,8 @@ class SAERows:
     ):
         self.sae = sae
         kwargs = sae.cfg.metadata.model_from_pretrained_kwargs or {}
-        self.centred = bool(kwargs.get('center_writing_weights')) # trained on vectors without their mean
+        in_stream = place_of(sae).name in ('resid_pre', 'resid_mid', 'resid_post', 'attn_out', 'mlp_out')
+        self.centred = in_stream and bool(kwargs.get('center_writing_weights')) # trained on vectors without their mean
 
     def indices(self, features:Features, rows:int|None=None) -> torch.Tensor: # (n,) or (rows, m), on the SAE's device
         "Return indices of features, for each row if there are rows; raise `ValueError` where there is no such feature"

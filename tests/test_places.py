@@ -268,6 +268,16 @@ def test_a_clamp_for_a_kl_is_found_where_it_writes(lms, tokenizer, tmp_path, kin
     assert found.kl == pytest.approx(.3, rel=.05)
 
 
+@pytest.mark.parametrize('hook, centred', [('hook_mlp_out', True), ('hook_attn_out', True), ('attn.hook_z', False)])
+def test_a_mean_is_taken_off_where_the_stream_is_centred(tmp_path, hook, centred):
+    about = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
+    reader = dictionary_at(tmp_path/'sae', 'standard', hook, about=about)
+    x = torch.randn(2, 5, 64) + 1
+    given = x - x.mean(-1, keepdim=True) if centred else x
+    assert torch.allclose(reader.encode(x), reader.sae.encode(given), atol=1e-5)
+    assert torch.allclose(reader.activations(x, 7), reader.sae.encode(given)[..., 7], atol=1e-5)
+
+
 def test_a_transcoder_says_where_it_writes(tmp_path):
     folder = tiny_sae(tmp_path/'sae', 'transcoder')
     with pytest.raises(ValueError, match='does not say where it writes'): FeatureReader.load(folder)
