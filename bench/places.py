@@ -10,13 +10,12 @@ differ by more than 1e-4 of the largest activation (or of 1), or where a ratio i
 """
 import sys
 
-import numpy as np
 import torch
 from record import finish, in_turns, model_options, row
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.transcoder import JumpReLUTranscoder, JumpReLUTranscoderConfig
-from scoring import busy_features, difference, floor, sentences, sorted_batches
+from scoring import busy_features, difference, floor, sentences, whole_model
 
 from saeexplainer.lm.heads import written_by_heads
 from saeexplainer.lm.hooks import decoder_layers, residual_hook
@@ -41,7 +40,7 @@ def arguments():
 
 
 def reader_at(model, layer, hook): # -> FeatureReader
-    "Return a reader of a random dictionary; its thresholds leave about one feature in twenty active"
+    "Return a reader of a random dictionary"
     torch.manual_seed(0)
     width = model.config.get_text_config().hidden_size
     if hook == 'attn.hook_z': width = len(written_by_heads(decoder_layers(model)[layer]))
@@ -55,23 +54,16 @@ def reader_at(model, layer, hook): # -> FeatureReader
     return FeatureReader(sae.eval().requires_grad_(False))
 
 
-@torch.no_grad()
-def whole_model(target, texts, features): # all layers, all logits, the whole dictionary -> scores
-    scores = np.zeros(len(texts), np.float32)
-    for rows, tokens, batch in sorted_batches(target, texts):
-        seen = []
-        with residual_hook(target.model, *target.reader.reads, seen.append): target.model(**batch, use_cache=False)
-        acts = target.reader.encode(seen[0]).cpu()
-        for i, of_row in zip(rows, acts):
-            counts = torch.from_numpy(tokens[i].counts)
-            scores[i] = of_row[:len(tokens[i].ids), features[i]][counts].max()
-    return scores
+def passing(target, batch): # at the place, in a whole forward pass -> (rows, seq, d)
+    seen = []
+    with residual_hook(target.model, *target.reader.reads, seen.append): target.model(**batch, use_cache=False)
+    return seen[0]
 
 
 def measured(target, behind, texts, args): # -> rows
     "Compare reading at a place with the whole model, with the floor, and with an SAE behind the layer"
     features = busy_features(target, texts)
-    ways = dict(plain=lambda: whole_model(target, texts, features),
+    ways = dict(plain=lambda: whole_model(target, texts, features, passing),
                 ours=lambda: target.max_acts(texts, features),
                 floor=lambda: floor(target, texts),
                 behind=lambda: behind.max_acts(texts, features))
@@ -79,10 +71,9 @@ def measured(target, behind, texts, args): # -> rows
     if difference(scores['ours'], scores['plain']) > 1e-4: sys.exit('the scores differ')
     place = target.reader.hook
     what = f'reading {place} of layer {args.layer} of {len(decoder_layers(target.model))}'
-    found = [row(what, 'full forward with LM head + full encode', seconds['plain']/seconds['ours'], 3.),
-             row(what, 'bare truncated forward (the floor)', seconds['floor']/seconds['ours'], .85)]
-    if target is behind: return found
-    return [*found, row(what, 'an SAE behind the same layer', seconds['behind']/seconds['ours'], 1/1.15)]
+    return [row(what, 'full forward with LM head + full encode', seconds['plain']/seconds['ours'], 3.),
+            row(what, 'bare truncated forward (the floor)', seconds['floor']/seconds['ours'], .85),
+            row(what, 'an SAE behind the same layer', seconds['behind']/seconds['ours'], 1/1.15)]
 
 
 def main():

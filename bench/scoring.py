@@ -73,14 +73,15 @@ def sorted_batches(target, texts): # what `Target` runs: yields (rows, tokens of
 def residual(target, batch): # -> (rows, seq, d)
     return residual_stream(target.model, **batch, layer=target.reader.layer, hook=target.reader.hook)
 
+def hidden_state(target, batch): # of a whole forward pass -> (rows, seq, d)
+    states = target.model(**batch, output_hidden_states=True, use_cache=False).hidden_states
+    return states[target.reader.layer + (target.reader.hook == 'resid_post')]
+
 @torch.no_grad()
-def whole_model(target, texts, features): # all layers, all logits, the whole dictionary -> scores
+def whole_model(target, texts, features, state=hidden_state): # all layers and logits, the whole dictionary -> scores
     scores = np.zeros(len(texts), np.float32)
-    reader = target.reader
-    state = reader.layer + (reader.hook == 'resid_post')
     for rows, tokens, batch in sorted_batches(target, texts):
-        states = target.model(**batch, output_hidden_states=True, use_cache=False).hidden_states
-        acts = reader.encode(states[state]).cpu()
+        acts = target.reader.encode(state(target, batch)).cpu()
         for i, of_row in zip(rows, acts):
             counts = torch.from_numpy(tokens[i].counts)
             scores[i] = of_row[:len(tokens[i].ids), features[i]][counts].max()

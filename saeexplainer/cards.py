@@ -204,8 +204,8 @@ def model_card(
     told = facts_table(trained) if trained else 'No record of its training lies beside it.'
     return '\n\n'.join([
         f'{header}\n# An explainer of the features of {code_span(card.source)}',
-        "A LoRA adapter with which a language model reads the decoder direction of an SAE's feature, and says in "
-        'words what the feature means. Trained and measured with saeexplainer.',
+        f"A LoRA adapter with which a language model reads the {card.direction} direction of an SAE's feature, and "
+        'says in words what the feature means. Trained and measured with saeexplainer.',
         _USE.format(name=name, asked=_asked(card)),
         f'## What it was made with\n\n{facts_table(_model_facts(card))}',
         f'## How it was trained\n\n{told}',

@@ -93,6 +93,11 @@ class Entry:
         return f'{self.release}:{self.sae_id}'
 
     @property
+    def file_name(self) -> str: # with what may stand in a path
+        "Return the name, as a folder may have it"
+        return re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)
+
+    @property
     def refused(self) -> str|None: # None: its features can be read
         "Return why it cannot be explained here"
         if self.kind == 'temporal': return 'a temporal SAE reads the tokens before, too'
@@ -110,7 +115,8 @@ def _entry(release:str, listed:Any, sae:dict) -> Entry:
     path = str(sae['path'])
     names = f"{listed['repo_id']} {path} {sae_id}"
     written = listed.get('conversion_func')
-    rule = next(rule for rule in _RULES if rule.format == written and re.search(rule.pattern, names))
+    fits = (rule for rule in _RULES if rule.format == written and re.search(rule.pattern, names))
+    rule = next(fits, _Rule(written, '', None)) # a format that is newer than these rules is refused, not an error
     own = _own_place(sae_id) if rule.place is None else None
     place = own.name if own else rule.place
     layer = own.layer if own else _layer_in(sae_id, path, listed['repo_id'])
@@ -201,13 +207,12 @@ def fields_for(
 ) -> dict: # of a `Preset`, but for its name
     "Return a preset's fields for a dictionary; raise `ValueError` where it cannot be explained"
     if entry.refused: raise ValueError(f'{entry.name} cannot be explained: {entry.refused}')
-    own = re.sub(r'[^A-Za-z0-9._-]+', '-', entry.name)
     fields = dict(
         target=entry.model,
         explainer=twin_of(entry.model),
         sae=entry.name,
         layer=entry.layer,
-        source=entry.neuronpedia or f"{entry.model.split('/')[-1].lower()}/{own}")
+        source=entry.neuronpedia or f"{entry.model.split('/')[-1].lower()}/{entry.file_name}")
     if entry.model in _PLAIN: fields |= dict(chat_template=PLAIN_CHAT)
     if not entry.neuronpedia: fields |= dict(corpus='embedded')
     return fields

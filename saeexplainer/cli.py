@@ -353,12 +353,11 @@ def preset_command(
     sae: Annotated[str, typer.Argument(help="a dictionary that sae-lens lists: 'release:id'", metavar='RELEASE:ID')],
 ) -> None:
     "Print a preset for any dictionary that sae-lens lists: model, twin, layer, place, memory"
-    from saeexplainer.catalogue import entry_of, fields_for, preset_yaml
+    from saeexplainer.catalogue import entry_of, preset_yaml
     from saeexplainer.doctor import gigabytes
-    from saeexplainer.presets import Preset, needs
-    entry = entry_of(sae)
-    print(preset_yaml(entry), end='')
-    takes = needs(Preset(name='new', **fields_for(entry)))
+    from saeexplainer.presets import load_preset, needs
+    print(preset_yaml(entry_of(sae)), end='')
+    takes = needs(load_preset(sae))
     if takes is None: return
     print(f"# a run takes {gigabytes(takes['memory_gb'])} of memory, and fetches {gigabytes(takes['disk_gb'])}")
 

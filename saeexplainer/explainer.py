@@ -415,7 +415,8 @@ class _Questions:
 def _questions(explainer, directions, encoders) -> _Questions: # encoders None: the directions
     width = explainer.card.d_model
     directions = _directions(directions, width)
-    encoders = directions if encoders is None else torch.atleast_2d(torch.as_tensor(encoders)).float()
+    if encoders is None: encoders = directions
+    encoders = _directions(encoders, torch.as_tensor(encoders).shape[-1])
     if len(encoders) != len(directions):
         raise ValueError(f'{len(encoders)} encoder directions for {len(directions)} directions: give one for each')
     return _Questions(directions, prompts_of(explainer, encoders))

@@ -790,7 +790,8 @@ def _read_yaml(path) -> dict: # fields, and 'base' where the file names one
 def _listed(name, size) -> dict: # fields for a dictionary of sae-lens, 'release:id'
     from saeexplainer.catalogue import entry_of, fields_for
     if size not in (None, 'full'): raise ValueError(f'{name} has no size {shown(size)}: use full')
-    return fields_for(entry_of(name)) | dict(name=re.sub(r'[^A-Za-z0-9._-]+', '-', name), size='full')
+    entry = entry_of(name)
+    return fields_for(entry) | dict(name=entry.file_name, size='full')
 
 def _named(name, size) -> dict: # fields of a built-in preset at a size; None: its smallest
     if isinstance(name, str) and ':' in name: return _listed(name, size)

@@ -681,8 +681,8 @@ class FeatureReader:
         return direction_rows(self.sae, self._rows.indices(features), self.heads)
 
     def encoders(self, features:Features) -> torch.Tensor: # (n, d_in) fp32
-        "Return encoder directions, along which features fire; the decoder's where there is none"
-        return encoder_rows(self.sae, self._rows.indices(features))
+        "Return encoder directions, along which features fire; the decoder's where there is none; raise as above"
+        return check_directions(encoder_rows(self.sae, self._rows.indices(features)), self.d_in)
 
     @torch.no_grad()
     def encode(self, resid:torch.Tensor) -> torch.Tensor: # (..., d) -> (..., n_features)

@@ -126,8 +126,8 @@ def clean_run(model, # causal LM
     counts = torch.where(any_counts, counts, is_token) # all of a prompt of nothing but BOS
     read:list[torch.Tensor] = []
     written:list[torch.Tensor] = []
-    seen = (residual_hook(model, *reader.reads, read.append), residual_hook(model, *reader.writes, written.append))
-    with seen[0], seen[1], unsteered(model, reader, mask, reference):
+    with (residual_hook(model, *reader.reads, read.append), residual_hook(model, *reader.writes, written.append),
+          unsteered(model, reader, mask, reference)):
         log_probs = log_probs_at(model, batch, counts)
     check_stream(model, reader, log_probs.isfinite().all(-1), ...)
     return CleanRun(batch, counts, read[0], written[0], log_probs)

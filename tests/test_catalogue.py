@@ -279,19 +279,11 @@ def make_qwen_scope(hub, patch, name):
     return Case(name, arrays, k=20)
 
 
-def make_goodfire(hub, patch, name):
+def make_linear_layers(hub, patch, name, suffix=''):
     smaller(patch, name)
     arrays = random_arrays(0, D, N, **PLAIN)
-    pickled({'encoder_linear.weight': arrays['W_enc'].T, 'decoder_linear.weight': arrays['W_dec'].T,
-             'encoder_linear.bias': arrays['b_enc'], 'decoder_linear.bias': arrays['b_dec']}, where(hub, name))
-    return Case(name, arrays)
-
-
-def make_deepseek(hub, patch, name):
-    smaller(patch, name)
-    arrays = random_arrays(0, D, N, **PLAIN)
-    pickled({'encoder.weight': arrays['W_enc'].T, 'decoder.weight': arrays['W_dec'].T,
-             'encoder.bias': arrays['b_enc'], 'decoder.bias': arrays['b_dec']}, where(hub, name))
+    pickled({f'encoder{suffix}.weight': arrays['W_enc'].T, f'decoder{suffix}.weight': arrays['W_dec'].T,
+             f'encoder{suffix}.bias': arrays['b_enc'], f'decoder{suffix}.bias': arrays['b_dec']}, where(hub, name))
     return Case(name, arrays)
 
 
@@ -334,8 +326,8 @@ CASES = {
     'gpt-oss-20b-andyrdt:resid_post_layer_3_trainer_0':
         (make_dictionary_learning, dict(dict_class='JumpReluAutoEncoder')),
     'qwen-scope-3-1.7b-base-w32k-l50:layer0': (make_qwen_scope, {}),
-    'goodfire-llama-3.1-8b-instruct:layer_19': (make_goodfire, {}),
-    'deepseek-r1-distill-llama-8b-qresearch:blocks.19.hook_resid_post': (make_deepseek, {}),
+    'goodfire-llama-3.1-8b-instruct:layer_19': (make_linear_layers, dict(suffix='_linear')),
+    'deepseek-r1-distill-llama-8b-qresearch:blocks.19.hook_resid_post': (make_linear_layers, {}),
     'gpt2-small-hook-z-kk:blocks.0.hook_z': (make_hook_z, {}),
     'gpt2-small-resid-mid-v5-32k:blocks.0.hook_resid_mid': (make_sae_lens, {}),
     'pythia-70m-deduped-mlp-sm:blocks.2.hook_mlp_out': (make_sae_lens, {}),

@@ -208,6 +208,12 @@ def test_an_encoder_for_each_direction(world, explainer):
         explainer.explain(world.reader.directions([0, 3]), encoders=world.reader.encoders([0]))
 
 
+def test_an_encoder_that_is_not_finite_is_refused(world, explainer):
+    damaged = torch.full_like(world.reader.encoders([0]), float('nan'))
+    with pytest.raises(ValueError, match='is not finite'):
+        explainer.explain(world.reader.directions([0]), encoders=damaged)
+
+
 def test_a_direction_without_an_encoder_is_looked_up_itself(world, explainer):
     directions = world.reader.directions([1, 2])
     alone = explainer.explain(directions, max_new_tokens=6)

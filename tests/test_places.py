@@ -7,7 +7,7 @@ from judged import THRESHOLD, judged_preset
 from saeexplainer.explainer import ExplainerCard
 from saeexplainer.lm.heads import load_written_by_heads, written_by_heads
 from saeexplainer.lm.hooks import decoder_layers, residual_hook, residual_stream
-from saeexplainer.lm.places import PLACES, Place, late_norm, parse_hook, spot_of
+from saeexplainer.lm.places import PLACES, Place, is_of_heads, late_norm, parse_hook, spot_of
 from saeexplainer.lm.sampling import pad, sample
 from saeexplainer.presets import load_preset
 from saeexplainer.run import Run, execute
@@ -313,6 +313,11 @@ def test_directions_of_heads_are_what_a_clamp_adds_to_the_stream(lms, tmp_path, 
     cosine = torch.cosine_similarity(added[0], direction, dim=0).item()
     assert largest_error('1 - cosine, direction of heads', 1 - cosine) < 1e-5
     if norm is None: assert torch.allclose(added[0], direction, atol=1e-5)
+
+
+def test_another_projection_of_the_same_name_is_not_of_heads():
+    assert is_of_heads(parse_hook('transformer.h.2.attn.c_proj.input'))
+    assert not is_of_heads(parse_hook('transformer.h.2.mlp.c_proj.input'))
 
 
 def test_directions_of_heads_need_their_model(tmp_path):

@@ -101,7 +101,8 @@ def is_of_heads(
 ) -> bool:
     "Return whether what passes there is what the heads have gathered, which is not the stream's width"
     *path, side = place.name.split('.')
-    return place.name == 'z' or (side == 'input' and path[-1:] != [] and path[-1] in _PROJECTION)
+    if side != 'input' or len(path) != 2: return place.name == 'z'
+    return path[0] in _ATTENTION and path[1] in _PROJECTION
 
 # %% ../../nbs/parts/lm/places.ipynb #53d47099
 @dataclass(frozen=True)
