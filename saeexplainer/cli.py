@@ -1431,11 +1431,14 @@ def export_command( # noqa: PLR0913
 # %% ../nbs/parts/cli.ipynb #1a837825
 _GRAPH = 'JSON of circuit-tracer, or of a graph on Neuronpedia'
 _OF_GRAPH = 'whose labels are taken, repeatable, one for each layer; default: the built-in ones of its source set'
+_PEAKS = "name the words at a feature's strongest contexts where its table has no label"
+_JUDGE = "write N texts from each new label (10, where no N is given) and let the target's activation judge"
 _SCAN = "name in the graph's metadata.scan that means the preset's model; default: the model's own"
 
 @app.command('label-graph', cls=_Command, epilog=_examples(
     'saeexplainer label-graph graph.json --preset gemma-2-2b-l12',
-    'saeexplainer label-graph graph.json --preset mine.yaml --explain --out labelled.json'))
+    'saeexplainer label-graph graph.json --preset mine.yaml --explain --out labelled.json',
+    'saeexplainer label-graph graph.json --peaks --verify 4'))
 def label_graph_command( # noqa: PLR0913
     graph: Annotated[Path, typer.Argument(help=_GRAPH)],
     preset: Annotated[Optional[list[str]], typer.Option(help=_OF_GRAPH, autocompletion=_complete)] = None,
@@ -1444,6 +1447,8 @@ def label_graph_command( # noqa: PLR0913
     explainer: Annotated[Optional[str], typer.Option(help=_EXPLAINER)] = None,
     scan: Annotated[Optional[str], typer.Option(help=_SCAN)] = None,
     replace: Annotated[bool, typer.Option('--replace', help='also labels that are there already')] = False,
+    peaks: Annotated[bool, typer.Option('--peaks', help=_PEAKS)] = False,
+    verified: Annotated[int, typer.Option('--verify', min=0, help=_JUDGE)] = 0,
     as_json: JSON = False,
 ) -> None:
     "Fill in the labels of an attribution graph, for features that a preset knows"
@@ -1453,10 +1458,13 @@ def label_graph_command( # noqa: PLR0913
     from saeexplainer.graphs import label_graph, labelled_file
     if explainer and not explain: raise ValueError('--explainer goes with --explain: without it, labels are of a table')
     to = out_file or labelled_file(graph)
+    if peaks and explain: raise ValueError('--peaks completes the labels of a table, and --explain takes none of them')
     by = partial(explainer_of, given=explainer) if explain else None
-    counts = dataclasses.asdict(label_graph(graph, to, preset or (), by, scan, replace))
+    counts = dataclasses.asdict(label_graph(graph, to, preset or (), by, scan, replace, peaks, verified))
     if as_json: return print(json.dumps(counts | dict(file=str(to))))
-    told = dict(labelled='labelled', kept='kept their label', unknown='have none', others='are no features')
+    told = dict(labelled='labelled', judged='of them judged', kept='kept their label', unknown='have none',
+                others='are no features')
+    if not verified: del told['judged']
     tell(', '.join(f'{counts[name]:,} {what}' for name, what in told.items()) + f': {to}')
 
 # %% ../nbs/parts/cli.ipynb #00fa6513

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_NODES', 'Place', 'paired', 'unpaired', 'feature_of_node', 'read_graph', 'source_set', 'SourceName',
            'check_graph_of', 'presets_of', 'Counts', 'places_in', 'table_labels', 'explained_labels', 'Labelled',
-           'with_labels', 'labelled_file', 'label_graph']
+           'with_labels', 'verdicts_in', 'label_graph', 'labelled_file']
 
 # %% ../nbs/parts/graphs.ipynb #5bc809e0
 import math, re, sys
@@ -17,9 +17,11 @@ from pathlib import Path
 from .explainer import load_explainer
 from .features import load_features
 from .files import check_readable, read_json, valid_text, write_json
+from .labels import peak_label
 from .lm.models import free_memory
 from .presets import Preset, load_preset, presets
 from .saes import FeatureReader
+from .verdicts import Verdict, verdicts_on
 
 # %% ../nbs/parts/graphs.ipynb #3f17a6b6
 OTHER_NODES = ('embedding', 'logit', 'mlp reconstruction error', 'attn reconstruction error') # types of no feature
@@ -168,6 +170,7 @@ class Counts:
     kept: int # features that had a label, and keep it
     unknown: int # features that no preset knows, or without a label
     others: int # tokens, logits, errors
+    judged: int = 0 # with a new label and a verdict on it
 
 def places_in(
     graph:Mapping, # of `read_graph`
@@ -181,11 +184,16 @@ def places_in(
 def table_labels(
     preset:Preset,
     features:Iterable[int],
+    peaks:bool=False, # where there is no label, the words at the strongest contexts
 ) -> dict[int, str]: # feature -> label, where it has one
     "Return the labels of a preset's table"
-    known = {feature.index: feature.explanation for feature in load_features(preset)}
-    found = {index: known.get(index) for index in features}
-    return {index: text for index, text in found.items() if text}
+    wanted = set(features)
+    found = {}
+    for feature in load_features(preset):
+        if feature.index not in wanted: continue
+        text = feature.explanation or (peak_label(feature.contexts) if peaks else None)
+        if text: found[feature.index] = text
+    return found
 
 def explained_labels(
     preset:Preset,
@@ -206,8 +214,14 @@ def explained_labels(
     return {index: text for index, text in zip(chosen, texts) if text}
 
 # %% ../nbs/parts/graphs.ipynb #3d3667bb
-def _clerp(text:str) -> str: # on one line, as it can be stored
-    return ' '.join(valid_text(text).split())
+def _clerp(text:str, verdict:Verdict|None) -> str: # on one line, as it can be stored
+    line = ' '.join(valid_text(text).split())
+    if not line or verdict is None or verdict.reached is None: return line
+    return f'{line} [{verdict.reached}/{verdict.texts}]'
+
+def _measured(verdict:Verdict) -> dict: # JSON
+    names = ('reached', 'texts', 'unmade', 'fresh', 'score', 'max_act', 'best')
+    return {name: getattr(verdict, name) for name in names}
 
 @dataclass(frozen=True)
 class Labelled:
@@ -219,16 +233,23 @@ def with_labels(
     graph:Mapping, # of `read_graph`
     labels:Mapping[Place, str],
     replace:bool=False, # labels that are there already
+    verdicts:Mapping[Place, Verdict]|None=None, # on the labels
 ) -> Labelled:
-    "Return a new graph with labels filled in"
-    counts = dict(labelled=0, kept=0, unknown=0, others=0)
+    "Return a new graph with labels filled in, and with each the verdict on it"
+    verdicts = verdicts or {}
+    counts = dict(labelled=0, kept=0, unknown=0, others=0, judged=0)
     nodes = []
     for node in graph['nodes']:
         place = feature_of_node(node)
-        text = _clerp(labels.get(place, '')) if place else ''
+        verdict = verdicts.get(place) if place else None
+        text = _clerp(labels.get(place, '') if place else '', verdict)
         what = _fate(node, text, replace)
         counts[what] += 1
-        nodes.append(node | dict(clerp=text) if what == 'labelled' else node)
+        if what == 'labelled': node = node | dict(clerp=text)
+        if what == 'labelled' and verdict:
+            node = node | dict(verdict=_measured(verdict))
+            counts['judged'] += 1
+        nodes.append(node)
     return Labelled(dict(graph) | dict(nodes=nodes), Counts(**counts))
 
 def _has_label(node:Mapping) -> bool: return bool((node.get('clerp') or '').strip())
@@ -238,12 +259,25 @@ def _fate(node:Mapping, text:str, replace:bool) -> str: # a field of `Counts`
     if _has_label(node) and not (text and replace): return 'kept'
     return 'labelled' if text else 'unknown'
 
-# %% ../nbs/parts/graphs.ipynb #669208f7
-def labelled_file(
-    file:str|Path, # of a graph
-) -> Path: # beside it
-    "Return where a labelled graph goes, if nothing else is said"
-    return Path(file).with_suffix('.labelled.json')
+# %% ../nbs/parts/graphs.ipynb #f5f4ea03
+def verdicts_in(
+    preset:Preset,
+    labels:Mapping[int, str], # feature -> label
+    n:int, # texts that are written from each label
+) -> dict[int, Verdict]: # feature -> verdict, of those that the preset's table knows
+    "Let the target's own activation judge labels"
+    chosen = [feature for feature in load_features(preset) if feature.index in labels]
+    texts = [labels[feature.index] for feature in chosen]
+    found = verdicts_on(preset, FeatureReader.load(preset), chosen, texts, n)
+    free_memory() # the next preset has another model
+    return {feature.index: verdict for feature, verdict in zip(chosen, found)}
+
+# %% ../nbs/parts/graphs.ipynb #f226ed66
+def _graph_labels(graph, preset, explainer, peaks) -> dict[int, str]: # feature -> label
+    features = places_in(graph, preset)
+    if not features: return {}
+    if explainer: return explained_labels(preset, features, explainer(preset))
+    return table_labels(preset, features, peaks)
 
 def label_graph( # noqa: PLR0913
     file:str|Path, # of circuit-tracer, or from Neuronpedia
@@ -252,6 +286,8 @@ def label_graph( # noqa: PLR0913
     explainer:Callable[[Preset], str|Path]|None=None, # of a preset: folder, hub id, ...; None: labels of its table
     scan:str|None=None, # that stands for the presets' model
     replace:bool=False, # labels that are there already
+    peaks:bool=False, # where a table has no label, the words at the feature's strongest contexts
+    verified:int=0, # texts that are written from each new label, for the target's activation to judge; 0: none
 ) -> Counts:
     "Fill in the labels of an attribution graph; raise `ValueError` where it is none, or no preset knows its features"
     graph = read_graph(file)
@@ -261,13 +297,21 @@ def label_graph( # noqa: PLR0913
         print(f'{file} does not say which dictionary its features are of: taken to be {taken}', file=sys.stderr)
     bare = [node for node in graph['nodes'] if replace or not _has_label(node)]
     labels:dict[Place, str] = {}
+    verdicts:dict[Place, Verdict] = {}
     for preset in chosen:
         layer = SourceName.of(preset).layer
-        features = places_in(graph | dict(nodes=bare), preset)
-        if not features: continue
-        said = explained_labels(preset, features, explainer(preset)) if explainer else table_labels(preset, features)
+        said = _graph_labels(graph | dict(nodes=bare), preset, explainer, peaks)
+        judged = verdicts_in(preset, said, verified) if said and verified else {}
         labels |= {Place(layer, index): text for index, text in said.items()}
-    labelled = with_labels(graph, labels, replace)
+        verdicts |= {Place(layer, index): verdict for index, verdict in judged.items()}
+    labelled = with_labels(graph, labels, replace, verdicts)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_json(labelled.graph, out, indent=2)
     return labelled.counts
+
+# %% ../nbs/parts/graphs.ipynb #669208f7
+def labelled_file(
+    file:str|Path, # of a graph
+) -> Path: # beside it
+    "Return where a labelled graph goes, if nothing else is said"
+    return Path(file).with_suffix('.labelled.json')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTEXTS', 'AUTOINTERP', 'AUTOINTERP_SHORT', 'SILENT', 'CONTRASTIVE', 'CONTRASTIVE_SHORT', 'SILENT_SHARE',
-           'marked_context', 'autointerp_prompt', 'contrastive_prompt', 'silent_contexts', 'one_phrase', 'autointerp']
+           'marked_context', 'autointerp_prompt', 'contrastive_prompt', 'silent_contexts', 'peak_label', 'one_phrase',
+           'autointerp']
 
 # %% ../nbs/parts/labels.ipynb #234b8ad1
 import itertools, math, random, re
@@ -59,6 +60,9 @@ def marked_context(context, # `Context`
 def _word_at_peak(context) -> str: # or the bare token, where that is no word
     return word_at(context.tokens, context.peak) or context.tokens[context.peak].strip()
 
+def _readable(contexts) -> list: # those with a peak, and a value for each token; a table from elsewhere may have others
+    return [c for c in contexts if 0 <= c.peak < len(c.tokens) == len(c.values)]
+
 def _quoted(words) -> str: # a list to read
     return ', '.join(f"'{word}'" for word in words)
 
@@ -105,9 +109,6 @@ def contrastive_prompt(contexts, # of `Context`s, strongest first
 
 # %% ../nbs/parts/labels.ipynb #c2ec5475
 SILENT_SHARE = .01 # of a feature's strongest activation: up to here it is silent
-
-def _readable(contexts) -> list: # those with a peak, and a value for each token; a table from elsewhere may have others
-    return [c for c in contexts if 0 <= c.peak < len(c.tokens) == len(c.values)]
 
 class _Pool(NamedTuple):
     features: list # index of the feature of each context
@@ -158,6 +159,17 @@ def silent_contexts(target, # `Target`
         is_silent = value <= (SILENT_SHARE*feature.max_act if is_known else 0)
         if is_silent and len(found[feature.index]) < n: found[feature.index].append(context)
     return found
+
+# %% ../nbs/parts/labels.ipynb #def876ce
+def peak_label(
+    contexts, # of `Context`s, strongest first
+    n:int=3, # words
+) -> str|None: # None: there is no word
+    "Return the words at the strongest contexts, each once, as a phrase"
+    words = dict.fromkeys(map(_word_at_peak, _readable(contexts)))
+    named = [word for word in words if word][:n]
+    if not named: return None
+    return f"the word{'s'*(len(named) > 1)} {_quoted(named)}"
 
 # %% ../nbs/parts/labels.ipynb #a2d885d9
 def one_phrase(text:str # a reply

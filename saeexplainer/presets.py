@@ -289,6 +289,11 @@ class Preset:
     # the machine
     dtype: str = _field('bfloat16', "weights of target and writer: 'bfloat16' or 'float32'")
     device: str = _field('auto', "'auto', 'cpu', 'cuda', ...")
+    int8_target: bool = _field(False,
+        "hold the weights of the target's linear layers in eight bits (torchao), about half of bfloat16; "
+        'its activations change a little')
+    spread_target: bool = _field(False,
+        "spread the target's layers over all GPUs of the machine, for one that no single GPU holds", fixed=False)
     batch_size: int = _field(64, 'rows generated at once')
     batch_tokens: int = _field(4096, 'tokens read at once, padding included')
     swap_models: bool = _field(False,
@@ -914,7 +919,7 @@ def memory_parts(preset:Preset) -> dict: # GB; empty where the sizes are not kno
     features = sae_size(preset)
     if not (target and explainer and features): return {}
     cpu = on_cpu(target)
-    held = (2*target.billions, (4 if cpu else 2)*explainer.billions)
+    held = ((1 if preset.int8_target else 2)*target.billions, (4 if cpu else 2)*explainer.billions)
     take_turns = preset.swap_models and not preset.grpo_steps # online RL needs both at once
     models = max(held) if take_turns else sum(held)
     work = max(training_memory(preset, explainer, cpu), sampling_memory(preset, explainer, cpu))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/parts/saes.ipynb #0156f113
+from .dictionary_learning import is_of_dictionary_learning, load_dictionary_learning
 from .files import check_tensors, read_json
 from .lm.heads import load_written_by_heads
 from .lm.models import weights_sha256
@@ -205,7 +206,7 @@ def find_sae(
         raise ValueError(f"{source!r} names no SAE: give a folder, 'release:sae_id' or 'user/repo:folder'")
     path = Path(source).expanduser()
     for folder in (path, data_dir()/source):
-        if (folder/'cfg.json').exists(): return folder
+        if (folder/'cfg.json').exists() or is_of_dictionary_learning(folder): return folder
     release, _, sae_id = str(source).partition(':')
     is_pair = release.strip() and sae_id.strip()
     if is_pair and not path.exists(): return release, sae_id
@@ -379,6 +380,7 @@ def _fold_scale(sae, file): # activation_scaler.json
 # %% ../nbs/parts/saes.ipynb #0dba1a16
 def _load_folder(folder, device): # the sae-lens SAE
     from sae_lens import SAE
+    if is_of_dictionary_learning(folder): return load_dictionary_learning(folder, device)
     config = folder/'cfg.json'
     if is_of_sparsify(read_json(config)): return load_sparsify(folder, device) # checks what it reads
     weights = folder/WEIGHTS
@@ -505,8 +507,8 @@ def _with_card(source, sae) -> LoadedSAE: # source: as `find_sae` returns it
     bound_to = card.get('model_sha256', '')
     if not isinstance(bound_to, str):
         raise ValueError(f'{file}: model_sha256 is {bound_to!r}, not a hash')
-    weights = WEIGHTS if (folder/WEIGHTS).exists() else SPARSIFY_WEIGHTS
-    return LoadedSAE(sae, card, weights_sha256(folder, weights))
+    weights = [name for name in (WEIGHTS, SPARSIFY_WEIGHTS) if (folder/name).exists()]
+    return LoadedSAE(sae, card, weights_sha256(folder, weights[0]) if weights else None)
 
 def open_sae(
     source, # a `Preset`; or as `find_sae` takes it

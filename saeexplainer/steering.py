@@ -65,7 +65,8 @@ def editing(model, # causal LM
     def edit_tokens(written):
         new = edit(read[0], written)
         if written.shape[1] != attention_mask.shape[1]: return new
-        return torch.where(attention_mask[..., None].bool(), new, written)
+        is_token = attention_mask[..., None].bool().to(written.device)
+        return torch.where(is_token, new, written)
     with residual_hook(model, *reader.reads, keep), residual_hook(model, *reader.writes, edit_tokens): yield
 
 def steering(model, # causal LM
@@ -130,7 +131,7 @@ def clean_run(model, # causal LM
           unsteered(model, reader, mask, reference)):
         log_probs = log_probs_at(model, batch, counts)
     check_stream(model, reader, log_probs.isfinite().all(-1), ...)
-    return CleanRun(batch, counts, read[0], written[0], log_probs)
+    return CleanRun(batch, counts, read[0].to(mask.device), written[0].to(mask.device), log_probs)
 
 # %% ../nbs/parts/steering.ipynb #aab7391d
 LOGITS_AT_ONCE = 2**27 # numbers in the logits of one forward pass: 512 MB

@@ -320,7 +320,7 @@ class Batcher:
         batch = pad([t.ids for t in tokens], self.pad_id, device=self.model.device)
         counts = pad([t.counts.astype(int).tolist() for t in tokens], 0)['input_ids'].bool()
         resid = residual_stream(self.model, **batch, layer=self.reader.layer, hook=self.reader.hook)
-        check_stream(self.model, self.reader, resid.isfinite().all(-1).cpu(), counts)
+        check_stream(self.model, self.reader, resid.isfinite().all(-1), counts)
         return resid
 
 # %% ../nbs/parts/target.ipynb #b907c4fb
@@ -574,7 +574,7 @@ class Target:
         reader = reader or FeatureReader.load(preset)
         check_model_name(preset.target, reader)
         check_weights(preset.target, reader)
-        model, tokenizer = load_model(preset.target, preset.dtype, preset.device)
+        model, tokenizer = load_model(preset.target, preset.dtype, preset.device, preset.int8_target, preset.spread_target)
         reader.sae.to(device=model.device)
         return cls(model, tokenizer, reader, preset.batch_size, preset.batch_tokens)
 

@@ -13,6 +13,7 @@ from saeexplainer.graphs import (
 from saeexplainer.lm.models import load_model
 from saeexplainer.presets import load_preset, presets
 from saeexplainer.saes import FeatureReader
+from saeexplainer.verdicts import Verdict
 
 
 # ---- graphs as circuit-tracer writes them
@@ -127,6 +128,59 @@ def test_a_feature_is_asked_for_once():
     assert places_in(graph, load_preset('smollm2-135m')) == [5, 13]
 
 
+def unlabelled():
+    "Features of the shipped table without a label: one with contexts, and one that never fired"
+    features = list(load_features(load_preset('smollm2-135m')))
+    bare = [feature for feature in features if not feature.explanation]
+    silent = next(feature.index for feature in bare if not feature.contexts)
+    return next(feature.index for feature in bare if feature.contexts), silent
+
+
+def test_words_at_the_peaks_stand_in_where_asked(tmp_path):
+    fires, silent = unlabelled()
+    file = written(tmp_path, graph_of(feature_node(9, 5), feature_node(9, fires), feature_node(9, silent)))
+    assert label_graph(file, tmp_path/'without.json') == Counts(labelled=1, kept=0, unknown=2, others=0)
+    assert label_graph(file, tmp_path/'with.json', peaks=True) == Counts(labelled=2, kept=0, unknown=1, others=0)
+    with_label, by_peaks, _ = read_graph(tmp_path/'with.json')['nodes']
+    assert with_label == read_graph(tmp_path/'without.json')['nodes'][0]
+    assert by_peaks['clerp'].startswith('the word')
+
+
+# ---- verdicts
+
+def test_a_verdict_stands_behind_the_label_and_in_a_field():
+    graph = graph_of(feature_node(9, 5, 1), feature_node(9, 5, 2), feature_node(9, 13), token_node())
+    judged = Verdict(reached=3, texts=4, unmade=1, max_act=70., score=50., best='It is.', pieces=[], written=[])
+    labels = {Place(9, 5): "the word 'is'", Place(9, 13): 'rain'}
+    found = with_labels(graph, labels, verdicts={Place(9, 5): judged})
+    assert found.counts == Counts(labelled=3, kept=0, unknown=0, others=1, judged=2)
+    first, second, other, token = found.graph['nodes']
+    assert first['clerp'] == second['clerp'] == "the word 'is' [3/4]"
+    assert first['verdict'] == dict(reached=3, texts=4, unmade=1, fresh=None, score=50., max_act=70., best='It is.')
+    assert other['clerp'] == 'rain' and 'verdict' not in other and 'verdict' not in token
+
+
+def test_a_verdict_that_says_nothing_is_not_written_as_none_reached():
+    unread = Verdict(reached=None, texts=0, unmade=4, max_act=70., score=None, best=None, pieces=[], written=[])
+    found = with_labels(graph_of(feature_node(9, 5)), {Place(9, 5): 'rain'}, verdicts={Place(9, 5): unread})
+    [node] = found.graph['nodes']
+    assert node['clerp'] == 'rain'
+    assert node['verdict']['reached'] is None and node['verdict']['unmade'] == 4
+
+
+def test_labels_that_are_kept_are_not_judged():
+    graph = graph_of(feature_node(9, 5, clerp='mine'))
+    judged = Verdict(reached=3, texts=4, unmade=0, max_act=70., score=50., best='It is.', pieces=[], written=[])
+    found = with_labels(graph, {Place(9, 5): 'theirs'}, verdicts={Place(9, 5): judged})
+    assert found.counts.judged == 0
+    assert found.graph == graph
+
+
+def test_peaks_complete_a_table_and_no_explainer(tmp_path, capsys):
+    with pytest.raises(SystemExit): main(['label-graph', str(written(tmp_path, graph_of())), '--peaks', '--explain'])
+    assert '--peaks completes the labels of a table' in capsys.readouterr().err
+
+
 # ---- whose features they are
 
 def test_every_built_in_source_names_its_layer():
@@ -202,7 +256,7 @@ def test_explained_by_the_command(tiny, tmp_path, capsys):
     main(['label-graph', str(file), '--preset', str(folder/'tiny.yaml'), '--explain', '--explainer',
           str(folder/'sft'), '--json'])
     told = json.loads(capsys.readouterr().out)
-    assert told == dict(labelled=1, kept=0, unknown=1, others=1, file=str(tmp_path/'graph.labelled.json'))
+    assert told == dict(labelled=1, kept=0, unknown=1, others=1, judged=0, file=str(tmp_path/'graph.labelled.json'))
     assert read_graph(told['file'])['nodes'][0]['clerp']
 
 

@@ -1,6 +1,7 @@
 "Files of SAEs: configurations of every age, weights and cards that are damaged, the cache of the hub"
 import json
 import os
+from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
@@ -108,6 +109,84 @@ def test_an_sae_of_sparsify(tmp_path, name, place):
 def test_what_of_sparsify_is_refused(tmp_path, values, says):
     folder, _ = sparsify_folder(tmp_path, **values)
     with pytest.raises(ValueError, match=says): FeatureReader.load(folder)
+
+
+def dictionary_learning_folder(folder, kind, **fields):
+    "A dictionary as dictionary_learning writes it, and its tensors"
+    torch.manual_seed(0)
+    stored = {'encoder.weight': torch.randn(128, 64)/8, 'decoder.weight': torch.randn(64, 128)/8,
+              'encoder.bias': .1*torch.randn(128), 'b_dec': .1*torch.randn(64)}
+    if kind == 'AutoEncoder': stored['bias'] = stored.pop('b_dec')
+    if kind == 'AutoEncoderTopK': stored |= dict(k=torch.tensor(9), threshold=torch.tensor(.3))
+    if kind in ('BatchTopKSAE', 'JumpReluAutoEncoder'): stored['threshold'] = torch.tensor(.4)
+    if kind == 'GatedAutoEncoder':
+        stored |= {name: .1*torch.randn(128) for name in ('r_mag', 'gate_bias', 'mag_bias')}
+        del stored['encoder.bias']
+    trainer = dict(dict_class=kind, activation_dim=64, dict_size=128, k=9, layer=2, lm_name='org/tiny',
+                   submodule_name='resid_post_layer_2')
+    (folder/'config.json').write_text(json.dumps(dict(trainer=trainer | fields, buffer=dict(ctx_len=64))))
+    torch.save(stored, folder/'ae.pt')
+    return stored
+
+
+def encoded_there(kind, stored, x):
+    "Activations by the formula of the published code"
+    bias = stored.get('b_dec', stored.get('bias'))
+    centred = x if kind == 'JumpReluAutoEncoder' else x - bias
+    pre = centred @ stored['encoder.weight'].T
+    if kind == 'GatedAutoEncoder':
+        is_open = pre + stored['gate_bias'] > 0
+        return is_open*torch.relu(stored['r_mag'].exp()*pre + stored['mag_bias'])
+    acts = torch.relu(pre + stored['encoder.bias'])
+    if kind == 'AutoEncoderTopK':
+        best = acts.topk(9, dim=-1)
+        return torch.zeros_like(acts).scatter(-1, best.indices, best.values)
+    return acts*(acts > stored['threshold']) if 'threshold' in stored else acts
+
+
+@pytest.mark.parametrize('kind', ['AutoEncoder', 'GatedAutoEncoder', 'JumpReluAutoEncoder', 'BatchTopKSAE',
+                                  'AutoEncoderTopK'])
+def test_a_dictionary_of_dictionary_learning(tmp_path, capsys, kind):
+    stored = dictionary_learning_folder(tmp_path, kind)
+    reader = FeatureReader.load(tmp_path)
+    assert 'ae.pt is a pickle: only tensors are taken from it' in capsys.readouterr().err
+    assert reader.reads == (2, 'resid_post')
+    x = torch.randn(2, 7, 64)
+    wanted = encoded_there(kind, stored, x)
+    assert torch.allclose(reader.encode(x), wanted, atol=1e-5)
+    assert torch.allclose(reader.activations(x, [3, 77]), wanted[[0, 1], :, [3, 77]], atol=1e-5)
+    assert torch.equal(reader.directions(5)[0], stored['decoder.weight'][:, 5])
+    assert len(reader.sha256) == 64 and reader.sha256 == FeatureReader.load(tmp_path).sha256
+
+
+@pytest.mark.parametrize('values, says', [
+    (dict(dict_class='CrossCoder'), "dict_class is 'CrossCoder'; known are AutoEncoder,"),
+    (dict(dict_size=100), r'W_enc or encoder.weight is \(64, 128\), not \(64, 100\)'),
+    (dict(submodule_name='attention_out_layer_2'), "this SAE reads 'attention_out_layer_2'"),
+    (dict(activation_dim=None), 'activation_dim is None, not a number above 0'),
+])
+def test_what_of_dictionary_learning_is_refused(tmp_path, values, says):
+    dictionary_learning_folder(tmp_path, 'AutoEncoder', **values)
+    with pytest.raises(ValueError, match=says): FeatureReader.load(tmp_path)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path):
+    class Planted:
+        def __reduce__(self): return (Path.touch, (tmp_path/'ran',))
+    stored = dictionary_learning_folder(tmp_path, 'AutoEncoder')
+    torch.save(stored | dict(more=Planted()), tmp_path/'ae.pt')
+    with pytest.raises(ValueError, match='ae.pt is damaged, or holds more than tensors'): FeatureReader.load(tmp_path)
+    assert not (tmp_path/'ran').exists()
+
+
+@pytest.mark.parametrize('damage', [b'', b'not a pickle', None])
+def test_a_damaged_pickle_is_one_line(tmp_path, damage):
+    dictionary_learning_folder(tmp_path, 'AutoEncoder')
+    file = tmp_path/'ae.pt'
+    file.write_bytes(file.read_bytes()[:900] if damage is None else damage)
+    with pytest.raises(ValueError, match='ae.pt is damaged, or holds more than tensors') as raised:
+        FeatureReader.load(tmp_path)
+    assert '\n' not in str(raised.value)
 
 
 @pytest.mark.parametrize('values, says', [

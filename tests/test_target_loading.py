@@ -1,9 +1,11 @@
 "Targets of presets: what is loaded, and which models and SAEs do not go together"
+import sys
 from types import SimpleNamespace
 import numpy as np
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from helpers import tiny_model, tiny_sae, tiny_tokenizer
+from saeexplainer.features import load_features
 from saeexplainer.lm.models import EMBEDDED, EMBEDDED_SHA256, weights_sha256
 from saeexplainer.presets import load_preset, presets
 from saeexplainer.saes import FeatureReader
@@ -169,3 +171,31 @@ def test_presets_go_with_their_saes(capfd):
         check_model_name(preset.target, reader)
         check_model_name(preset.explainer, reader)
     assert capfd.readouterr().err == ''
+
+
+# ---- weights in eight bits, layers on several devices
+
+def strongest(**settings):
+    "Activations of features of the embedded model on the contexts that set them off most"
+    preset = load_preset('smollm2-135m', **settings)
+    chosen = [feature for feature in load_features(preset) if feature.contexts][:40]
+    texts = [str(feature.contexts[0]) for feature in chosen]
+    return Target.load(preset).max_acts(texts, [feature.index for feature in chosen])
+
+
+def test_a_target_in_eight_bits_reads_nearly_the_same():
+    pytest.importorskip('torchao', reason='torchao is not installed')
+    as_published = strongest()
+    in_eight_bits = strongest(int8_target=True)
+    assert not (as_published == in_eight_bits).all()
+    assert abs(in_eight_bits/as_published - 1).max() < .1
+
+
+def test_eight_bits_need_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchao.quantization', None)
+    with pytest.raises(ValueError, match=r"torchao: pip install 'saeexplainer\[quantised\]'"):
+        Target.load(load_preset('smollm2-135m', int8_target=True))
+
+
+def test_a_target_that_is_spread_reads_the_same():
+    assert (strongest() == strongest(spread_target=True)).all()

@@ -177,6 +177,7 @@ def check_stream(model, # a causal LM
                  counts # (b, t) bool: tokens that count; ...: all
                 ):
     "Raise `ValueError` where the residual stream is not finite on a token that counts"
+    if counts is not ...: counts = counts.to(finite.device)
     if finite[counts].all(): return
     dtype = str(model.dtype).removeprefix('torch.')
     cure = 'use dtype bfloat16' if dtype == 'float16' else 'are its weights damaged?'

@@ -297,9 +297,19 @@ def _quiet(quiet:bool): # no bar for a load that takes a second, and no report: 
         logging.set_verbosity(level)
         if quiet and shown: logging.enable_progress_bar()
 
+def _quantised(settings:dict) -> dict: # settings of a load, with weights in eight bits
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError:
+        raise ValueError("weights in int8 need torchao: pip install 'saeexplainer[quantised]'") from None
+    from transformers import TorchAoConfig
+    return settings | dict(quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)))
+
 def load_model(name:str, # `EMBEDDED`, a hub id or a folder
                dtype:str|torch.dtype|None=None, # None: float32 on a CPU, bfloat16 on a GPU
-               device:str|torch.device|None=None # None or 'auto': a GPU where there is one
+               device:str|torch.device|None=None, # None or 'auto': a GPU where there is one
+               int8:bool=False, # whether the linear layers' weights are held in eight bits
+               spread:bool=False # whether its layers are spread over all GPUs, whatever `device` says
               ) -> tuple: # (model, tokenizer)
     "Load a frozen causal LM and its tokenizer; raise `ValueError` or `OSError` for missing or damaged files"
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -314,6 +324,8 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
                     ignore_mismatched_sizes=True, output_loading_info=True)
     if config is not whole_config: settings['key_mapping'] = _TEXT_KEYS
     if config.model_type == 'gemma2': settings['attn_implementation'] = 'eager' # which its soft-capping needs
+    if int8: settings = _quantised(settings)
+    if spread: settings['device_map'] = 'balanced' if torch.cuda.is_available() else device
     with _quiet(name==EMBEDDED), _loading(name, source):
         loaded:Any = AutoModelForCausalLM.from_pretrained(source, **settings)
     model, report = loaded
@@ -322,7 +334,8 @@ def load_model(name:str, # `EMBEDDED`, a hub id or a folder
         model.base_model_prefix = 'model'
         model.config.router_aux_loss_coef = 0. # trl cannot compute it for this one; the routers are not trained
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    model = model.to(device).eval().requires_grad_(False)
+    if not spread: model = model.to(device)
+    model = model.eval().requires_grad_(False)
     if dtype == torch.float16: check_finite(model)
     return model, load_tokenizer(name)
 
