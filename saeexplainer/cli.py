@@ -338,7 +338,7 @@ def presets_command(
     loaded = [load_preset(name) for name in presets()]
     found = [(preset, needs(preset) or {}) for preset in loaded]
     # what needs no hub comes first
-    found.sort(key=lambda row: (row[0].name != 'smollm2-135m', row[1].get('memory_gb', float('inf'))))
+    found.sort(key=lambda row: (row[0].corpus != 'embedded', row[1].get('memory_gb', float('inf'))))
     if as_json: print(json.dumps([preset.name for preset, _ in found]))
     else: out.print(presets_table(found))
 

@@ -681,15 +681,16 @@ _PRESETS['smollm2-135m'] = dict(
     writer='local', evaluation_writer='local', text_tokens=28, reward='mean', negative='worst',
     dpo_lr=(2e-4, 1e-4), dpo_batch=8, dpo_accumulation=1, dpo_loss='sigmoid_norm', dpo_sft_weight=.2, batch_size=96)
 
-_PRESETS['smollm2-135m-transcoder'] = _PRESETS['smollm2-135m'] | dict(
-    sae='smollm2-135m-transcoder/sae', source='smollm2-135m/9-transcoder-2k', label_model=None, sft_labels=None,
-    template=SHORT_TEMPLATE, n_hints=0, baseline_labels=(), baselines=(), n_sft=1000, n_pref=400, n_test=100)
+_PRESETS['smollm2-135m-mlp'] = _PRESETS['smollm2-135m'] | dict(
+    sae='smollm2-135m-mlp/sae', source='smollm2-135m/9-transcoder-2k', label_model=None, sft_labels=None,
+    template=SHORT_TEMPLATE, n_hints=0, baseline_labels=(), baselines=(), n_sft=1000, n_pref=400, n_test=100,
+    n_output=100)
 
 _DEMO = dict(
     baseline_labels=(), baselines=(), n_sft=240, n_pref=24, n_test=16, n_output=6, n_candidates=4, n_texts=3,
     n_generative=4, n_activating=2, n_neutral=2, steering_kl=(.5,))
 
-_SIZES = {name: {'full': {}, 'demo': _DEMO} for name in ('smollm2-135m', 'smollm2-135m-transcoder')}
+_SIZES = {name: {'full': {}, 'demo': _DEMO} for name in ('smollm2-135m', 'smollm2-135m-mlp')}
 
 # %% ../nbs/parts/presets.ipynb #a2c8d641
 def presets() -> list[str]: # in the order of the paper, then smaller ones

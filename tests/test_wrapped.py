@@ -2,15 +2,19 @@
 
 Gemma 3 with its vision part, Gemma 3n, Gemma 4, Llama 4, OPT, MPT and BLOOM.
 """
+from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import trl
 from peft import LoraConfig, get_peft_model
-from helpers import PLACEHOLDER, WRAPPED, save_wrapped, tiny_sae
+from helpers import PLACEHOLDER, SPECIALS, WRAPPED, save_wrapped, tiny_model, tiny_sae, tiny_tokenizer
+from judged import judged_preset
 from saeexplainer.explainer import Explainer, ExplainerCard
 from saeexplainer.lm.hooks import backbone, decoder_layers, residual_hook, residual_stream, routers
 from saeexplainer.lm.models import load_model
 from saeexplainer.presets import AS_PAPER, load_preset
+from saeexplainer.run import Run, execute
 from saeexplainer.saes import FeatureReader
 from saeexplainer.target import Target
 
@@ -169,3 +173,32 @@ def test_training_and_saving(world, trained):
     logits = [logits_of(explainer, directions, ids) for explainer in (merged, kept)]
     assert torch.allclose(*logits, atol=1e-3)
     assert merged.explain(directions, max_new_tokens=5) == kept.explain(directions, max_new_tokens=5)
+
+
+# ---- whole runs
+
+def save_gemma3_with_eyes(folder): save_wrapped(folder, 'gemma3')
+
+def save_qwen3_with_its_template(folder):
+    template = (Path(trl.__file__).parent/'chat_templates'/'qwen3.jinja').read_text(encoding='utf-8')
+    tokenizer = tiny_tokenizer(chat=template, specials=(*SPECIALS, '<think>', '</think>'))
+    tokenizer.save_pretrained(folder)
+    tiny_model('qwen3', n_layers=3, vocab=len(tokenizer)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize('save', [save_gemma3_with_eyes, save_qwen3_with_its_template])
+def test_a_whole_run(tmp_path, monkeypatch, save):
+    "SFT, preferences, DPO, metrics with steering, report; target, explainer and writer are one model"
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    file = judged_preset(tmp_path, reward='max', n_candidates=4, n_texts=3, n_pref=3, n_output=2, steering_kl=[.2],
+                         steering_tokens=4, steering_prompts=['We', 'I think'])
+    save(tmp_path/'model')
+    with Run(tmp_path/'run', load_preset(file), progress=False) as run:
+        execute(run, say=lambda line: None)
+        said = run.store.explanations()
+        steered = run.store.rows('SELECT DISTINCT feature FROM steering WHERE value != 0')
+    assert {'sft', 'dpo1'} <= set(said['stage'])
+    assert not said['text'].str.contains('think>').any()
+    assert len(steered) >= 1
+    assert list((tmp_path/'run'/'report').iterdir())

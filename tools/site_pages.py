@@ -25,13 +25,13 @@ from site_api import CODE, api
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
 ORDER = {  # of the pages on the site; those that are not named come last
     'parts': '''
-        files show presets catalogue plan features sparsify saes
+        files show presets catalogue plan features sparsify dictionary_learning saes
         lm/models lm/places lm/hooks lm/heads lm/chat lm/sampling
         target steering hints explainer training grpo store replies
         writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
         writers/budget writers/traffic writers/parsing
-        sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training labels lookups
-        self_activation reranking
+        sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training
+        sources/transcoder_training labels lookups self_activation reranking
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
         evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
         evaluation/readings reading_sheets calibration
@@ -39,9 +39,10 @@ ORDER = {  # of the pages on the site; those that are not named come last
         export cards graphs
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''
-        ranking your_own_sae writers paper_presets train_sae layer_saes second_writer build_features
-        benchmarks families'''.split()}
-CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/paper/README.md': 'data-paper.md',
+        ranking your_own_sae writers paper_presets train_sae layer_saes train_transcoder circuit_graph
+        second_writer build_features benchmarks families'''.split()}
+CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/smollm2-135m-mlp/README.md': 'data-mlp.md',
+         'data/paper/README.md': 'data-paper.md',
          'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
 BASE = cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/'
