@@ -8,7 +8,7 @@ __all__ = ['Worker', 'MakeWorker', 'Executor', 'PlainExecutor', 'RayExecutor']
 # %% ../nbs/parts/executor.ipynb #b82405a6
 import os, pickle, signal, threading, traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,7 +54,7 @@ class PlainExecutor:
         self,
         make_worker:MakeWorker,
         batches:Iterable[Sequence], # each is taken when the one before is done
-    ) -> Iterator[tuple[Any, list]]: # (batch, its rows), in the order of the batches
+    ) -> Generator[tuple[Any, list], None, None]: # (batch, its rows), in the order of the batches
         "Yield batches with their rows; an error of the worker is raised as it is"
         worker = None
         try:
@@ -260,7 +260,7 @@ class RayExecutor:
         self,
         make_worker:MakeWorker, # called by each worker
         batches:Iterable[Sequence], # each is taken when a worker has room for it: at most two are with each
-    ) -> Iterator[tuple[Any, list]]: # (batch, its rows), as they are done
+    ) -> Generator[tuple[Any, list], None, None]: # (batch, its rows), as they are done
         """Yield batches with their rows; an error of a worker is raised as it is.
 
         Raise `RuntimeError`, when all others are done, for batches at which three workers died."""
@@ -300,4 +300,5 @@ class RayExecutor:
 
     def __repr__(self): return f'{type(self).__name__}(workers={self.workers})'
 
+# %% ../nbs/parts/executor.ipynb #9d37cbd7
 Executor = PlainExecutor|RayExecutor
