@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Size', 'Setting', 'WriterKind', 'BaseURL', 'Model',
-           'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell', 'options', 'check_writer',
-           'writer_fields', 'settings_of', 'resolve', 'check_keys', 'check_name', 'show_preset', 'in_thousands',
-           'last_part', 'preset_row', 'presets_table', 'show_found', 'presets_command', 'preset_command', 'safe_text',
-           'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case', 'show_report', 'span', 'memory_of',
-           'has_server', 'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line', 'plan_lines',
-           'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished',
-           'report_command', 'number', 'feature_fields', 'show_feature', 'show_counts', 'ensure_features',
-           'features_just_made', 'judging_contexts', 'features_command', 'beside_greedy', 'judged', 'beside_count',
-           'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained', 'explain_some',
-           'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out',
-           'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'ranked_with',
-           'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
-           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
-           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
-           'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
+           'GROUPS', 'DryRun', 'FEW', 'OnRay', 'Workers', 'GPUs', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell',
+           'options', 'check_writer', 'writer_fields', 'settings_of', 'resolve', 'check_keys', 'check_name',
+           'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table', 'show_found', 'presets_command',
+           'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case',
+           'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line', 'cost_lines',
+           'budget_line', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of',
+           'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields', 'show_feature',
+           'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts', 'features_command',
+           'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions',
+           'explain_all', 'executor_for', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
+           'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
+           'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read',
+           'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
+           'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights',
+           'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments',
+           'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, os, re, shlex, signal, sys, traceback, zlib
@@ -925,18 +926,44 @@ def explain_all(
     to:Path, # .jsonl or .parquet
     n:int, # texts that judge each explanation; 0: none
     as_json:bool,
-    candidates:int=0 # sampled beside each greedy explanation
+    candidates:int=0, # sampled beside each greedy explanation
+    executor=None # `Executor`, closed behind it; None: this process
 ) -> None:
     "Explain a whole dictionary into a file, and print what came of it"
     from saeexplainer.dictionaries import explain_dictionary
+    from saeexplainer.executor import PlainExecutor
     from saeexplainer.selection import dead_features
     silent = dead_features(preset)
-    done = explain_dictionary(preset, explainer, to, n, candidates=candidates)
+    with executor or PlainExecutor() as those:
+        done = explain_dictionary(preset, explainer, to, n, candidates=candidates, executor=those)
     if silent:
         print(f'{silent:,} of {done["features"]:,} features are dead: they fired on none of the texts that they were '
               'read on, and what is said of them is a guess', file=sys.stderr)
     if as_json: return print(json.dumps(done))
     tell(', '.join(f'{count:,} {what}' for what, count in done.items() if what != 'file') + f': {to}')
+
+# %% ../nbs/parts/cli.ipynb #3926a0e1
+_RAY = 'let workers on a Ray cluster do it: the one at RAY_ADDRESS, or one that is started on this machine'
+_WORKERS = 'workers of --ray; default: 1'
+_GPUS = 'GPUs of each worker, as in 1 or .5; default: 1 where the cluster has GPUs'
+
+OnRay = Annotated[bool, typer.Option('--ray', help=_RAY)]
+Workers = Annotated[Optional[int], typer.Option('--workers', min=1, help=_WORKERS)]
+GPUs = Annotated[Optional[float], typer.Option('--gpus-per-worker', min=0, help=_GPUS)]
+
+def executor_for(
+    on_ray:bool,
+    workers:int|None, # None: 1
+    gpus:float|None, # for each worker; None: 1 where there are GPUs
+    everything:bool # whether it is for --all
+) -> Any: # `Executor`, to be closed
+    "Return who does the batches; raise `ValueError` where the options do not fit together, or ray is missing"
+    from saeexplainer.executor import PlainExecutor, RayExecutor
+    if on_ray and not everything: raise ValueError('--ray is for --all: some features are explained in this process')
+    if on_ray: return RayExecutor(workers or 1, gpus)
+    if workers is not None: raise ValueError('--workers are those of a Ray cluster: give --ray too')
+    if gpus is not None: raise ValueError('--gpus-per-worker is for workers of a Ray cluster: give --ray too')
+    return PlainExecutor()
 
 # %% ../nbs/parts/cli.ipynb #cec9c155
 def check_explained( # noqa: PLR0913
@@ -1002,7 +1029,8 @@ Candidates = Annotated[int, typer.Option('--candidates', min=0, help=_CANDIDATES
 @app.command('explain', cls=_Command, epilog=_examples(
     'saeexplainer explain 5 13 --verify 10',
     'saeexplainer explain --random 5 --candidates 8',
-    'saeexplainer explain smollm2-135m --all --out all.parquet'))
+    'saeexplainer explain smollm2-135m --all --out all.parquet',
+    'saeexplainer explain smollm2-135m --all --out all.parquet --ray --workers 8'))
 def explain_command( # noqa: PLR0913
     names: Annotated[Optional[list[str]], typer.Argument(help=_TO_EXPLAIN, autocompletion=_complete)] = None,
     preset: PresetOption = None,
@@ -1017,6 +1045,9 @@ def explain_command( # noqa: PLR0913
     writer: WriterKind = None,
     base_url: BaseURL = None,
     model: Model = None,
+    on_ray: OnRay = False,
+    workers: Workers = None,
+    gpus: GPUs = None,
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
@@ -1026,9 +1057,10 @@ def explain_command( # noqa: PLR0913
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
     check_explained(names, random, everything, to, direction, verified, candidates)
+    executor = executor_for(on_ray, workers, gpus, everything)
     if verified: check_keys(chosen, 'evaluation_writer')
     if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
-    if to: return explain_all(chosen, explainer_of(chosen, explainer), to, verified, as_json, candidates)
+    if to: return explain_all(chosen, explainer_of(chosen, explainer), to, verified, as_json, candidates, executor)
     known = known_features(chosen, names)
     features = chosen_features(chosen, names, random, seed, known)
     if not features: raise ValueError('no feature given: name some, or use --random 5')

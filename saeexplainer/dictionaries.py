@@ -7,8 +7,9 @@ __all__ = ['read_explanations', 'read_directions', 'Rows', 'explain_dictionary']
 
 # %% ../nbs/parts/dictionaries.ipynb #72e14792
 import hashlib, json, os, re
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -19,10 +20,10 @@ import torch
 # %% ../nbs/parts/dictionaries.ipynb #8508e39d
 from .calibration import calibration_of, share_or_none
 from .evaluation.texts import verify
+from .executor import Executor, MakeWorker, PlainExecutor, Worker
 from .explainer import ExplainerCard, _fetch, adapter_of, adapter_sha256, load_explainer, model_sha256
 from .features import FeatureId, check_features_of, features_file, load_features
 from .files import clear_parts, hold, table_kind, table_rows, whole, write_table
-from .lm.models import free_memory
 from .presets import Preset, is_local
 from .reranking import Ranked, draw_candidates, rank_candidates
 from .saes import FeatureReader, check_directions
@@ -242,12 +243,16 @@ _EMPTY = 'empty'
 @dataclass(frozen=True)
 class _Work:
     preset: Preset
-    explainer: object # folder, hub id, or 'ao'
-    reader: FeatureReader
+    explainer: str|Path # folder, hub id, or 'ao'
+    reader: FeatureReader|None # None: in another process, which reads the file
     n: int # texts written from each explanation
     known: dict[int, float] # feature -> strongest known activation
     progress: bool
     candidates: int = 0 # sampled beside each greedy explanation
+
+    def __getstate__(self): return self.__dict__ | dict(reader=None)
+
+    def dictionary(self) -> FeatureReader: return self.reader or FeatureReader.load(self.preset)
 
     def name(self, index:int) -> str:
         source = self.preset.source
@@ -277,47 +282,65 @@ def _dead_row(work:_Work, index:int) -> dict:
         error=_DEAD)
 
 # %% ../nbs/parts/dictionaries.ipynb #69815e65
-def _explain_batch(work:_Work, explainer, batch:list[int]) -> list[dict]: # rows of features that have a direction
+def _explain_batch(work:_Work, reader, explainer, batch:list[int]) -> list[dict]: # features that have a direction
     if work.candidates:
-        preset = work.preset
-        drawn = draw_candidates(explainer, work.reader, batch, preset, work.candidates, preset.batch_size)
+        drawn = draw_candidates(explainer, reader, batch, work.preset, work.candidates, len(batch))
         return [_explained_row(work, index, texts[0]) | dict(candidates=texts) for index, texts in zip(batch, drawn)]
     texts = explainer.explain(
-        work.reader.directions(batch),
+        reader.directions(batch),
         max_new_tokens=work.preset.explanation_tokens,
         batch_size=work.preset.batch_size,
-        encoders=work.reader.encoders(batch))
+        encoders=reader.encoders(batch))
     return [_explained_row(work, index, text) for index, text in zip(batch, texts)]
 
-def _ranked_row(index:int, ranked:Ranked) -> dict: # its explanation takes the place of the greedy one
-    scores = [candidate.score for candidate in ranked.candidates]
-    return dict(index=index, explanation=ranked.best.text or None, candidate_scores=scores)
+def _explaining(work:_Work) -> Worker: # features -> their rows
+    reader = work.dictionary()
+    explainer = load_explainer(work.explainer, work.preset, reader)
+    return partial(_explain_batch, work, reader, explainer)
 
-def _rank_missing(work:_Work, drawn:dict, rows:Rows, target) -> None: # adds the rows that are not there
-    done = {row['index'] for row in rows}
-    todo = [index for index in drawn if index not in done]
-    with progress_bar(len(drawn), 'choosing', work.progress, 'feature', len(done)) as bar:
-        for batch in _batches(todo, work.preset.batch_size):
-            ranked = rank_candidates(work.preset, target, work.known, {index: drawn[index] for index in batch})
-            rows.add([_ranked_row(index, one) for index, one in ranked.items()])
-            bar.update(len(batch))
+def _add_rows(found, rows:Rows, done:set[int], bar) -> None: # found: of an executor; done: left out
+    with closing(found):
+        for _, made in found:
+            new = [row for row in made if row['index'] not in done]
+            rows.add(new)
+            bar.update(len(new))
 
-def _explain_missing(work:_Work, rows:Rows, explainer) -> None: # adds the rows that are not there
+def _explain_missing(work:_Work, rows:Rows, executor:Executor, explaining:MakeWorker) -> None:
+    "Add the rows that are not there"
     done = {row['index'] for row in rows}
-    dead = _dead(work.reader.sae.W_dec)
+    dead = _dead(work.dictionary().sae.W_dec)
     dead_features = dead.nonzero().flatten().tolist()
     new_dead = [index for index in dead_features if index not in done]
     if new_dead:
         rows.add([_dead_row(work, index) for index in new_dead])
     n_done = len(done) + len(new_dead)
     alive = (~dead).nonzero().flatten().tolist()
-    with progress_bar(work.reader.n_features, 'explaining', work.progress, 'feature', n_done) as bar:
-        for batch in _batches(alive, work.preset.batch_size):
-            if done.issuperset(batch): continue
-            explained = _explain_batch(work, explainer, batch)
-            new = [row for row in explained if row['index'] not in done]
-            rows.add(new)
-            bar.update(len(new))
+    batches = [batch for batch in _batches(alive, work.preset.batch_size) if not done.issuperset(batch)]
+    with progress_bar(len(dead), 'explaining', work.progress, 'feature', n_done) as bar:
+        _add_rows(executor.map(explaining, batches), rows, done, bar)
+
+# %% ../nbs/parts/dictionaries.ipynb #d9027df9
+def _ranked_row(index:int, ranked:Ranked) -> dict: # its explanation takes the place of the greedy one
+    scores = [candidate.score for candidate in ranked.candidates]
+    return dict(index=index, explanation=ranked.best.text or None, candidate_scores=scores)
+
+def _rank_batch(work:_Work, target, batch:list[tuple]) -> list[dict]: # batch: features and their candidates
+    ranked = rank_candidates(work.preset, target, work.known, dict(batch))
+    return [_ranked_row(index, one) for index, one in ranked.items()]
+
+def _ranking(work:_Work) -> Worker: # features and their candidates -> rows
+    return partial(_rank_batch, work, Target.load(work.preset, work.dictionary()))
+
+def _without_rows(pairs:list[tuple], size:int, done:set[int]) -> list[list[tuple]]: # batches that lack a row
+    return [batch for batch in _batches(pairs, size) if not done.issuperset(dict(batch))]
+
+def _rank_missing(work:_Work, explained:Rows, ranked:Rows, executor:Executor) -> None:
+    "Choose among the candidates of features where that is not done"
+    drawn = sorted((row['index'], row['candidates']) for row in explained if row.get('candidates'))
+    done = {row['index'] for row in ranked}
+    batches = _without_rows(drawn, work.preset.batch_size, done)
+    with progress_bar(len(drawn), 'choosing', work.progress, 'feature', len(done)) as bar:
+        _add_rows(executor.map(partial(_ranking, work), batches), ranked, done, bar)
 
 # %% ../nbs/parts/dictionaries.ipynb #26486dab
 def _rounded(score) -> float|None:
@@ -339,18 +362,22 @@ def _verdict(verified, max_act:float|None, preset) -> dict: # verified: of `veri
         max_act=max_act,
         reached=reached)
 
-def _verify_missing(work:_Work, explained, rows:Rows, target, writer) -> None: # adds the rows that are not there
+def _verify_batch(work:_Work, target, writer, batch:list[tuple]) -> list[dict]: # features and explanations -> rows
+    found = verify(target, writer, batch, work.preset, work.n)
+    return [_verdict(verified, work.known.get(verified.feature), work.preset) for verified in found]
+
+def _verifying(work:_Work, store:RunStore|None=None) -> Worker: # store: of a server's replies, in this process
+    target = Target.load(work.preset, work.dictionary())
+    writer = writer_for(work.preset.evaluation_writer, target, work.preset, store)
+    return partial(_verify_batch, work, target, writer)
+
+def _verify_missing(work:_Work, explained, rows:Rows, executor:Executor, verifying:MakeWorker) -> None:
+    "Add the rows that are not there"
     done = {row['index'] for row in rows}
-    explanations = {row['index']: row['explanation'] for row in explained if row['explanation']}
-    pairs = list(explanations.items())
+    pairs = [(row['index'], row['explanation']) for row in explained if row['explanation']]
+    batches = _without_rows(pairs, work.preset.batch_size, done)
     with progress_bar(len(pairs), 'verifying', work.progress, 'feature', len(done)) as bar:
-        for batch in _batches(pairs, work.preset.batch_size):
-            if done.issuperset(dict(batch)): continue
-            found = verify(target, writer, batch, work.preset, work.n)
-            missing = [verified for verified in found if verified.feature not in done]
-            new = [_verdict(verified, work.known.get(verified.feature), work.preset) for verified in missing]
-            rows.add(new)
-            bar.update(len(new))
+        _add_rows(executor.map(verifying, batches), rows, done, bar)
 
 # %% ../nbs/parts/dictionaries.ipynb #0898c0e1
 _INJECTED = ('template', 'placeholder', 'chat_template') # fields of a preset and of a card alike
@@ -545,23 +572,14 @@ def _known_maxima(preset, reader) -> dict[int, float]: # feature -> strongest kn
     features = load_features(preset)
     return {feature.index: feature.max_act for feature in features if feature.max_act > 0}
 
-def _rank_all(work:_Work, explained:Rows, ranked:Rows) -> None:
-    "Choose among the candidates of features where that is not done"
-    drawn = {row['index']: row['candidates'] for row in explained if row.get('candidates')}
-    done = {row['index'] for row in ranked}
-    if done.issuperset(drawn): return
-    _rank_missing(work, drawn, ranked, Target.load(work.preset, work.reader))
-    free_memory()
-
-def _verify_all(work:_Work, explained, verified:Rows, out:Path) -> None: # explained: rows
+def _verify_all(work:_Work, explained, verified:Rows, out:Path, executor:Executor) -> None: # explained: rows
     "Write and score the texts that are not there; a server's replies are kept until all are in the file"
-    name = work.preset.evaluation_writer
-    target = Target.load(work.preset, work.reader)
+    if is_local(work.preset.evaluation_writer):
+        return _verify_missing(work, explained, verified, executor, partial(_verifying, work))
     paid = out.with_name(out.name + '.writer.sqlite')
     lock = paid.with_name(paid.name + '.lock')
-    with nullcontext() if is_local(name) else _paid_store(paid, work.preset) as store:
-        writer = writer_for(name, target, work.preset, store)
-        _verify_missing(work, explained, verified, target, writer)
+    with _paid_store(paid, work.preset) as store: # one budget and one store: in this process
+        _verify_missing(work, explained, verified, PlainExecutor(), partial(_verifying, work, store))
     paid.unlink(missing_ok=True)
     lock.unlink(missing_ok=True)
 
@@ -585,6 +603,7 @@ def explain_dictionary( # noqa: PLR0913
     n:int=0, # texts written from each explanation, and scored; 0: none
     progress:bool=True,
     candidates:int=0, # sampled beside each greedy explanation; the best by its own words is kept
+    executor:Executor=PlainExecutor(), # whose workers do it, but for a writer at a server
 ) -> dict: # how many features, explained, dead, empty, verified
     "Explain every feature of a preset's SAE; interrupted, the same call goes on where it was"
     out = Path(out)
@@ -603,13 +622,13 @@ def explain_dictionary( # noqa: PLR0913
         parts = [opened(0)]
         clear_parts(out)
         if len({row.get('index') for row in parts[0]}) < reader.n_features:
-            _explain_missing(work, parts[0], load_explainer(explainer, preset, reader))
-            free_memory()
+            _explain_missing(work, parts[0], executor, partial(_explaining, work))
         if candidates:
-            parts.append(opened(1))
-            _rank_all(work, *parts)
+            ranked = opened(1)
+            _rank_missing(work, parts[0], ranked, executor)
+            parts.append(ranked)
         if n:
             verified = opened(2)
-            _verify_all(work, _joined(parts), verified, out)
+            _verify_all(work, _joined(parts), verified, out, executor)
             parts.append(verified)
         return _finish(out, parts, calibration_of(preset) if n else None)

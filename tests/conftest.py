@@ -55,10 +55,10 @@ def pytest_terminal_summary(terminalreporter):
 # ---- what `make test-fast` leaves out: whole runs, trainings, kills, real servers, builds
 
 SLOW = {
-    'test_cli', 'test_dictionaries', 'test_dpo', 'test_explorer_browser', 'test_fuzz', 'test_kills', 'test_leaks',
-    'test_llama_server', 'test_models', 'test_odd_servers', 'test_paper_presets', 'test_remote', 'test_run',
-    'test_run_begun', 'test_run_killed', 'test_run_like', 'test_sft', 'test_site', 'test_studies', 'test_tools',
-    'test_wheel'}
+    'test_cli', 'test_dictionaries', 'test_dpo', 'test_executor', 'test_explorer_browser', 'test_fuzz',
+    'test_kills', 'test_leaks', 'test_llama_server', 'test_models', 'test_odd_servers', 'test_paper_presets',
+    'test_ray', 'test_remote', 'test_run', 'test_run_begun', 'test_run_killed', 'test_run_like', 'test_sft',
+    'test_site', 'test_studies', 'test_tools', 'test_wheel'}
 
 
 def pytest_collection_modifyitems(items):
@@ -107,6 +107,16 @@ def forks(tmp_path_factory):
     "A process that has imported all of the package, to run code in its forks"
     from forks import forks_in
     with forks_in(tmp_path_factory.mktemp('forks')) as forks: yield forks
+
+
+# ---- a cluster of three nodes
+
+@pytest.fixture(scope='session')
+def ray_cluster():
+    "Its nodes; see crews.py"
+    if find_spec('ray') is None: pytest.skip("ray is not installed: pip install 'saeexplainer[ray]'")
+    from crews import cluster
+    with cluster() as nodes: yield nodes
 
 
 # ---- a real server with a real model

@@ -35,7 +35,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
         evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
         evaluation/readings reading_sheets calibration
-        run results report plots studies dictionaries selection verdicts measuring benchmark
+        executor run results report plots studies dictionaries selection verdicts measuring benchmark
         export cards graphs
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''

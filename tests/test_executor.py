@@ -1,0 +1,114 @@
+"Batches in this process and on a cluster: the same rows, the same errors"
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from crews import (
+    make_nothing, make_odd, make_refusing, make_small, make_squares, make_where, noted,
+)
+
+from saeexplainer.executor import PlainExecutor, RayExecutor
+
+N_WORKERS = 2
+
+
+@pytest.fixture(params=['plain', 'ray'])
+def executor(request):
+    if request.param == 'plain': return PlainExecutor()
+    request.getfixturevalue('ray_cluster')
+    return RayExecutor(N_WORKERS)
+
+
+def rows_by_batch(found): return {tuple(batch): rows for batch, rows in found}
+
+
+def test_each_batch_comes_with_its_rows(executor):
+    found = rows_by_batch(executor.map(make_squares, [[1, 2], [3], [4, 5]]))
+    assert found == {(1, 2): [1, 4], (3,): [9], (4, 5): [16, 25]}
+
+
+def test_without_a_batch_no_worker_is_made(executor):
+    assert list(executor.map(make_nothing, [])) == []
+
+
+def test_an_error_of_the_worker_is_raised_as_it_is(executor):
+    with pytest.raises(ValueError) as raised: list(executor.map(make_refusing, [[3], [4]]))
+    assert type(raised.value) is ValueError
+    assert str(raised.value) in ('3 is no number\nthat I know', '4 is no number\nthat I know')
+
+
+def test_an_error_while_a_worker_is_made_is_raised_as_it_is(executor):
+    with pytest.raises(FileNotFoundError) as raised: list(executor.map(make_nothing, [[3]]))
+    assert str(raised.value) == 'no model here'
+
+
+def test_a_batch_is_halved_where_memory_ran_out(executor, capsys):
+    found = list(executor.map(partial(make_small, 2), [[1, 2, 3], [4]]))
+    assert rows_by_batch(found) == {(1, 2, 3): [1, 4, 9], (4,): [16]}
+    said = 'out of GPU memory: the batch of 3 from 1 on was done in two halves\n'
+    assert capsys.readouterr().err == said
+
+
+def test_it_is_halved_once(executor):
+    with pytest.raises(torch.OutOfMemoryError, match='no room'):
+        list(executor.map(partial(make_small, 2), [[1, 2, 3, 4, 5]]))
+
+
+def test_batches_are_taken_as_they_are_done(executor):
+    taken = []
+    def batches():
+        for i in range(30):
+            taken.append(i)
+            yield [i]
+    ahead = [len(taken) - n for n, _ in enumerate(executor.map(make_squares, batches()), 1)]
+    most = 2*N_WORKERS if isinstance(executor, RayExecutor) else 0
+    assert len(ahead) == 30
+    assert max(ahead) <= most
+
+
+def test_it_works_once_more(executor):
+    for _ in range(2): assert rows_by_batch(executor.map(make_squares, [[2]])) == {(2,): [4]}
+
+
+# ---- on a cluster alone
+
+def test_an_error_that_cannot_travel_says_the_same(ray_cluster):
+    with pytest.raises(RuntimeError, match=r'^OddError: no reason \(7\)'): list(RayExecutor().map(make_odd, [[1]]))
+
+
+def test_the_workers_traceback_is_a_note(ray_cluster):
+    with pytest.raises(ValueError) as raised: list(RayExecutor().map(make_refusing, [[3]]))
+    assert 'in refuse' in raised.value.__notes__[0]
+
+
+def test_a_worker_has_the_folder_and_the_settings_of_the_driver_and_one_thread(ray_cluster, monkeypatch, tmp_path):
+    monkeypatch.setenv('SAEEXPLAINER_DATA', 'here')
+    monkeypatch.setenv('OPENAI_API_KEY', 'secret')
+    monkeypatch.chdir(tmp_path)
+    [(_, rows)] = RayExecutor().map(partial(make_where, 'SAEEXPLAINER_DATA', 'OPENAI_API_KEY'), [[1]])
+    assert rows == [(str(tmp_path), 1, 'here', None)]
+
+
+def test_no_more_workers_than_batches(ray_cluster, tmp_path):
+    list(RayExecutor(4).map(partial(noted, tmp_path, make_squares), [[1]]))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('numbers, says', [
+    (dict(workers=0), '0 workers do nothing: it is 1 or more'),
+    (dict(gpus_per_worker=-1), '-1 GPUs per worker: it is 0 or more')])
+def test_other_numbers_are_refused(numbers, says):
+    with pytest.raises(ValueError, match=says): RayExecutor(**numbers)
+
+
+def test_ray_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    says = r"^a cluster needs ray: pip install 'saeexplainer\[ray\]'$"
+    with pytest.raises(ValueError, match=says): RayExecutor()
+
+
+def test_ray_is_not_imported_before_it_is_used():
+    code = "import saeexplainer.dictionaries, sys; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code]).returncode == 0
