@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Size', 'Setting', 'WriterKind', 'BaseURL', 'Model',
-           'GROUPS', 'DryRun', 'FEW', 'OnRay', 'Workers', 'GPUs', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell',
-           'options', 'check_writer', 'writer_fields', 'settings_of', 'resolve', 'check_keys', 'check_name',
-           'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table', 'show_found', 'presets_command',
-           'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case',
-           'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line', 'cost_lines',
-           'budget_line', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of',
-           'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields', 'show_feature',
-           'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts', 'features_command',
-           'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions',
-           'explain_all', 'executor_for', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
+           'OnRay', 'Workers', 'GPUs', 'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell',
+           'options', 'check_writer', 'writer_fields', 'executor_for', 'settings_of', 'resolve', 'check_keys',
+           'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table', 'show_found',
+           'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table', 'show_summary',
+           'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line',
+           'cost_lines', 'budget_line', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command',
+           'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields',
+           'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
+           'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
+           'explain_directions', 'explain_all', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
            'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
            'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read',
            'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
@@ -22,7 +22,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
-import io, json, os, re, shlex, signal, sys, traceback, zlib
+import io, json, math, os, re, shlex, signal, sys, traceback, zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,6 +150,27 @@ def writer_fields(
     if writer == 'local': name = f'local:{model}' if model else 'local'
     fields = dict(writer=name, evaluation_writer=name) if name else {}
     return fields | dict(writer_url=base_url) if base_url else fields
+
+# %% ../nbs/parts/cli.ipynb #3926a0e1
+_RAY = 'let workers on a Ray cluster do it: the one at RAY_ADDRESS, or one that is started on this machine'
+_WORKERS = 'workers of --ray; default: 1'
+_GPUS = 'GPUs of each worker, as in 1 or .5; default: 1 where the cluster has GPUs'
+
+OnRay = Annotated[bool, typer.Option('--ray', help=_RAY)]
+Workers = Annotated[Optional[int], typer.Option('--workers', min=1, help=_WORKERS)]
+GPUs = Annotated[Optional[float], typer.Option('--gpus-per-worker', min=0, help=_GPUS)]
+
+def executor_for(
+    on_ray:bool,
+    workers:int|None, # None: 1
+    gpus:float|None # for each worker; None: 1 where there are GPUs
+) -> Any: # `Executor`, to be closed
+    "Return who does the batches; raise `ValueError` where the options do not fit together, or ray is missing"
+    from saeexplainer.executor import PlainExecutor, RayExecutor
+    if on_ray: return RayExecutor(workers or 1, gpus)
+    if workers is not None: raise ValueError('--workers are those of a Ray cluster: give --ray too')
+    if gpus is not None: raise ValueError('--gpus-per-worker is for workers of a Ray cluster: give --ray too')
+    return PlainExecutor()
 
 # %% ../nbs/parts/cli.ipynb #5d7308fa
 def settings_of(
@@ -338,8 +359,10 @@ def presets_command(
         return
     loaded = [load_preset(name) for name in presets()]
     found = [(preset, needs(preset) or {}) for preset in loaded]
-    # what needs no hub comes first
-    found.sort(key=lambda row: (row[0].corpus != 'embedded', row[1].get('memory_gb', float('inf'))))
+    def place(row): # what needs no hub comes first
+        preset, needed = row
+        return preset.name != 'smollm2-135m', preset.corpus != 'embedded', needed.get('memory_gb', math.inf)
+    found.sort(key=place)
     if as_json: print(json.dumps([preset.name for preset, _ in found]))
     else: out.print(presets_table(found))
 
@@ -614,7 +637,8 @@ def _to_stderr(line): print(line, file=sys.stderr)
 @app.command('run', cls=_Command, epilog=_examples(
     'saeexplainer run smollm2-135m --size demo',
     'saeexplainer run gemma-2-9b-l20 --dry-run',
-    'saeexplainer run mine.yaml --writer openai --base-url http://127.0.0.1:8000/v1 --model NAME'))
+    'saeexplainer run mine.yaml --writer openai --base-url http://127.0.0.1:8000/v1 --model NAME',
+    'saeexplainer run gemma-2-9b-l20 --ray --workers 8'))
 def run_command( # noqa: PLR0913
     preset: Annotated[str, typer.Argument(help=_OF_RUN, autocompletion=_complete)],
     size: Size = None,
@@ -625,6 +649,9 @@ def run_command( # noqa: PLR0913
     writer: WriterKind = None,
     base_url: BaseURL = None,
     model: Model = None,
+    on_ray: OnRay = False,
+    workers: Workers = None,
+    gpus: GPUs = None,
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
@@ -640,7 +667,8 @@ def run_command( # noqa: PLR0913
     check_keys(chosen, *asked_writers(chosen))
     check_size(folder, chosen)
     say = _to_stderr if as_json else tell
-    with Run(folder, chosen, like=root/like if like else None) as run:
+    taken = root/like if like else None
+    with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, like=taken, executor=those) as run:
         if there := begun_before(run): say(there)
         report = execute(run, say=say)
     if as_json:
@@ -942,29 +970,6 @@ def explain_all(
     if as_json: return print(json.dumps(done))
     tell(', '.join(f'{count:,} {what}' for what, count in done.items() if what != 'file') + f': {to}')
 
-# %% ../nbs/parts/cli.ipynb #3926a0e1
-_RAY = 'let workers on a Ray cluster do it: the one at RAY_ADDRESS, or one that is started on this machine'
-_WORKERS = 'workers of --ray; default: 1'
-_GPUS = 'GPUs of each worker, as in 1 or .5; default: 1 where the cluster has GPUs'
-
-OnRay = Annotated[bool, typer.Option('--ray', help=_RAY)]
-Workers = Annotated[Optional[int], typer.Option('--workers', min=1, help=_WORKERS)]
-GPUs = Annotated[Optional[float], typer.Option('--gpus-per-worker', min=0, help=_GPUS)]
-
-def executor_for(
-    on_ray:bool,
-    workers:int|None, # None: 1
-    gpus:float|None, # for each worker; None: 1 where there are GPUs
-    everything:bool # whether it is for --all
-) -> Any: # `Executor`, to be closed
-    "Return who does the batches; raise `ValueError` where the options do not fit together, or ray is missing"
-    from saeexplainer.executor import PlainExecutor, RayExecutor
-    if on_ray and not everything: raise ValueError('--ray is for --all: some features are explained in this process')
-    if on_ray: return RayExecutor(workers or 1, gpus)
-    if workers is not None: raise ValueError('--workers are those of a Ray cluster: give --ray too')
-    if gpus is not None: raise ValueError('--gpus-per-worker is for workers of a Ray cluster: give --ray too')
-    return PlainExecutor()
-
 # %% ../nbs/parts/cli.ipynb #cec9c155
 def check_explained( # noqa: PLR0913
     names:list[str], # of features
@@ -1057,7 +1062,8 @@ def explain_command( # noqa: PLR0913
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
     check_explained(names, random, everything, to, direction, verified, candidates)
-    executor = executor_for(on_ray, workers, gpus, everything)
+    if on_ray and not everything: raise ValueError('--ray is for --all: some features are explained in this process')
+    executor = executor_for(on_ray, workers, gpus)
     if verified: check_keys(chosen, 'evaluation_writer')
     if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
     if to: return explain_all(chosen, explainer_of(chosen, explainer), to, verified, as_json, candidates, executor)

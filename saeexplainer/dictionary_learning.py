@@ -89,10 +89,13 @@ def _tensors(file, trainer, kind) -> dict[str, torch.Tensor]: # as sae-lens name
     else: shapes |= dict(b_enc=(n,))
     if kind == 'jumprelu': shapes |= dict(threshold=(n,))
     stored = _stored(file)
-    found = {name: _tensor(stored, name, shape) for name, shape in shapes.items()}
+    found = {}
     for name, shape in shapes.items():
-        there = None if found[name] is None else tuple(found[name].shape)
-        if there != shape: raise ValueError(f"{file}: {' or '.join(_NAMES[name])} is {there}, not {shape}")
+        tensor = _tensor(stored, name, shape)
+        there = None if tensor is None else tuple(tensor.shape)
+        if tensor is None or there != shape:
+            raise ValueError(f"{file}: {' or '.join(_NAMES[name])} is {there}, not {shape}")
+        found[name] = tensor
     return found
 
 # %% ../nbs/parts/dictionary_learning.ipynb #28cf3de9

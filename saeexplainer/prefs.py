@@ -11,21 +11,29 @@ __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'below_margin', 'select_p
 
 # %% ../nbs/02_prefs.ipynb #adffe148
 import math, statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
 # %% ../nbs/02_prefs.ipynb #3be92d45
 from .evaluation.words import coverage, named_words
+from .executor import Executor, PlainExecutor, Worker
+from .explainer import load_explainer
 from .lm.sampling import seed_for
 from .lookups import phrases_of
 from .presets import OWN_REWARDS, SHARE_REWARDS, PairRule, Sampling
 from .replies import Request
+from .saes import FeatureReader
 from .self_activation import own_words, self_score
 from .show import progress_bar
 from .store import COLUMNS
+from .target import Target
+from .writer import writer_for
 from .writers.parsing import answers, texts_of
 
 # %% ../nbs/02_prefs.ipynb #e3197604
@@ -167,46 +175,54 @@ def stage_of(
     "Return the name under which the store keeps a round's candidates and texts"
     return f'round{round}'
 
-def _batched(items, size:int, desc:str, progress:bool) -> Iterator: # slices; a bar knows the rate and the time left
-    with progress_bar(len(items), desc, progress) as bar:
-        for start in range(0, len(items), size):
-            batch = items[start:start + size]
-            yield batch
+def _slices(items:Sequence, size:int) -> list[Sequence]: return [items[i:i + size] for i in range(0, len(items), size)]
+
+def _keep(found, put:Callable, total:int, desc:str, progress:bool) -> None: # found: of an executor
+    "Put rows into the store as they come; a bar knows the rate and the time left"
+    with progress_bar(total, desc, progress) as bar, closing(found):
+        for batch, rows in found:
+            put(rows)
             bar.update(len(batch))
 
 # %% ../nbs/02_prefs.ipynb #493b0401
-def sample_candidates(
+def _draw(explainer, reader, preset, stage:str, batch:Sequence[int]) -> list[tuple]: # candidates of features, as stored
+    K = preset.n_candidates
+    sampling = preset.candidate_sampling
+    drawn = explainer.sample(
+        reader.directions(batch),
+        K,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seeds=[[seed_for(preset.seed, stage, 'candidate', feature, k) for k in range(K)] for feature in batch],
+        max_new_tokens=sampling.max_tokens,
+        batch_size=preset.batch_size,
+        encoders=reader.encoders(batch),
+    )
+    return [(stage, feature, k, text) for feature, texts in zip(batch, drawn) for k, text in enumerate(texts)]
+
+def _drawing(explainer, reader, preset, stage:str) -> Worker: # features -> rows
+    if isinstance(explainer, str|Path):
+        reader = FeatureReader.load(preset)
+        explainer = load_explainer(explainer, preset, reader)
+    return partial(_draw, explainer, reader, preset, stage)
+
+def sample_candidates( # noqa: PLR0913
     store, # `RunStore`
-    explainer, # `Explainer` of the previous stage
-    reader, # `FeatureReader` with the features' directions
+    explainer, # `Explainer` of the previous stage; or the folder or name from which the workers of a cluster load it
+    reader, # `FeatureReader` with the features' directions; None: the workers load it
     features, # indices of the preference features
     preset, # `Preset`
     round:int=1, # from 1
     progress:bool=False,
+    executor:Executor=PlainExecutor(),
 ) -> int: # features sampled now; those already in the store are not sampled again
     "Sample K candidate explanations per feature, at a high temperature"
     stage = stage_of(round)
-    K = preset.n_candidates
-    sampling = preset.candidate_sampling
     done = set(store.explanations(stage)['feature'])
     todo = [int(feature) for feature in dict.fromkeys(features) if feature not in done]
-    at_once = max(1, preset.batch_size//K)
-    for batch in _batched(todo, at_once, f'{stage}: candidates', progress):
-        seeds = [[seed_for(preset.seed, stage, 'candidate', feature, k) for k in range(K)] for feature in batch]
-        drawn = explainer.sample(
-            reader.directions(batch),
-            K,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seeds=seeds,
-            max_new_tokens=sampling.max_tokens,
-            batch_size=preset.batch_size,
-            encoders=reader.encoders(batch),
-        )
-        rows = []
-        for feature, texts in zip(batch, drawn):
-            rows += [(stage, feature, k, text) for k, text in enumerate(texts)]
-        store.put_explanations(rows)
+    batches = _slices(todo, max(1, preset.batch_size//preset.n_candidates))
+    found = executor.map(partial(_drawing, explainer, reader, preset, stage), batches)
+    _keep(found, store.put_explanations, len(todo), f'{stage}: candidates', progress)
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #6adf66ab
@@ -298,12 +314,30 @@ def _in_lists(unwritten, stage:str, sampling:Sampling, seed:int, n_texts:int) ->
         yield keys, Request(prompt, max_tokens, sampling.temperature, sampling.top_p, own_seed)
 
 # %% ../nbs/02_prefs.ipynb #2f856e8c
-def write_texts(
+def _text_rows(stage:str, keys, reply, sizes:dict|None) -> list[tuple]:
+    entries = next(iter(texts_of(reply, sizes).values())) # (text, error) of each
+    rows = []
+    for feature, k, j in keys:
+        text, error = entries[j if sizes else 0]
+        rows.append((stage, feature, k, 'preference', j, text, error, None))
+    return rows
+
+def _write(writer, stage:str, sizes:dict|None, batch) -> list[tuple]: # batch: (keys, request); rows of texts
+    found = answers(writer, batch, sizes, stage=stage)
+    return [row for keys, reply in found for row in _text_rows(stage, keys, reply, sizes)]
+
+def _writing(preset, stage:str, sizes:dict|None) -> Worker: # requests with their keys -> rows of texts
+    target = Target.load(preset) if preset.writer == 'local' else None
+    writer = writer_for(preset.writer, target, preset)
+    return partial(_write, writer, stage, sizes)
+
+def write_texts( # noqa: PLR0913
     store, # `RunStore`
-    writer, # Writer; the preset says whether it is asked for one text or for a list
+    writer, # Writer; the preset says whether it is asked for one text or for a list. None: the workers load a local one
     preset, # `Preset`
     round:int=1, # from 1
     progress:bool=False,
+    executor:Executor=PlainExecutor(), # of a writer that its workers load
 ) -> int: # texts asked for now
     "Have M texts written per distinct candidate; one that could not be made is stored as an error"
     stage = stage_of(round)
@@ -314,40 +348,58 @@ def write_texts(
     else: asked = _in_lists(unwritten, stage, preset.text_sampling, preset.seed, preset.n_texts)
     sizes = None if one else {'samples': preset.n_texts}
     requests = n if one else len(unwritten)
+    if writer is None:
+        batches = _slices(list(asked), 8*preset.batch_size) # as many as a local writer reads ahead
+        found = executor.map(partial(_writing, preset, stage, sizes), batches)
+        _keep(found, store.put_texts, requests, f'{stage}: texts', progress)
+        return n
     for keys, reply in answers(writer, asked, sizes, stage=stage, total=requests, progress=progress):
-        entries = next(iter(texts_of(reply, sizes).values())) # (text, error) of each
-        rows = []
-        for feature, k, j in keys:
-            text, error = entries[0 if one else j]
-            rows.append((stage, feature, k, 'preference', j, text, error, None))
-        store.put_texts(rows)
+        store.put_texts(_text_rows(stage, keys, reply, sizes))
     return n
 
 # %% ../nbs/02_prefs.ipynb #23e885ef
-def score_candidates(
+class _Unscored(NamedTuple):
+    "A text of a round without a score"
+    feature: int
+    k: int
+    j: int
+    text: str
+
+def _score(target, stage:str, batch:Sequence[_Unscored]) -> list[tuple]: # rows of scores
+    scores = target.scores([row.text for row in batch], [row.feature for row in batch])
+    return [(stage, row.feature, row.k, 'preference', row.j, score) for row, score in zip(batch, scores)]
+
+def _scoring(target, preset, stage:str) -> Worker: # texts -> rows of scores
+    return partial(_score, target or Target.load(preset), stage)
+
+def score_candidates( # noqa: PLR0913
     store, # `RunStore`
-    target, # `Target`, which reads the feature
+    target, # `Target`, which reads the feature; None: the workers of a cluster load it
     preset, # `Preset`
     round:int=1, # from 1
     progress:bool=False,
+    executor:Executor=PlainExecutor(),
 ) -> int: # texts scored now
     "Score each text by its largest activation (inner maximum of Eq. 7); one without is recorded with the reason"
     stage = stage_of(round)
-    todo = list(store.unscored(stage, 'preference').itertuples(index=False))
-    for batch in _batched(todo, 8*preset.batch_size, f'{stage}: scores', progress):
-        texts = [row.text for row in batch]
-        features = [row.feature for row in batch]
-        scores = target.scores(texts, features)
-        rows = [(stage, row.feature, row.k, 'preference', row.j, score) for row, score in zip(batch, scores)]
-        store.put_scores(rows)
+    rows = store.unscored(stage, 'preference')
+    todo = [_Unscored(*row) for row in rows[['feature', 'k', 'j', 'text']].itertuples(index=False, name=None)]
+    found = executor.map(partial(_scoring, target, preset, stage), _slices(todo, 8*preset.batch_size))
+    _keep(found, store.put_scores, len(todo), f'{stage}: scores', progress)
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #3a762331
-def _without(store, round:int, kind:str) -> list: # distinct candidates that have no rows of a kind: feature, k, text
+class _Candidate(NamedTuple):
+    "A candidate of a round without rows of some kind"
+    feature: int
+    k: int
+    text: str
+
+def _without(store, round:int, kind:str) -> list[_Candidate]: # distinct ones that have no rows of a kind
     there = store.texts(stage_of(round), kind=kind)
     done = set(zip(there['feature'], there['k']))
-    rows = distinct_candidates(store, round).itertuples(index=False)
-    return [row for row in rows if (row.feature, row.k) not in done]
+    rows = distinct_candidates(store, round).itertuples(index=False, name=None)
+    return [candidate for candidate in map(_Candidate._make, rows) if candidate[:2] not in done]
 
 def _stored(place:tuple, values:Mapping[str, float]) -> list[tuple]: # rows of `texts`; place: stage, feature, k, kind
     rows = []
@@ -356,25 +408,33 @@ def _stored(place:tuple, values:Mapping[str, float]) -> list[tuple]: # rows of `
         else: rows.append((*place, j, text, None, value))
     return rows
 
+def _read_words(target, stage:str, max_acts, rivals, batch:Sequence[_Candidate]) -> list[tuple]: # rows of texts
+    read = own_words(target, [(candidate.feature, candidate.text) for candidate in batch], max_acts, rivals)
+    rows = []
+    for candidate, own in zip(batch, read):
+        place = (stage, candidate.feature, candidate.k, 'self')
+        rows += _stored(place, dict(zip(own.pieces, own.contrasts)))
+    return rows
+
+def _reading_words(target, preset, stage:str, max_acts, rivals) -> Worker: # candidates -> rows of texts
+    return partial(_read_words, target or Target.load(preset), stage, max_acts, rivals)
+
 def score_own_words( # noqa: PLR0913
     store, # `RunStore`
-    target, # `Target`, which reads the feature
+    target, # `Target`, which reads the feature; None: the workers of a cluster load it
     preset, # `Preset`
     max_acts:Mapping[int, float], # strongest known activations
     rivals:Sequence[int], # features whose activations are subtracted, of `rivals_of`
     round:int=1, # from 1
     progress:bool=False,
+    executor:Executor=PlainExecutor(),
 ) -> int: # candidates scored now
     "Score distinct candidates by the activation on their own words, piece by piece; no text is written"
     stage = stage_of(round)
     todo = _without(store, round, 'self')
-    for batch in _batched(todo, 8*preset.batch_size, f'{stage}: own words', progress):
-        read = own_words(target, [(row.feature, row.text) for row in batch], max_acts, rivals)
-        rows = []
-        for candidate, own in zip(batch, read):
-            place = (stage, candidate.feature, candidate.k, 'self')
-            rows += _stored(place, dict(zip(own.pieces, own.contrasts)))
-        store.put_texts(rows)
+    reading = partial(_reading_words, target, preset, stage, max_acts, rivals)
+    found = executor.map(reading, _slices(todo, 8*preset.batch_size))
+    _keep(found, store.put_texts, len(todo), f'{stage}: own words', progress)
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #6d359487

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 # %% ../nbs/parts/run.ipynb #6d6350ea
 from .dpo import train_dpo
+from .executor import Executor, PlainExecutor
 from .explainer import load_explainer, model_sha256, oracle_note
 from saeexplainer.features import (
     NO_PATTERN, Feature, check_features_of, features_file, labels_of, load_features, split_features, unused,
@@ -598,6 +599,7 @@ class Run:
     preset: Preset
     progress: bool = True
     like: Path|None = None # another run's folder: what it has made with the same settings is taken over
+    executor: Executor = PlainExecutor() # whose workers sample, write with a local writer, and read
 
     def __post_init__(self):
         self.folder = Path(self.folder)
@@ -706,6 +708,11 @@ def training_labels(
 def _rivals(run:Run) -> list[int]: # features whose activations are subtracted: none that is preferred or tested
     return rivals_of(known_maxima(run.features[i] for i in run.splits['sft']), run.preset.seed)
 
+def _on_cluster(run:Run) -> bool: return not isinstance(run.executor, PlainExecutor)
+
+def _target_of(run:Run) -> Target|None: # None: the workers of a cluster load their own
+    return None if _on_cluster(run) else run.target
+
 def reward_candidates(
     run:Run,
     round:int, # from 1
@@ -716,12 +723,15 @@ def reward_candidates(
         score_named_words(run.store, preset, run.features, round)
     elif preset.reward in OWN_REWARDS:
         known = known_maxima(run.features.values())
-        score_own_words(run.store, run.target, preset, known, _rivals(run), round, run.progress)
+        score_own_words(run.store, _target_of(run), preset, known, _rivals(run), round, run.progress, run.executor)
     else:
-        write_texts(run.store, run.writer('writer'), preset, round, run.progress)
-        score_candidates(run.store, run.target, preset, round, run.progress)
+        by_workers = _on_cluster(run) and is_local(preset.writer)
+        writer = None if by_workers else run.writer('writer')
+        write_texts(run.store, writer, preset, round, run.progress, run.executor)
+        score_candidates(run.store, _target_of(run), preset, round, run.progress, run.executor)
     if preset.reward in ('both', 'self_both'): score_both_sides(run.store, preset, run.features, round)
 
+# %% ../nbs/parts/run.ipynb #ecfc922a
 def rewarded_candidates(
     run:Run,
     round:int, # from 1
@@ -730,8 +740,10 @@ def rewarded_candidates(
 ) -> None:
     "Sample candidates from the explainer before a round, and score them"
     is_last = round > run.preset.dpo_rounds # the candidates of 'best'
-    explainer = run.explainer(explainer_stages(run.preset)[-1] if is_last else _stage_before(round))
-    sample_candidates(run.store, explainer, run.reader, features, run.preset, round, run.progress)
+    stage = explainer_stages(run.preset)[-1] if is_last else _stage_before(round)
+    explainer, reader = run.adapters.source(stage), None # the workers of a cluster load them
+    if not _on_cluster(run): explainer, reader = run.explainer(stage), run.reader
+    sample_candidates(run.store, explainer, reader, features, run.preset, round, run.progress, run.executor)
     del explainer
     free_memory()
     if lookups and run.preset.candidate_lookups:

@@ -574,9 +574,9 @@ class Target:
         reader = reader or FeatureReader.load(preset)
         check_model_name(preset.target, reader)
         check_weights(preset.target, reader)
-        model, tokenizer = load_model(preset.target, preset.dtype, preset.device, preset.int8_target, preset.spread_target)
-        reader.sae.to(device=model.device)
-        return cls(model, tokenizer, reader, preset.batch_size, preset.batch_tokens)
+        loaded = load_model(preset.target, preset.dtype, preset.device, preset.int8_target, preset.spread_target)
+        reader.sae.to(device=loaded[0].device)
+        return cls(*loaded, reader, preset.batch_size, preset.batch_tokens)
 
     def activations(self, texts:Iterable[str], features:Features, progress:bool=False) -> list[Reading]: # one per text
         "Return tokens and activations of each text; empty for a text without tokens"

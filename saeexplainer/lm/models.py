@@ -305,6 +305,7 @@ def _quantised(settings:dict) -> dict: # settings of a load, with weights in eig
     from transformers import TorchAoConfig
     return settings | dict(quantization_config=TorchAoConfig(Int8WeightOnlyConfig(version=2)))
 
+# %% ../../nbs/parts/lm/models.ipynb #c6f0bcf3
 def load_model(name:str, # `EMBEDDED`, a hub id or a folder
                dtype:str|torch.dtype|None=None, # None: float32 on a CPU, bfloat16 on a GPU
                device:str|torch.device|None=None, # None or 'auto': a GPU where there is one

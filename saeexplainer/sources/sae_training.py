@@ -183,6 +183,7 @@ def untrained_sae(
         metadata=metadata)
     return CompactAuxLoss(config)
 
+# %% ../../nbs/parts/sources/sae_training.ipynb #e6606dba
 def _trainer_config(settings) -> SAETrainerConfig:
     return SAETrainerConfig(
         total_training_samples=settings.steps*settings.batch,
@@ -331,6 +332,7 @@ def reconstruction(
         l0=_l0(acts > 0),
         silent_on_held_out=int(silent.sum()))
 
+# %% ../../nbs/parts/sources/sae_training.ipynb #f5e946d5
 @torch.no_grad()
 def next_token_loss(
     model, # a causal LM

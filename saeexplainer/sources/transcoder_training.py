@@ -7,6 +7,7 @@ __all__ = ['mlp_pairs', 'scale_of_written', 'TranscoderSettings', 'TrainingTrans
            'untrained_transcoder', 'mlp_rows']
 
 # %% ../../nbs/parts/sources/transcoder_training.ipynb #2ac932a8
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig
@@ -112,7 +113,7 @@ def mlp_rows(
     settings:TranscoderSettings,
     bos:int|None, # id of BOS; None: no BOS is fed
     batch:int=16, # windows of a forward pass
-): # first token -> endless iterator of (tokens, 2d)
+) -> Callable[[int], Iterator[torch.Tensor]]: # first token -> endless iterator of (tokens, 2d)
     "Return a function that yields a transcoder's training rows from a token on; a second epoch follows the first"
     def rows_from(start):
         for part in windows[start//windows.shape[1]:].split(batch):
