@@ -683,8 +683,8 @@ _PRESETS['smollm2-135m'] = dict(
 
 _PRESETS['smollm2-135m-mlp'] = _PRESETS['smollm2-135m'] | dict(
     sae='smollm2-135m-mlp/sae', source='smollm2-135m/9-transcoder-2k', label_model=None, sft_labels=None,
-    template=SHORT_TEMPLATE, n_hints=0, baseline_labels=(), baselines=(), n_sft=1000, n_pref=400, n_test=100,
-    n_output=100)
+    template=SHORT_TEMPLATE, n_hints=0, baseline_labels=(), baselines=(), corpus_tokens=1_000_000,
+    n_sft=1000, n_pref=400, n_test=100, n_output=100)
 
 _DEMO = dict(
     baseline_labels=(), baselines=(), n_sft=240, n_pref=24, n_test=16, n_output=6, n_candidates=4, n_texts=3,
