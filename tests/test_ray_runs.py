@@ -1,0 +1,66 @@
+"Whole runs on a real cluster of three nodes: the store of one process, whoever made its rows"
+import pandas as pd
+import pytest
+from judged import judged_preset
+from saeexplainer.executor import PlainExecutor, RayExecutor
+from saeexplainer.presets import load_preset
+from saeexplainer.run import Run, execute
+
+REWARDS = {'texts': dict(reward='max'), 'own words': dict(reward='self')}
+SIZES = dict(n_candidates=4, n_texts=2, n_pref=3, baselines=['best'])
+
+
+@pytest.fixture
+def preset_file(tmp_path, monkeypatch, ray_cluster):
+    "A preset, beside a cluster"
+    monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
+    monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
+    return judged_preset(tmp_path, **SIZES)
+
+
+def finished(folder, preset, executor):
+    "Tables of the store of a run"
+    with Run(folder, preset, progress=False, executor=executor) as run:
+        execute(run, say=lambda line: None)
+        return tables(run.store)
+
+
+def tables(store):
+    found = dict(explanations=store.explanations(), texts=store.texts(), pairs=store.pairs())
+    return {name: table.sort_values(list(table.columns[:5])).reset_index(drop=True) for name, table in found.items()}
+
+
+def assert_same(one, other):
+    for name, table in one.items(): pd.testing.assert_frame_equal(other[name], table, check_exact=True)
+
+
+class Stopping:
+    "An executor after some batches of which the driver ends"
+    def __init__(self, executor, batches):
+        self.executor = executor
+        self.left = batches
+
+    def map(self, make_worker, batches):
+        for found in self.executor.map(make_worker, batches):
+            if not self.left: raise KeyboardInterrupt
+            self.left -= 1
+            yield found
+
+
+@pytest.mark.parametrize('reward', REWARDS)
+def test_the_store_is_that_of_one_process(tmp_path, preset_file, reward):
+    preset = load_preset(preset_file, **REWARDS[reward])
+    here = finished(tmp_path/'here', preset, PlainExecutor())
+    there = finished(tmp_path/'there', preset, RayExecutor(2))
+    assert len(here['texts']) > 20 and here['texts']['score'].notna().any()
+    assert_same(here, there)
+
+
+@pytest.mark.parametrize('batches', [1, 3])
+def test_begun_in_one_process_and_ended_on_a_cluster(tmp_path, preset_file, batches):
+    "And the other way round"
+    preset = load_preset(preset_file, **REWARDS['texts'])
+    whole = finished(tmp_path/'whole', preset, PlainExecutor())
+    for name, first, then in (('a', PlainExecutor(), RayExecutor(2)), ('b', RayExecutor(2), PlainExecutor())):
+        with pytest.raises(KeyboardInterrupt): finished(tmp_path/name, preset, Stopping(first, batches))
+        assert_same(whole, finished(tmp_path/name, preset, then))
