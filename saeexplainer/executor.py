@@ -115,6 +115,7 @@ _IN_FLIGHT = 2 # batches with a worker: the one that it is at, and the next
 class _Task:
     batch: Sequence
     deaths: int = 0 # workers that died at it
+    was_lost: bool = False # with a worker: it is done alone
 
 @dataclass(eq=False)
 class _Seat: # of a worker
@@ -123,7 +124,10 @@ class _Seat: # of a worker
     deaths: int # of those before it, while they were loading
     tasks: dict[Any, _Task] = field(default_factory=dict) # by reference, in the order in which they are done
 
-    def has_room(self) -> bool: return self.loading is None and len(self.tasks) < _IN_FLIGHT
+    def has_room_for(self, task:_Task) -> bool:
+        if self.loading is not None: return False
+        tasks = [*self.tasks.values(), task]
+        return len(tasks) <= (1 if any(one.was_lost for one in tasks) else _IN_FLIGHT)
 
     def give(self, task:_Task) -> None:
         self.tasks[self.actor.run.remote(task.batch)] = task
@@ -179,7 +183,7 @@ class _Crew:
         tasks = map(_Task, batches)
         following = self._following(tasks)
         while following or any(seat.tasks for seat in self.seats):
-            while following and (free := [seat for seat in self.seats if seat.has_room()]):
+            while following and (free := [seat for seat in self.seats if seat.has_room_for(following)]):
                 min(free, key=_n_tasks).give(following)
                 following = self._following(tasks)
             for task, answer in self._next_done():
@@ -215,6 +219,7 @@ class _Crew:
         deaths = _deaths_at_loading(seat)
         if lost: lost[0].deaths += 1
         for task in lost:
+            task.was_lost = True
             (self.set_aside if task.deaths == _MOST_DEATHS else self.again).append(task)
         self.seats[self.seats.index(seat)] = self.hire(deaths)
         return done
@@ -239,6 +244,7 @@ def _connect(ray, n_workers:int) -> None: # to the cluster at RAY_ADDRESS, or el
     size = {} if address else dict(num_cpus=n_workers, object_store_memory=100*2**20, include_dashboard=False)
     with _own_sigterm():
         ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **size)
+    ray._private.worker._worker_logs_enabled = False # it would print of lost workers on stdout, amid --json
 
 # %% ../nbs/parts/executor.ipynb #dda7317d
 class RayExecutor:

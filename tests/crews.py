@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from saeexplainer.executor import _connect
+
 ROOT = Path(__file__).parents[1]
-NODE = dict(object_store_memory=100*2**20)
+STORE = dict(object_store_memory=100*2**20)
+NODE = dict(STORE, num_cpus=1) # for one worker
 
 
 @contextmanager
@@ -22,10 +25,10 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.pathsep.join(paths)) # for the nodes and their workers
         patch.setenv('RAY_USAGE_STATS_ENABLED', '0')
-        nodes = Cluster(initialize_head=True, head_node_args=dict(NODE, num_cpus=0, include_dashboard=False))
+        nodes = Cluster(initialize_head=True, head_node_args=dict(STORE, num_cpus=0, include_dashboard=False))
         patch.setenv('RAY_ADDRESS', nodes.address)
-        for _ in range(2): nodes.add_node(num_cpus=2, **NODE)
-        ray.init(nodes.address, log_to_driver=False, logging_level='ERROR')
+        for _ in range(2): nodes.add_node(**NODE)
+        _connect(ray, n_workers=0)
         try:
             yield nodes
         finally:

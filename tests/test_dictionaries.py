@@ -1,5 +1,6 @@
 "Whole dictionaries and lone directions: every feature has a row, and a work that was killed goes on with its own rows"
 import json
+import pickle
 import shutil
 import signal
 import time
@@ -18,9 +19,10 @@ from writer_server import Server, capable
 from saeexplainer import dictionaries
 from saeexplainer.cli import main
 from saeexplainer.dictionaries import (
-    Rows, _explained_with, _finish, _paid_store, _verdict, _verified_with, explain_dictionary, read_directions,
+    Rows, _explained_with, _finish, _paid_store, _verdict, _verified_with, _Work, explain_dictionary, read_directions,
     read_explanations,
 )
+from saeexplainer.executor import PlainExecutor
 from saeexplainer.evaluation.texts import Verified
 from saeexplainer.explainer import Explainer, ExplainerCard, adapter_sha256
 from saeexplainer.presets import Preset
@@ -199,6 +201,43 @@ def test_another_number_of_candidates_is_refused(lab, tmp_path, monkeypatch, bef
         with pytest.raises(KeyboardInterrupt): explain(lab, tmp_path/'all.jsonl', candidates=before)
     with refused(f'was begun with candidates {before}, not {now}'):
         explain(lab, tmp_path/'all.jsonl', candidates=now)
+
+
+# ---- who does the batches
+
+class Backwards(PlainExecutor):
+    "An executor whose last batch is done first; it notes what it was asked for"
+    def __init__(self): self.asked = []
+
+    def map(self, make_worker, batches):
+        self.asked.append(make_worker.func.__name__)
+        yield from reversed(list(super().map(make_worker, batches)))
+
+
+def test_batches_may_come_in_any_order(lab, tmp_path):
+    executor = Backwards()
+    explain(lab, tmp_path/'in_order.jsonl', n=1, candidates=1)
+    explain(lab, tmp_path/'backwards.jsonl', n=1, candidates=1, executor=executor)
+    assert (tmp_path/'backwards.jsonl').read_text() == (tmp_path/'in_order.jsonl').read_text()
+    assert executor.asked == ['_explaining', '_ranking', '_verifying']
+
+
+def test_a_server_is_asked_by_this_process(lab, tmp_path, first):
+    "One budget, and one store of replies"
+    preset = replace(lab.preset(), evaluation_writer='small', writer_url=first.url)
+    executor = Backwards()
+    explain_dictionary(preset, lab.explainer, tmp_path/'all.jsonl', 1, progress=False, executor=executor)
+    assert executor.asked == ['_explaining']
+    assert first.asked
+
+
+def test_a_dictionary_stays_in_its_process(lab):
+    reader = FeatureReader.load(lab.preset())
+    work = _Work(lab.preset(), lab.explainer, reader, n=0, known={}, progress=False)
+    there = pickle.loads(pickle.dumps(work))
+    assert there.reader is None
+    assert there.dictionary().sha256 == reader.sha256
+    assert work.dictionary() is reader
 
 
 # ---- killed
