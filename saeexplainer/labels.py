@@ -161,15 +161,22 @@ def silent_contexts(target, # `Target`
     return found
 
 # %% ../nbs/parts/labels.ipynb #def876ce
+def _visible(token:str) -> str: # blanks and ends of lines as signs
+    signs = token.replace('\n', '⏎').replace('\t', '⇥').replace(' ', '␣')
+    return re.sub('␣{3,}', '␣␣…', signs)
+
 def peak_label(
     contexts, # of `Context`s, strongest first
     n:int=3, # words
-) -> str|None: # None: there is no word
-    "Return the words at the strongest contexts, each once, as a phrase"
-    words = dict.fromkeys(map(_word_at_peak, _readable(contexts)))
-    named = [word for word in words if word][:n]
+) -> str|None: # None: there is no context
+    "Return the words at the strongest contexts, each once, as a phrase; where there is none, the tokens"
+    peaks = _readable(contexts)
+    named = {word: None for word in map(_word_at_peak, peaks) if word}
+    what = 'word' if named else 'token'
+    if not named: named = dict.fromkeys(_visible(context.tokens[context.peak]) for context in peaks)
     if not named: return None
-    return f"the word{'s'*(len(named) > 1)} {_quoted(named)}"
+    shown = list(named)[:n]
+    return f"the {what}{'s'*(len(shown) > 1)} {_quoted(shown)}"
 
 # %% ../nbs/parts/labels.ipynb #a2d885d9
 def one_phrase(text:str # a reply

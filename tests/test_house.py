@@ -154,3 +154,7 @@ def test_a_record_in_an_output_is_an_example():
 def test_a_command_is_called_by_its_word():
     command = code('#| export', "@app.command('report')", 'def report_command(): pass')
     assert measure.without_example([command, code("run('report demo')")]) == []
+
+
+def test_what_is_shipped_stays_quick_to_clone():
+    assert sum(file.stat().st_size for file in (ROOT/'data').rglob('*') if file.is_file()) < 45e6
