@@ -148,6 +148,13 @@ def _check_all_done(set_aside:list[_Task]) -> None: # raises `RuntimeError`
 # %% ../nbs/parts/executor.ipynb #a4ff9b23
 _PATIENCE = 60 # seconds
 
+def _first_done(ray, seats:dict[Any, _Seat]) -> Any: # seats by reference -> a reference
+    done, _ = ray.wait(list(seats), timeout=_PATIENCE)
+    if done: return done[0]
+    if all(seat.loading is not None for seat in seats.values()):
+        say('still waiting for a worker: it loads, or the cluster has no room for one')
+    return ray.wait(list(seats))[0][0]
+
 def _outcome(answer:_Answer|Exception) -> _Answer: # raises what the worker raised
     if isinstance(answer, Exception): raise answer
     return answer
@@ -200,7 +207,7 @@ class _Crew:
 
     def _next_done(self) -> list[tuple[_Task, _Answer|Exception]]: # none where a worker is ready now
         seats = {reference: seat for seat in self.seats for reference in seat.references()}
-        [done], _ = self.ray.wait(list(seats))
+        done = _first_done(self.ray, seats)
         seat = seats[done]
         try:
             answer = self.ray.get(done)

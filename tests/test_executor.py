@@ -9,7 +9,7 @@ from crews import (
     make_nothing, make_odd, make_refusing, make_small, make_squares, make_where, noted,
 )
 
-from saeexplainer.executor import PlainExecutor, RayExecutor
+from saeexplainer.executor import PlainExecutor, RayExecutor, _first_done, _Seat
 
 N_WORKERS = 2
 
@@ -73,6 +73,21 @@ def test_it_works_once_more(executor):
 
 
 # ---- on a cluster alone
+
+class Waiting:
+    "In place of ray: nothing is done at first"
+    def __init__(self): self.found = [[], ['reference']]
+
+    def wait(self, references, timeout=None): return self.found.pop(0), []
+
+
+@pytest.mark.parametrize('loading, said', [
+    ('reference', 'still waiting for a worker: it loads, or the cluster has no room for one\n'),
+    (None, '')])
+def test_a_long_wait_for_a_worker_is_said(capsys, loading, said):
+    assert _first_done(Waiting(), dict(reference=_Seat(None, loading, deaths=0))) == 'reference'
+    assert capsys.readouterr().err == said
+
 
 def test_an_error_that_cannot_travel_says_the_same(ray_cluster):
     with pytest.raises(RuntimeError, match=r'^OddError: no reason \(7\)'): list(RayExecutor().map(make_odd, [[1]]))

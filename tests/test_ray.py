@@ -15,6 +15,8 @@ from crews import NODE, ROOT, Meddled, all_end, is_running, kill_one, make_deadl
 from forks import calling, kill
 from tiny_lab import NO_DIRECTION
 
+ray = pytest.importorskip('ray', reason="ray is not installed: pip install 'saeexplainer[ray]'")
+
 from saeexplainer.cli import main
 from saeexplainer.dictionaries import explain_dictionary
 from saeexplainer.executor import PlainExecutor, RayExecutor
@@ -118,6 +120,11 @@ def test_workers_end_where_nobody_asks_for_more(ray_cluster, tmp_path):
     assert all_end(int(file.name) for file in tmp_path.iterdir())
 
 
+def all_are_free(n_cpus, seconds=20) -> bool:
+    end = time.monotonic() + seconds
+    while ray.available_resources().get('CPU', 0) < n_cpus and time.monotonic() < end: time.sleep(.1)
+    return ray.available_resources().get('CPU', 0) == n_cpus
+
 def lines_of(part): return part.read_bytes().count(b'\n') if part.exists() else 0
 
 def test_the_driver_is_killed_and_the_same_command_goes_on(lab, whole, forks, tmp_path):
@@ -131,6 +138,7 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(lab, whole, forks, tm
     kill(pid)
     assert forks.exit_code() == -signal.SIGKILL
     assert not out.exists()
+    assert all_are_free(2) # its worker ended with it
     main([*arguments, '--json'])
     assert out.read_text() == whole
 
