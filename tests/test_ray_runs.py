@@ -5,6 +5,7 @@ from judged import judged_preset
 from saeexplainer.executor import PlainExecutor, RayExecutor
 from saeexplainer.presets import load_preset
 from saeexplainer.run import Run, execute
+from saeexplainer.sources.reading import build_features
 
 REWARDS = {'texts': dict(reward='max'), 'own words': dict(reward='self')}
 SIZES = dict(n_candidates=4, n_texts=2, n_pref=3, baselines=['best'])
@@ -64,3 +65,14 @@ def test_begun_in_one_process_and_ended_on_a_cluster(tmp_path, preset_file, batc
     for name, first, then in (('a', PlainExecutor(), RayExecutor(2)), ('b', RayExecutor(2), PlainExecutor())):
         with pytest.raises(KeyboardInterrupt): finished(tmp_path/name, preset, Stopping(first, batches))
         assert_same(whole, finished(tmp_path/name, preset, then))
+
+
+def test_the_features_of_a_corpus_are_those_of_one_process(tmp_path, preset_file):
+    "File for file; documents come back in another order than they were given out"
+    preset = load_preset(preset_file, batch_size=1, batch_tokens=60)
+    here, there = tmp_path/'here'/'features.parquet', tmp_path/'there'/'features.parquet'
+    build_features(preset, progress=False, out=here)
+    build_features(preset, progress=False, out=there, executor=RayExecutor(2))
+    assert len(pd.read_parquet(here)) == 20
+    assert there.read_bytes() == here.read_bytes()
+    assert there.with_suffix('.json').read_bytes() == here.with_suffix('.json').read_bytes()

@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['NO_TEXT', 'WORD', 'corpus_documents', 'document_windows', 'window_residuals', 'state_bytes', 'batch_bytes',
            'CorpusReading', 'add_document', 'save_reading', 'load_reading', 'words_at', 'word_at', 'word_before',
-           'token_strings', 'TokenizedDocument', 'document_batches', 'read_batch', 'reading_settings', 'read_corpus',
-           'contexts_of', 'word_label', 'feature_table', 'features_card', 'build_features']
+           'token_strings', 'TokenizedDocument', 'document_batches', 'DocumentRead', 'read_documents', 'add_read',
+           'reading_settings', 'read_corpus', 'contexts_of', 'word_label', 'feature_table', 'features_card',
+           'build_features']
 
 # %% ../../nbs/parts/sources/reading.ipynb #f123ecab
 import hashlib, json, math, re, sys, time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
+from functools import partial
 from glob import glob
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 
 # %% ../../nbs/parts/sources/reading.ipynb #8aab4e9c
+from ..executor import Executor, PlainExecutor, Worker
 from ..features import BEFORE, DENSE, LENGTH, MOST_HALF, Context, features_file, save_features, unused
 from ..files import clear_parts, encoding_of, making, table_kind, table_rows, whole, write_json
 from ..lm.hooks import check_stream, residual_stream
@@ -256,9 +260,6 @@ class CorpusReading:
     digest: str = ''     # of the documents' texts
     finished: bool = False
 
-    def __post_init__(self):
-        self.floor = torch.from_numpy(self.value.min(1)) # what an activation must exceed to be kept
-
     @classmethod
     def empty(
         cls,
@@ -277,6 +278,11 @@ class CorpusReading:
             values=np.zeros((*shape, LENGTH), np.float16),
             fired=np.zeros(shape[0], np.int64),
         )
+
+    @property
+    def floor(self) -> np.ndarray: # (F,) fp32
+        "What an activation of each feature must exceed to be kept"
+        return self.value.min(1)
 
     @property
     def max_act(self) -> np.ndarray: # (F,) fp32
@@ -336,21 +342,12 @@ def _entries(reading, peaks:_Peaks) -> np.ndarray: # (n,) the entry of each feat
     return np.where(own.any(1), own.argmax(1), latest)
 
 # %% ../../nbs/parts/sources/reading.ipynb #4a543d05
-def add_document(
-    reading:CorpusReading,
-    acts:torch.Tensor, # (T, F) activations of a document or of a part of one, on any device
-    ids:Sequence|np.ndarray, # (T,) the token ids
-    source:str,
-):
-    "Keep the document's strongest activation of each feature that gains by it; the caller counts all else"
-    reading.floor = reading.floor.to(acts.device)
+def _add_peaks(reading, peaks:_Peaks, ids, source:str): # ids: (T,) of the document, or of the part of it
     place = reading.place_of(source)
-    peaks = _peaks(acts, reading.floor)
     entry = _entries(reading, peaks)
     gains = peaks.value > reading.value[peaks.feature, entry]
     peaks = peaks.keep(gains)
-    feature = peaks.feature
-    at = (feature, entry[gains])
+    at = (peaks.feature, entry[gains])
     size = peaks.where.shape[1]
     reading.value[at] = peaks.value
     reading.document[at] = reading.documents
@@ -359,8 +356,16 @@ def add_document(
     reading.peak[at] = peaks.peak
     reading.tokens[(*at, slice(size))] = np.asarray(ids)[peaks.where]
     reading.values[(*at, slice(size))] = peaks.values
-    floor = torch.from_numpy(reading.value[feature].min(1))
-    reading.floor[torch.from_numpy(feature).to(acts.device)] = floor.to(acts.device)
+
+def add_document(
+    reading:CorpusReading,
+    acts:torch.Tensor, # (T, F) activations of a document or of a part of one, on any device
+    ids:Sequence|np.ndarray, # (T,) the token ids
+    source:str,
+):
+    "Keep the document's strongest activation of each feature that gains by it; the caller counts all else"
+    floor = torch.from_numpy(reading.floor).to(acts.device)
+    _add_peaks(reading, _peaks(acts, floor), ids, source)
 
 # %% ../../nbs/parts/sources/reading.ipynb #1984449f
 def save_reading(
@@ -488,34 +493,71 @@ def document_batches(
     if batch: yield batch
 
 # %% ../../nbs/parts/sources/reading.ipynb #3daf35bf
-def read_batch(
+@dataclass(frozen=True)
+class DocumentRead:
+    "What a document activates above a floor, and what is counted of it"
+    source: str
+    digest: str         # of this document and all before it
+    parts: list         # (peaks, token ids) of each part that was encoded at once
+    fired: np.ndarray   # (n,) features that fire, some of them more than once
+    times: np.ndarray   # (n,) on how many tokens
+    words: Counter      # casefolded word -> how often it is there
+
+def _part_read(acts, floor, ids) -> tuple: # peaks and ids, features that fire, on how many tokens
+    times = (acts != 0).sum(0)
+    fired = times.nonzero()[:, 0]
+    return (_peaks(acts, floor), np.asarray(ids, np.int32)), _host(fired), _host(times[fired])
+
+def _document_read(document, floor, encoded, vocabulary, most:int) -> DocumentRead: # encoded: slice -> its activations
+    ids = [token for window in document.windows for token in window]
+    read = [_part_read(encoded(slice(start, start + most)), floor, ids[start:start + most])
+            for start in range(0, len(ids), most)]
+    parts, fired, times = zip(*read) if read else ((), (), ())
+    text = ''.join(vocabulary[token] for token in ids)
+    return DocumentRead(
+        document.source,
+        document.digest,
+        list(parts),
+        np.concatenate([np.zeros(0, np.int64), *fired]),
+        np.concatenate([np.zeros(0, np.int64), *times]),
+        Counter(word.casefold() for word in WORD.findall(text)))
+
+def read_documents(
     target:Target,
-    reading:CorpusReading,
+    floor:np.ndarray, # (F,) fp32; what does not exceed it is left out
     batch:list, # of `TokenizedDocument`
     vocabulary:Sequence, # `token_strings`
-):
-    "Read a batch of documents into the state; a document longer than a batch is encoded in parts"
-    most = reading.settings['batch_tokens']
+    most:int, # tokens that are encoded at once
+) -> list[DocumentRead]: # one for each
+    "Read a batch of documents; one that is longer than a batch is encoded in parts"
     windows = [window for document in batch for window in document.windows]
     residuals = window_residuals(target, windows) if windows else torch.empty(0) # (T, d)
-    fits = 0 < len(residuals) <= most
-    acts = target.reader.encode(residuals) if fits else None # (T, F)
+    least = torch.from_numpy(floor).to(residuals.device)
+    acts = target.reader.encode(residuals) if 0 < len(residuals) <= most else None # (T, F)
+    read = []
     done = 0 # tokens of the batch
-    for source, digest, windows in batch:
-        reading.digest = digest
-        ids = [token for window in windows for token in window]
-        for start in range(0, len(ids), most):
-            part = ids[start:start + most]
-            here = slice(done, done + len(part))
-            part_acts = target.reader.encode(residuals[here]) if acts is None else acts[here]
-            add_document(reading, part_acts, part, source)
-            reading.fired += (part_acts != 0).sum(0).cpu().numpy()
-            reading.sources[source][1] += len(part)
-            done += len(part)
-        text = ''.join(vocabulary[token] for token in ids)
-        reading.words.update(word.casefold() for word in WORD.findall(text))
-        reading.documents += 1
-    reading.n_tokens += done
+    for document in batch:
+        end = done + sum(map(len, document.windows))
+        own = residuals[done:end] if acts is None else acts[done:end]
+        def encoded(part, own=own): return target.reader.encode(own[part]) if acts is None else own[part]
+        read.append(_document_read(document, least, encoded, vocabulary, most))
+        done = end
+    return read
+
+# %% ../../nbs/parts/sources/reading.ipynb #6e3666de
+def add_read(
+    reading:CorpusReading,
+    read:DocumentRead, # the next one
+):
+    "Add what was read of a document to the state"
+    reading.digest = read.digest
+    for peaks, ids in read.parts:
+        _add_peaks(reading, peaks, ids, read.source)
+        reading.sources[read.source][1] += len(ids)
+        reading.n_tokens += len(ids)
+    np.add.at(reading.fired, read.fired, read.times)
+    reading.words.update(read.words)
+    reading.documents += 1
 
 # %% ../../nbs/parts/sources/reading.ipynb #755b9b49
 def reading_settings(
@@ -542,6 +584,36 @@ def reading_settings(
         batch_tokens=batch_tokens or min(target.max_tokens, affordable),
     )
 
+# %% ../../nbs/parts/sources/reading.ipynb #e18afeee
+class _Waiting(NamedTuple):
+    "A document that is to be read"
+    number: int
+    document: TokenizedDocument
+    floor: np.ndarray # (F,) fp32, of the state when its batch was taken; later ones are higher
+
+def _unread_batches(docs, reading, tokenizer) -> Iterator[list[_Waiting]]:
+    number = reading.documents
+    for batch in document_batches(docs, reading, tokenizer):
+        floor = reading.floor
+        yield [_Waiting(number + i, document, floor) for i, document in enumerate(batch)]
+        number += len(batch)
+
+def _read_waiting(target, vocabulary, most:int, batch:list[_Waiting]) -> list[DocumentRead]:
+    return read_documents(target, batch[0].floor, [one.document for one in batch], vocabulary, most)
+
+def _reading(make_target, most:int) -> Worker: # documents that wait -> what is read of them
+    target = make_target()
+    return partial(_read_waiting, target, token_strings(target.tokenizer), most)
+
+def _in_order(found, number:int) -> Iterator[list[DocumentRead]]: # found: of an executor; number: of the first document
+    early = {} # number of its first document -> batch
+    for waiting, read in found:
+        early[waiting[0].number] = read
+        while number in early:
+            batch = early.pop(number)
+            number += len(batch)
+            yield batch
+
 # %% ../../nbs/parts/sources/reading.ipynb #94798538
 def read_corpus( # noqa: PLR0913
     target:Target,
@@ -553,23 +625,26 @@ def read_corpus( # noqa: PLR0913
     batch_tokens:int|None=None, # None: 2**27 activations, but no more tokens than the target takes at once
     save_every:float=300, # seconds
     progress:bool=True,
+    executor:Executor=PlainExecutor(),
+    make_target:Callable[[], Target]|None=None, # how the workers of a cluster load theirs; None: it is `target`
 ) -> CorpusReading:
     """Read documents once and keep each feature's strongest, in bounded memory
 
     Raises `ValueError` where the state is of another SAE, model or corpus, or no document is long enough.
     Memory: `state_bytes(F, n_top)` and the distinct words of the corpus on the CPU, and
     `batch_bytes(F, batch_tokens)` where the SAE is. A document longer than a batch is read in parts, and a
-    context lies within one part."""
+    context lies within one part. Workers may read ahead; the state takes documents in their order."""
     file = Path(file)
     settings = reading_settings(target, n_top, tokens, window, batch_tokens)
     reading = load_reading(file, settings) if file.exists() else CorpusReading.empty(settings)
     if reading.finished: return reading
-    vocabulary = token_strings(target.tokenizer)
+    making = partial(_reading, make_target or (lambda: target), settings['batch_tokens'])
+    found = executor.map(making, _unread_batches(docs, reading, target.tokenizer))
     saved = time.monotonic()
-    with progress_bar(tokens, 'reading', progress, 'tok', done=reading.n_tokens, scaled=True) as bar:
-        for batch in document_batches(docs, reading, target.tokenizer):
+    with progress_bar(tokens, 'reading', progress, 'tok', done=reading.n_tokens, scaled=True) as bar, closing(found):
+        for batch in _in_order(found, reading.documents):
             before = reading.n_tokens
-            read_batch(target, reading, batch, vocabulary)
+            for read in batch: add_read(reading, read)
             bar.update(reading.n_tokens - before)
             if time.monotonic() - saved >= save_every:
                 save_reading(reading, file)
@@ -747,6 +822,7 @@ def build_features(
     tokens:int|None=None, # None: as many as the preset says
     out:str|Path|None=None, # .parquet; None: the preset's `features_file`
     save_every:float=300, # seconds
+    executor:Executor=PlainExecutor(), # whose workers read
 ) -> str: # one line
     "Read a corpus and write features.parquet and features.json; goes on where it was killed"
     corpus = corpus or preset.corpus
@@ -761,7 +837,9 @@ def build_features(
         clear_parts(state)
         target = Target.load(preset)
         docs = corpus_documents(corpus, tokens, target.tokenizer)
-        reading = read_corpus(target, docs, state, tokens=tokens, save_every=save_every, progress=progress)
+        make_target = None if isinstance(executor, PlainExecutor) else partial(Target.load, preset)
+        reading = read_corpus(target, docs, state, tokens=tokens, save_every=save_every, progress=progress,
+                              executor=executor, make_target=make_target)
         rows = feature_table(reading, target.tokenizer, progress=progress)
         status = _write_features(preset, reading, rows, corpus, out)
         state.unlink(missing_ok=True)
