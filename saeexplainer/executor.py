@@ -6,7 +6,7 @@
 __all__ = ['Worker', 'MakeWorker', 'Executor', 'PlainExecutor', 'RayExecutor']
 
 # %% ../nbs/parts/executor.ipynb #b82405a6
-import os, pickle, signal, threading, traceback
+import os, pickle, signal, socket, threading, traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -245,9 +245,19 @@ def _own_sigterm() -> Iterator[None]: # within, another library may take the sig
     yield
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, before)
 
+def _check_answers(address:str) -> None: # raises `ValueError`; Ray itself would wait for minutes
+    host, _, port = address.rpartition(':')
+    if '://' in address or not port.isdigit(): return # 'auto', or for Ray's client
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        hint = '`ray start --head` begins one'
+        raise ValueError(f'no Ray cluster answers at RAY_ADDRESS, which is {address} ({error}): {hint}') from None
+
 def _connect(ray, n_workers:int) -> None: # to the cluster at RAY_ADDRESS, or else to one that begins here
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     address = os.environ.get('RAY_ADDRESS')
+    if address: _check_answers(address)
     size = {} if address else dict(num_cpus=n_workers, object_store_memory=100*2**20, include_dashboard=False)
     with _own_sigterm():
         ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **size)

@@ -9,7 +9,7 @@ from crews import (
     make_nothing, make_odd, make_refusing, make_small, make_squares, make_where, noted,
 )
 
-from saeexplainer.executor import PlainExecutor, RayExecutor, _first_done, _Seat
+from saeexplainer.executor import PlainExecutor, RayExecutor, _connect, _first_done, _Seat
 
 N_WORKERS = 2
 
@@ -122,6 +122,12 @@ def test_ray_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
     says = r"^a cluster needs ray: pip install 'saeexplainer\[ray\]'$"
     with pytest.raises(ValueError, match=says): RayExecutor()
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch):
+    monkeypatch.setenv('RAY_ADDRESS', '127.0.0.1:1')
+    says = '^no Ray cluster answers at RAY_ADDRESS, which is 127.0.0.1:1 .*: `ray start --head` begins one$'
+    with pytest.raises(ValueError, match=says): _connect(ray=None, n_workers=1)
 
 
 def test_ray_is_not_imported_before_it_is_used():
