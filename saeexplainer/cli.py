@@ -787,7 +787,8 @@ def ensure_features(
     preset:'Preset',
     names:list[str], # of features
     reads:bool, # whether a corpus was named
-    anew:bool # whether the file is to be made again
+    anew:bool, # whether the file is to be made again
+    executor # `Executor`, closed behind it
 ) -> bool: # whether it was made
     "Make a preset's file of features where it is asked for, or needed; raise `ValueError` where it is there already"
     from saeexplainer.features import features_file
@@ -797,7 +798,8 @@ def ensure_features(
     if reads and there and not anew:
         raise ValueError(f'{file} is there already: --corpus and --tokens read anew with --anew')
     needed = anew or (not there and (reads or not names))
-    if needed: print(make_features(preset), file=sys.stderr)
+    with executor:
+        if needed: print(make_features(preset, executor), file=sys.stderr)
     return needed
 
 def features_just_made(
@@ -834,7 +836,8 @@ _CORPUS = "read the SAE on these texts: 'embedded', text files, or a dataset; de
 @app.command('features', cls=_Command, epilog=_examples(
     'saeexplainer features gemma-2-9b-l20',
     'saeexplainer features 13 --json',
-    'saeexplainer features mine.yaml --corpus texts.jsonl'))
+    'saeexplainer features mine.yaml --corpus texts.jsonl',
+    'saeexplainer features mine.yaml --anew --ray --workers 8'))
 def features_command( # noqa: PLR0913
     names: Annotated[Optional[list[str]], typer.Argument(help=_NAMES)] = None,
     preset: PresetOption = None,
@@ -845,6 +848,9 @@ def features_command( # noqa: PLR0913
     anew: Annotated[bool, typer.Option('--anew', help='make the file of features again')] = False,
     test_contexts: Annotated[bool, typer.Option('--test-contexts', help=_TEST_CONTEXTS)] = False,
     unchecked: Annotated[bool, typer.Option('--unchecked', help=_UNCHECKED)] = False,
+    on_ray: OnRay = False,
+    workers: Workers = None,
+    gpus: GPUs = None,
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
@@ -854,7 +860,8 @@ def features_command( # noqa: PLR0913
     given = {'corpus': corpus, 'corpus_tokens': tokens}
     read: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     chosen = resolve(name, settings=settings, **read)
-    made = ensure_features(chosen, names, bool(read) and not test_contexts, anew)
+    executor = executor_for(on_ray, workers, gpus)
+    made = ensure_features(chosen, names, bool(read) and not test_contexts, anew, executor)
     if unchecked and not test_contexts: raise ValueError('--unchecked is for --test-contexts, which is not given')
     if test_contexts: print(judging_contexts(chosen, corpus, tokens, not unchecked), file=sys.stderr)
     features = features_just_made(chosen, names) if made else known_features(chosen, names)

@@ -13,6 +13,7 @@ import numpy as np
 
 # %% ../nbs/parts/selection.ipynb #7fdcfd43
 from .catalogue import of_source
+from .executor import Executor, PlainExecutor
 from .features import Feature, FeatureId, check_sae_of, features_file, load_features
 from .files import read_table
 from .presets import Preset, load_preset, presets
@@ -110,10 +111,11 @@ def chosen_features(
 
 # %% ../nbs/parts/selection.ipynb #86159a82
 def make_features(
-    preset:Preset
+    preset:Preset,
+    executor:Executor=PlainExecutor(), # whose workers read a corpus
 ) -> str: # what came of it, to print
     "Make a preset's file of features: by one pass over its corpus, or from Neuronpedia where it names none"
-    if preset.corpus: return build_features(preset)
+    if preset.corpus: return build_features(preset, executor=executor)
     file = features_file(preset)
     if file.name != 'features.parquet':
         raise ValueError(f'an export from Neuronpedia is called features.parquet, not {file.name}: '
