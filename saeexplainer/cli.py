@@ -9,9 +9,9 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table', 'show_found',
            'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table', 'show_summary',
            'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line',
-           'cost_lines', 'budget_line', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command',
-           'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields',
-           'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
+           'cost_lines', 'budget_line', 'plan_lines', 'cluster_line', 'show_plan', 'begun_before', 'next_command',
+           'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
+           'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
            'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
            'explain_directions', 'explain_all', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
            'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
@@ -575,20 +575,33 @@ def plan_lines(
         'memory': known['memory_gb'] + memory_of(preset),
         'disk': known['disk_gb'],
         **cost_lines(plan),
+        **cluster_line(plan),
         'budget': budget_line(preset),
     }
+
+def cluster_line(
+    plan:dict # of `plan`, with 'workers' and 'cluster_hours' where there are any
+) -> dict[str, str]: # name -> line
+    "Return what a run takes with workers on a cluster"
+    if 'workers' not in plan: return {}
+    count = plan['workers']
+    shared = 'preferences are shared, training and metrics are not'
+    return {f'on {count} worker{"s"*(count > 1)}': f"{span(*plan['cluster_hours'])}: {shared}"}
 
 def show_plan(
     preset:'Preset',
     folder:Path, # of the run
-    as_json:bool
+    as_json:bool,
+    workers:int=0 # of a cluster; 0: none
 ) -> None:
     "Print what a run takes, and what it would begin with; nothing is fetched or loaded for it"
     from saeexplainer.features import features_file
-    from saeexplainer.plan import plan
+    from saeexplainer.plan import cluster_hours, plan
     file = features_file(preset)
     begun = (folder/'store.sqlite').exists()
     planned = plan(preset) | dict(run=str(folder), begun=begun, features_file=str(file) if file.exists() else None)
+    if workers and planned['stages']:
+        planned |= dict(workers=workers, cluster_hours=cluster_hours(planned['stages'], workers))
     if as_json:
         fields = ('size', 'target', 'sae', 'writer', 'evaluation_writer')
         about = dict(preset=preset.name) | {name: getattr(preset, name) for name in fields}
@@ -663,7 +676,7 @@ def run_command( # noqa: PLR0913
     folder = root/check_name(name or f'{chosen.name}-{chosen.size}')
     if like and not (root/check_name(like, '--like')/'store.sqlite').exists():
         raise ValueError(f'--like {like}: there is no run {root/like}')
-    if dry: return show_plan(chosen, folder, as_json)
+    if dry: return show_plan(chosen, folder, as_json, (workers or 1) if on_ray else 0)
     check_keys(chosen, *asked_writers(chosen))
     check_size(folder, chosen)
     say = _to_stderr if as_json else tell

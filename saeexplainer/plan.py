@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'A100', 'SECONDS', 'lengths_of', 'Costs', 'costs_of', 'Job', 'evaluated', 'work', 'Card', 'hours',
-           'cpu_hours', 'evaluation_hours', 'Asked', 'writer_work', 'dollars', 'plan']
+           'cpu_hours', 'evaluation_hours', 'Asked', 'writer_work', 'dollars', 'plan', 'cluster_hours']
 
 # %% ../nbs/parts/plan.ipynb #961bac46
 from dataclasses import dataclass, replace
@@ -350,3 +350,13 @@ def plan(
         tokens_in=round(asked.tokens_in.sum()),
         tokens_out=round(asked.tokens_out.sum()),
         dollars=dollars(preset, asked))
+
+# %% ../nbs/parts/plan.ipynb #c04aa0f0
+def cluster_hours(
+    stages:dict[str, float], # of `plan`: hours of each stage
+    workers:int,
+) -> tuple[float, float]: # low, high
+    "Return the hours of a run whose preferences are shared by workers"
+    shared = sum(taken for stage, taken in stages.items() if stage.startswith('prefs'))
+    in_all = sum(stages.values()) - shared + shared/workers
+    return in_all/2, in_all*2

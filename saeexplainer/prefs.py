@@ -175,7 +175,8 @@ def stage_of(
     "Return the name under which the store keeps a round's candidates and texts"
     return f'round{round}'
 
-def _slices(items:Sequence, size:int) -> list[Sequence]: return [items[i:i + size] for i in range(0, len(items), size)]
+def _slices(items:Sequence, size:int) -> Iterator[Sequence]: # each when it is asked for
+    return (items[i:i + size] for i in range(0, len(items), size))
 
 def _keep(found, put:Callable, total:int, desc:str, progress:bool) -> None: # found: of an executor
     "Put rows into the store as they come; a bar knows the rate and the time left"
