@@ -17,7 +17,7 @@ export TIMEFORMAT =    done in %0R s
 # $(call step,heading,command): the command under a heading, with its duration; a failure ends make (no commas in either)
 step = @printf '\n== %s\n' '$(1)'; time $(2)
 
-BENCHES := scoring places training sampling writing steering self_activation kl_search corpus requests_queue ray_workers
+BENCHES := scoring places training sampling writing steering self_activation kl_search corpus requests_queue driver ray_workers
 
 LINT := $(BIN)/ruff check .
 TYPES := $(BIN)/mypy

@@ -34,7 +34,7 @@ class SimulatedCluster:
             place = rng.randrange(len(flying))
             flying[place], flying[-1] = flying[-1], flying[place]
             batch = flying.pop()
-            yield batch, [(STAGE, feature, k, f"the word 'number {feature}'") for feature in batch for k in range(self.k)]
+            yield batch, [(STAGE, feature, k, f'the word {feature}') for feature in batch for k in range(self.k)]
             flying += islice(batches, 1)
 
 
@@ -76,9 +76,11 @@ def main():
     if not stored == distinct == args.features*k: sys.exit(f'{stored} rows, {distinct} of them distinct')
     first, *later = watched.readings[1:]
     print(f'{stored:,} rows of {args.features:,} features from {args.workers} simulated workers in {seconds:.0f} s: '
-          f'{stored/seconds:,.0f} rows/s, {megabytes:.0f} MB on disk; memory {first:.0f} MB, later at most {max(later):.0f}')
+          f'{stored/seconds:,.0f} rows/s, {megabytes:.0f} MB on disk; '
+          f'memory {first:.0f} MB, later at most {max(later):.0f}')
     what = f'memory of the driver after a tenth of {args.features:,} features'
-    return finish([row(what, 'its largest later', first/max(later), .95)], args.json)
+    result = row(what, 'its largest later', first/max(later), .95, per_second=round(stored/seconds))
+    return finish([result], args.json)
 
 
 if __name__ == '__main__': sys.exit(main())
