@@ -293,7 +293,7 @@ def agreement_line(
 
 # %% ../nbs/parts/benchmark.ipynb #b4ccc90e
 SHIPPED = ('untrained', 'sft', 'dpo1', 'dpo2', 'hinted sft', 'hinted') # explainers
-_GONE = ('dpo1', 'dpo2', 'hinted sft') # their adapters are not among the data; what they said is
+_GONE = ('dpo1', 'hinted sft') # their adapters are not among the data; what they said is
 BUILT_IN = ('label', 'peak words', *LOOKUPS, 'autointerp', 'contrastive', SELFIE, *SHIPPED) # methods
 
 def _greedy(run:Run, stage:str, features:Sequence[int], folder:Path) -> dict[int, str]: # folder: of explainers

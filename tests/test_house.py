@@ -157,4 +157,4 @@ def test_a_command_is_called_by_its_word():
 
 
 def test_what_is_shipped_stays_quick_to_clone():
-    assert sum(file.stat().st_size for file in (ROOT/'data').rglob('*') if file.is_file()) < 45e6
+    assert sum(file.stat().st_size for file in (ROOT/'data').rglob('*') if file.is_file()) < 50e6
