@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Size', 'Setting', 'WriterKind', 'BaseURL', 'Model',
            'OnRay', 'Workers', 'GPUs', 'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell',
-           'options', 'check_writer', 'writer_fields', 'executor_for', 'settings_of', 'resolve', 'check_keys',
-           'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table', 'show_found',
-           'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table', 'show_summary',
-           'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line',
-           'cost_lines', 'budget_line', 'plan_lines', 'cluster_line', 'show_plan', 'begun_before', 'next_command',
-           'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
+           'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of', 'resolve',
+           'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table',
+           'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table',
+           'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
+           'features_line', 'cost_lines', 'budget_line', 'plan_lines', 'cluster_line', 'show_plan', 'begun_before',
+           'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
            'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
            'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
            'explain_directions', 'explain_all', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
@@ -160,6 +160,16 @@ OnRay = Annotated[bool, typer.Option('--ray', help=_RAY)]
 Workers = Annotated[Optional[int], typer.Option('--workers', min=1, help=_WORKERS)]
 GPUs = Annotated[Optional[float], typer.Option('--gpus-per-worker', min=0, help=_GPUS)]
 
+def check_cluster(
+    on_ray:bool,
+    workers:int|None, # None: 1
+    gpus:float|None # for each worker; None: 1 where there are GPUs
+) -> None:
+    "Raise `ValueError` where options of a cluster are given without it"
+    if on_ray: return
+    if workers is not None: raise ValueError('--workers are those of a Ray cluster: give --ray too')
+    if gpus is not None: raise ValueError('--gpus-per-worker is for workers of a Ray cluster: give --ray too')
+
 def executor_for(
     on_ray:bool,
     workers:int|None, # None: 1
@@ -167,10 +177,8 @@ def executor_for(
 ) -> Any: # `Executor`, to be closed
     "Return who does the batches; raise `ValueError` where the options do not fit together, or ray is missing"
     from saeexplainer.executor import PlainExecutor, RayExecutor
-    if on_ray: return RayExecutor(workers or 1, gpus)
-    if workers is not None: raise ValueError('--workers are those of a Ray cluster: give --ray too')
-    if gpus is not None: raise ValueError('--gpus-per-worker is for workers of a Ray cluster: give --ray too')
-    return PlainExecutor()
+    check_cluster(on_ray, workers, gpus)
+    return RayExecutor(workers or 1, gpus) if on_ray else PlainExecutor()
 
 # %% ../nbs/parts/cli.ipynb #5d7308fa
 def settings_of(
@@ -676,6 +684,7 @@ def run_command( # noqa: PLR0913
     folder = root/check_name(name or f'{chosen.name}-{chosen.size}')
     if like and not (root/check_name(like, '--like')/'store.sqlite').exists():
         raise ValueError(f'--like {like}: there is no run {root/like}')
+    check_cluster(on_ray, workers, gpus)
     if dry: return show_plan(chosen, folder, as_json, (workers or 1) if on_ray else 0)
     check_keys(chosen, *asked_writers(chosen))
     check_size(folder, chosen)
@@ -804,6 +813,7 @@ def ensure_features(
     executor # `Executor`, closed behind it
 ) -> bool: # whether it was made
     "Make a preset's file of features where it is asked for, or needed; raise `ValueError` where it is there already"
+    from saeexplainer.executor import PlainExecutor
     from saeexplainer.features import features_file
     from saeexplainer.selection import make_features
     file = features_file(preset)
@@ -811,6 +821,8 @@ def ensure_features(
     if reads and there and not anew:
         raise ValueError(f'{file} is there already: --corpus and --tokens read anew with --anew')
     needed = anew or (not there and (reads or not names))
+    if not (needed and preset.corpus) and not isinstance(executor, PlainExecutor):
+        raise ValueError('--ray reads a corpus, and there is nothing to read: give --anew')
     with executor:
         if needed: print(make_features(preset, executor), file=sys.stderr)
     return needed
@@ -1517,6 +1529,8 @@ def label_graph_command( # noqa: PLR0913
     if explainer and not explain: raise ValueError('--explainer goes with --explain: without it, labels are of a table')
     to = out_file or labelled_file(graph)
     if peaks and explain: raise ValueError('--peaks completes the labels of a table, and --explain takes none of them')
+    if verified:
+        for name in preset or (): check_keys(resolve(name), 'evaluation_writer')
     by = partial(explainer_of, given=explainer) if explain else None
     counts = dataclasses.asdict(label_graph(graph, to, preset or (), by, scan, replace, peaks, verified))
     if as_json: return print(json.dumps(counts | dict(file=str(to))))

@@ -422,7 +422,8 @@ def _explained_with(preset, explainer, reader) -> dict: # what the explanations 
         base_sha256=model_sha256(asked['base']))
 
 # %% ../nbs/parts/dictionaries.ipynb #0842e916
-_VERIFIED_BY = ('target', 'dtype', 'sae_hook', 'sae_bos', 'text_temperature', 'text_top_p', 'text_tokens', 'success')
+_VERIFIED_BY = (
+    'target', 'dtype', 'int8_target', 'sae_hook', 'sae_bos', 'text_temperature', 'text_top_p', 'text_tokens', 'success')
 
 def _server(preset) -> str: # the address of the writer's server, without user and password
     named = preset.writer_url or os.environ.get('OPENAI_BASE_URL') or 'https://api.openai.com/v1'
@@ -445,7 +446,7 @@ def _hash_of(known) -> str: # strongest activations
     return hashlib.sha256(maxima).hexdigest()[:16]
 
 _DRAWN_BY = ('seed', 'candidate_temperature', 'candidate_top_p')
-_READ_BY = ('target', 'dtype', 'sae_hook', 'sae_bos')
+_READ_BY = ('target', 'dtype', 'int8_target', 'sae_hook', 'sae_bos')
 
 def _ranked_with(preset, known) -> dict: # what the choice among candidates depends on beside them
     return dict(_fields(preset, _READ_BY), max_acts=_hash_of(known), target_sha256=model_sha256(preset.target))

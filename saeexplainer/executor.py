@@ -91,8 +91,9 @@ def _portable(error:Exception) -> Exception: # the same, or one that says the sa
 
 class _Actor:
     "A worker in a process of its own"
-    def start(self, settings:dict[str, str], folder:str, maker:bytes) -> Exception|None:
+    def start(self, settings:dict[str, str], folder:str, maker:bytes, gpus:float) -> Exception|None:
         os.environ.update(settings)
+        if not gpus: os.environ['CUDA_VISIBLE_DEVICES'] = '' # else all on a machine would share its first one
         with suppress(OSError): os.chdir(folder) # a machine of its own may lack it
         torch.set_num_threads(1)
         try:
@@ -269,7 +270,7 @@ class RayExecutor:
     def __init__(
         self,
         workers:int=1, # at once; those for which the cluster has no room wait for it
-        gpus_per_worker:float|None=None, # .5: two share one; None: 1 where the cluster has GPUs
+        gpus_per_worker:float|None=None, # .5: two share one; None: 1 where the cluster has GPUs now, else 0
     ):
         "Raise `ValueError` where ray is not installed, or for less than one worker; nothing is started yet"
         if workers < 1: raise ValueError(f'{workers} workers do nothing: it is 1 or more')
@@ -309,7 +310,7 @@ class RayExecutor:
 
     def _hire(self, resources:dict, maker:bytes, deaths:int) -> _Seat:
         actor = self.ray.remote(_Actor).options(**resources).remote()
-        loading = actor.start.remote(_settings(), os.getcwd(), maker)
+        loading = actor.start.remote(_settings(), os.getcwd(), maker, resources['num_gpus'])
         return _Seat(actor, loading, deaths)
 
     def close(self) -> None:

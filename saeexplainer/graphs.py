@@ -245,10 +245,10 @@ def with_labels(
         text = _clerp(labels.get(place, '') if place else '', verdict)
         what = _fate(node, text, replace)
         counts[what] += 1
-        if what == 'labelled': node = node | dict(clerp=text)
-        if what == 'labelled' and verdict:
-            node = node | dict(verdict=_measured(verdict))
-            counts['judged'] += 1
+        if what == 'labelled':
+            older = {name: value for name, value in node.items() if name != 'verdict'} # it was on another label
+            node = older | dict(clerp=text) | (dict(verdict=_measured(verdict)) if verdict else {})
+            counts['judged'] += bool(verdict)
         nodes.append(node)
     return Labelled(dict(graph) | dict(nodes=nodes), Counts(**counts))
 
@@ -279,6 +279,9 @@ def _graph_labels(graph, preset, explainer, peaks) -> dict[int, str]: # feature 
     if explainer: return explained_labels(preset, features, explainer(preset))
     return table_labels(preset, features, peaks)
 
+def _check_known(chosen:list[Preset]) -> None: # raises `FileNotFoundError` where strongest activations are not known
+    for preset in chosen: load_features(preset)
+
 def label_graph( # noqa: PLR0913
     file:str|Path, # of circuit-tracer, or from Neuronpedia
     out:str|Path, # file for the labelled graph
@@ -295,6 +298,7 @@ def label_graph( # noqa: PLR0913
     if source_set(graph) is None:
         taken = ', '.join(preset.source for preset in chosen)
         print(f'{file} does not say which dictionary its features are of: taken to be {taken}', file=sys.stderr)
+    if verified: _check_known(chosen)
     bare = [node for node in graph['nodes'] if replace or not _has_label(node)]
     labels:dict[Place, str] = {}
     verdicts:dict[Place, Verdict] = {}

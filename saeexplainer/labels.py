@@ -161,7 +161,7 @@ def silent_contexts(target, # `Target`
     return found
 
 # %% ../nbs/parts/labels.ipynb #def876ce
-def _visible(token:str) -> str: # blanks and ends of lines as signs
+def _in_signs(token:str) -> str: # blanks and ends of lines as signs
     signs = token.replace('\n', '⏎').replace('\t', '⇥').replace(' ', '␣')
     return re.sub('␣{3,}', '␣␣…', signs)
 
@@ -173,7 +173,7 @@ def peak_label(
     peaks = _readable(contexts)
     named = {word: None for word in map(_word_at_peak, peaks) if word}
     what = 'word' if named else 'token'
-    if not named: named = dict.fromkeys(_visible(context.tokens[context.peak]) for context in peaks)
+    if not named: named = dict.fromkeys(_in_signs(context.tokens[context.peak]) for context in peaks)
     if not named: return None
     shown = list(named)[:n]
     return f"the {what}{'s'*(len(shown) > 1)} {_quoted(shown)}"

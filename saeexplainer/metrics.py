@@ -180,7 +180,7 @@ def output_features(features, # indices
 # %% ../nbs/04_metrics.ipynb #1fedfe68
 _MEASURED_BY = { # fields of the preset on which values depend: all, those of a kind of texts, the output score
     'all': ('evaluation_writer', 'text_form', 'text_tokens', 'text_temperature', 'text_top_p', 'success',
-            'rules', 'dtype', 'seed'),
+            'rules', 'dtype', 'int8_target', 'seed'),
     'generative': ('n_generative',),
     'activating': ('n_activating',),
     'neutral': ('n_neutral',),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -350,7 +351,8 @@ def write_texts( # noqa: PLR0913
     sizes = None if one else {'samples': preset.n_texts}
     requests = n if one else len(unwritten)
     if writer is None:
-        batches = _slices(list(asked), 8*preset.batch_size) # as many as a local writer reads ahead
+        size = 8*preset.batch_size # as many as a local writer reads ahead
+        batches = iter(lambda: list(islice(asked, size)), [])
         found = executor.map(partial(_writing, preset, stage, sizes), batches)
         _keep(found, store.put_texts, requests, f'{stage}: texts', progress)
         return n

@@ -510,8 +510,8 @@ def check_local_weights(
 # %% ../nbs/parts/run.ipynb #55d19c98
 # fields on which steered texts depend
 STEERED_BY = ('target sae sae_hook sae_bos source layer features n_controls steering_prompts steering_tokens '
-              'steering_temperature steering_kl steering_reference dtype seed').split()
-_WRITTEN_BY = ('target', 'writer', 'evaluation_writer', 'dtype') # on which the replies of local writers depend
+              'steering_temperature steering_kl steering_reference dtype int8_target seed').split()
+_WRITTEN_BY = ('target', 'writer', 'evaluation_writer', 'dtype', 'int8_target') # on which local replies depend
 
 def take_over(
     run, # `Run` with `like`
@@ -741,8 +741,9 @@ def rewarded_candidates(
     "Sample candidates from the explainer before a round, and score them"
     is_last = round > run.preset.dpo_rounds # the candidates of 'best'
     stage = explainer_stages(run.preset)[-1] if is_last else _stage_before(round)
-    explainer, reader = run.adapters.source(stage), None # the workers of a cluster load them
-    if not _on_cluster(run): explainer, reader = run.explainer(stage), run.reader
+    here = not _on_cluster(run) # else its workers load them
+    explainer = run.explainer(stage) if here else run.adapters.source(stage)
+    reader = run.reader if here else None
     sample_candidates(run.store, explainer, reader, features, run.preset, round, run.progress, run.executor)
     del explainer
     free_memory()

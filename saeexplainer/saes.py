@@ -380,8 +380,8 @@ def _fold_scale(sae, file): # activation_scaler.json
 # %% ../nbs/parts/saes.ipynb #0dba1a16
 def _load_folder(folder, device): # the sae-lens SAE
     from sae_lens import SAE
-    if is_of_dictionary_learning(folder): return load_dictionary_learning(folder, device)
     config = folder/'cfg.json'
+    if not config.exists(): return load_dictionary_learning(folder, device)
     if is_of_sparsify(read_json(config)): return load_sparsify(folder, device) # checks what it reads
     weights = folder/WEIGHTS
     wanted = check_config(config)

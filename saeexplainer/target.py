@@ -179,6 +179,10 @@ def check_weights(name:str, # of the target
         raise ValueError(f"this SAE belongs to weights with hash {wanted[:12]}, those of '{name}' have {found[:12]}: "
                          'its activations would mean something else')
 
+def _model_of(preset:Preset) -> tuple: # model, tokenizer
+    how = dict(int8=preset.int8_target, spread=preset.spread_target)
+    return load_model(preset.target, preset.dtype, preset.device, **how)
+
 # %% ../nbs/parts/target.ipynb #8d36e1eb
 @dataclass(frozen=True)
 class Reading:
@@ -574,9 +578,9 @@ class Target:
         reader = reader or FeatureReader.load(preset)
         check_model_name(preset.target, reader)
         check_weights(preset.target, reader)
-        loaded = load_model(preset.target, preset.dtype, preset.device, preset.int8_target, preset.spread_target)
-        reader.sae.to(device=loaded[0].device)
-        return cls(*loaded, reader, preset.batch_size, preset.batch_tokens)
+        model, tokenizer = _model_of(preset)
+        reader.sae.to(device=model.device)
+        return cls(model, tokenizer, reader, preset.batch_size, preset.batch_tokens)
 
     def activations(self, texts:Iterable[str], features:Features, progress:bool=False) -> list[Reading]: # one per text
         "Return tokens and activations of each text; empty for a text without tokens"

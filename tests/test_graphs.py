@@ -168,6 +168,12 @@ def test_a_verdict_that_says_nothing_is_not_written_as_none_reached():
     assert node['verdict']['reached'] is None and node['verdict']['unmade'] == 4
 
 
+def test_a_new_label_takes_the_old_verdict_away():
+    graph = graph_of(feature_node(9, 5, clerp='mine [1/4]', verdict=dict(reached=1, texts=4)))
+    [node] = with_labels(graph, {Place(9, 5): 'theirs'}, replace=True).graph['nodes']
+    assert node['clerp'] == 'theirs' and 'verdict' not in node
+
+
 def test_labels_that_are_kept_are_not_judged():
     graph = graph_of(feature_node(9, 5, clerp='mine'))
     judged = Verdict(reached=3, texts=4, unmade=0, max_act=70., score=50., best='It is.', pieces=[], written=[])

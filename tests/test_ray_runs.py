@@ -35,17 +35,17 @@ def assert_same(one, other):
     for name, table in one.items(): pd.testing.assert_frame_equal(other[name], table, check_exact=True)
 
 
-class Stopping:
-    "An executor after some batches of which the driver ends"
-    def __init__(self, executor, batches):
-        self.executor = executor
-        self.left = batches
+def stopping(kind, batches, *args):
+    "An executor of a kind, after some batches of which the driver ends"
+    class Stopping(kind):
+        left = batches
 
-    def map(self, make_worker, batches):
-        for found in self.executor.map(make_worker, batches):
-            if not self.left: raise KeyboardInterrupt
-            self.left -= 1
-            yield found
+        def map(self, make_worker, batches):
+            for found in super().map(make_worker, batches):
+                if not self.left: raise KeyboardInterrupt
+                self.left -= 1
+                yield found
+    return Stopping(*args)
 
 
 @pytest.mark.parametrize('reward', REWARDS)
@@ -62,8 +62,10 @@ def test_begun_in_one_process_and_ended_on_a_cluster(tmp_path, preset_file, batc
     "And the other way round"
     preset = load_preset(preset_file, **REWARDS['texts'])
     whole = finished(tmp_path/'whole', preset, PlainExecutor())
-    for name, first, then in (('a', PlainExecutor(), RayExecutor(2)), ('b', RayExecutor(2), PlainExecutor())):
-        with pytest.raises(KeyboardInterrupt): finished(tmp_path/name, preset, Stopping(first, batches))
+    here = stopping(PlainExecutor, batches)
+    there = stopping(RayExecutor, batches, 2)
+    for name, first, then in (('a', here, RayExecutor(2)), ('b', there, PlainExecutor())):
+        with pytest.raises(KeyboardInterrupt): finished(tmp_path/name, preset, first)
         assert_same(whole, finished(tmp_path/name, preset, then))
 
 

@@ -111,28 +111,32 @@ def test_what_of_sparsify_is_refused(tmp_path, values, says):
     with pytest.raises(ValueError, match=says): FeatureReader.load(folder)
 
 
+BARE = ('JumpReluAutoEncoder', 'MatryoshkaBatchTopKSAE') # with matrices instead of linear layers
+
 def dictionary_learning_folder(folder, kind, **fields):
     "A dictionary as dictionary_learning writes it, and its tensors"
     torch.manual_seed(0)
     stored = {'encoder.weight': torch.randn(128, 64)/8, 'decoder.weight': torch.randn(64, 128)/8,
               'encoder.bias': .1*torch.randn(128), 'b_dec': .1*torch.randn(64)}
     if kind == 'AutoEncoder': stored['bias'] = stored.pop('b_dec')
+    if kind in BARE: stored |= dict(W_enc=stored['encoder.weight'].T, W_dec=stored['decoder.weight'].T)
     if kind == 'AutoEncoderTopK': stored |= dict(k=torch.tensor(9), threshold=torch.tensor(.3))
-    if kind in ('BatchTopKSAE', 'JumpReluAutoEncoder'): stored['threshold'] = torch.tensor(.4)
+    if kind in ('BatchTopKSAE', *BARE): stored['threshold'] = torch.tensor(.4)
     if kind == 'GatedAutoEncoder':
         stored |= {name: .1*torch.randn(128) for name in ('r_mag', 'gate_bias', 'mag_bias')}
         del stored['encoder.bias']
     trainer = dict(dict_class=kind, activation_dim=64, dict_size=128, k=9, layer=2, lm_name='org/tiny',
                    submodule_name='resid_post_layer_2')
     (folder/'config.json').write_text(json.dumps(dict(trainer=trainer | fields, buffer=dict(ctx_len=64))))
-    torch.save(stored, folder/'ae.pt')
+    linear = ('encoder.weight', 'decoder.weight')
+    torch.save({name: x for name, x in stored.items() if kind not in BARE or name not in linear}, folder/'ae.pt')
     return stored
 
 
 def encoded_there(kind, stored, x):
     "Activations by the formula of the published code"
     bias = stored.get('b_dec', stored.get('bias'))
-    centred = x if kind == 'JumpReluAutoEncoder' else x - bias
+    centred = x if kind in ('JumpReluAutoEncoder', 'AutoEncoderNew') else x - bias
     pre = centred @ stored['encoder.weight'].T
     if kind == 'GatedAutoEncoder':
         is_open = pre + stored['gate_bias'] > 0
@@ -144,8 +148,8 @@ def encoded_there(kind, stored, x):
     return acts*(acts > stored['threshold']) if 'threshold' in stored else acts
 
 
-@pytest.mark.parametrize('kind', ['AutoEncoder', 'GatedAutoEncoder', 'JumpReluAutoEncoder', 'BatchTopKSAE',
-                                  'AutoEncoderTopK'])
+@pytest.mark.parametrize('kind', ['AutoEncoder', 'AutoEncoderNew', 'GatedAutoEncoder', 'JumpReluAutoEncoder',
+                                  'BatchTopKSAE', 'MatryoshkaBatchTopKSAE', 'AutoEncoderTopK'])
 def test_a_dictionary_of_dictionary_learning(tmp_path, capsys, kind):
     stored = dictionary_learning_folder(tmp_path, kind)
     reader = FeatureReader.load(tmp_path)

@@ -532,7 +532,7 @@ def read_documents(
     "Read a batch of documents; one that is longer than a batch is encoded in parts"
     windows = [window for document in batch for window in document.windows]
     residuals = window_residuals(target, windows) if windows else torch.empty(0) # (T, d)
-    least = torch.from_numpy(floor).to(residuals.device)
+    least = torch.from_numpy(floor).to(target.reader.sae.W_dec.device) # where activations are
     acts = target.reader.encode(residuals) if 0 < len(residuals) <= most else None # (T, F)
     read = []
     done = 0 # tokens of the batch
@@ -575,7 +575,7 @@ def reading_settings(
         sae=reader.sha256,
         n_features=reader.n_features,
         model=Path(str(model.name_or_path)).name,
-        dtype=str(model.dtype),
+        dtype=str(model.dtype) + ', int8'*bool(getattr(model, 'hf_quantizer', None)),
         place=f'{reader.hook} of layer {reader.layer}',
         bos=_bos(target),
         n_top=n_top,
@@ -605,10 +605,15 @@ def _reading(make_target, most:int) -> Worker: # documents that wait -> what is 
     target = make_target()
     return partial(_read_waiting, target, token_strings(target.tokenizer), most)
 
+_AHEAD = 256 # batches that may be done before one that is late
+
 def _in_order(found, number:int) -> Iterator[list[DocumentRead]]: # found: of an executor; number: of the first document
     early = {} # number of its first document -> batch
     for waiting, read in found:
         early[waiting[0].number] = read
+        if len(early) > _AHEAD:
+            raise RuntimeError(f'document {number} is still being read while {_AHEAD} later batches are done: do '
+                               'workers die at it? what comes before it is kept')
         while number in early:
             batch = early.pop(number)
             number += len(batch)
@@ -642,13 +647,17 @@ def read_corpus( # noqa: PLR0913
     found = executor.map(making, _unread_batches(docs, reading, target.tokenizer))
     saved = time.monotonic()
     with progress_bar(tokens, 'reading', progress, 'tok', done=reading.n_tokens, scaled=True) as bar, closing(found):
-        for batch in _in_order(found, reading.documents):
-            before = reading.n_tokens
-            for read in batch: add_read(reading, read)
-            bar.update(reading.n_tokens - before)
-            if time.monotonic() - saved >= save_every:
-                save_reading(reading, file)
-                saved = time.monotonic()
+        try:
+            for batch in _in_order(found, reading.documents):
+                before = reading.n_tokens
+                for read in batch: add_read(reading, read)
+                bar.update(reading.n_tokens - before)
+                if time.monotonic() - saved >= save_every:
+                    save_reading(reading, file)
+                    saved = time.monotonic()
+        except RuntimeError: # workers died at a batch
+            save_reading(reading, file)
+            raise
     if not reading.n_tokens:
         raise ValueError(f'the corpus has no document of {min(16, window)} tokens or more ({reading.documents} were '
                          'read)')

@@ -116,8 +116,10 @@ def mlp_rows(
 ) -> Callable[[int], Iterator[torch.Tensor]]: # first token -> endless iterator of (tokens, 2d)
     "Return a function that yields a transcoder's training rows from a token on; a second epoch follows the first"
     def rows_from(start):
-        for part in windows[start//windows.shape[1]:].split(batch):
-            read, written = mlp_pairs(model, part, settings.layer, bos).flatten(0, 1).chunk(2, dim=-1)
-            yield torch.cat([read, settings.written_scale*written], -1)
-        yield from rows_from(0)
+        first = start//windows.shape[1] % len(windows)
+        while True:
+            for part in windows[first:].split(batch):
+                read, written = mlp_pairs(model, part, settings.layer, bos).flatten(0, 1).chunk(2, dim=-1)
+                yield torch.cat([read, settings.written_scale*written], -1)
+            first = 0
     return rows_from
