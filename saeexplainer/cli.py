@@ -9,7 +9,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table',
            'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table',
            'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
-           'features_line', 'cost_lines', 'budget_line', 'plan_lines', 'cluster_line', 'show_plan', 'begun_before',
+           'features_line', 'cost_lines', 'budget_line', 'cluster_line', 'plan_lines', 'show_plan', 'begun_before',
            'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
            'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
            'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
@@ -562,6 +562,16 @@ def budget_line(
     budget = {'dollars': preset.budget_usd, 'requests': preset.budget_requests, 'tokens': preset.budget_tokens}
     return ', '.join(f'{most:g} {what}' for what, most in budget.items() if most) or 'none'
 
+# %% ../nbs/parts/cli.ipynb #40a54e1d
+def cluster_line(
+    plan:dict # of `plan`, with 'workers' and 'cluster_hours' where there are any
+) -> dict[str, str]: # name -> line
+    "Return what a run takes with workers on a cluster"
+    if 'workers' not in plan: return {}
+    count = plan['workers']
+    shared = 'preferences are shared, training and metrics are not'
+    return {f'on {count} worker{"s"*(count > 1)}': f"{span(*plan['cluster_hours'])}: {shared}"}
+
 # %% ../nbs/parts/cli.ipynb #1998146a
 def plan_lines(
     preset:'Preset',
@@ -586,15 +596,6 @@ def plan_lines(
         **cluster_line(plan),
         'budget': budget_line(preset),
     }
-
-def cluster_line(
-    plan:dict # of `plan`, with 'workers' and 'cluster_hours' where there are any
-) -> dict[str, str]: # name -> line
-    "Return what a run takes with workers on a cluster"
-    if 'workers' not in plan: return {}
-    count = plan['workers']
-    shared = 'preferences are shared, training and metrics are not'
-    return {f'on {count} worker{"s"*(count > 1)}': f"{span(*plan['cluster_hours'])}: {shared}"}
 
 def show_plan(
     preset:'Preset',
@@ -792,7 +793,7 @@ def show_feature(
         pieces = [(token, value >= strong) for token, value in zip(context.tokens, context.values)]
         tell(safe_text('  ') + marked(pieces))
 
-# %% ../nbs/parts/cli.ipynb #00ffbbb3
+# %% ../nbs/parts/cli.ipynb #5781769b
 def show_counts(
     features:list['Feature'],
     as_json:bool
@@ -805,6 +806,7 @@ def show_counts(
     if as_json: print(json.dumps(counts))
     else: tell(f'{len(features)} features: {kinds}{unused(counts)}')
 
+# %% ../nbs/parts/cli.ipynb #00ffbbb3
 def ensure_features(
     preset:'Preset',
     names:list[str], # of features
