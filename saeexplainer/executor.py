@@ -96,11 +96,16 @@ class _Actor:
         if not gpus: os.environ['CUDA_VISIBLE_DEVICES'] = '' # else all on a machine would share its first one
         with suppress(OSError): os.chdir(folder) # a machine of its own may lack it
         torch.set_num_threads(1)
+        self.rest() # of what it did before
         try:
             self.worker = pickle.loads(maker)()
         except Exception as error:
             return _portable(error)
         return None
+
+    def rest(self) -> None:
+        self.worker = None
+        free_memory()
 
     def run(self, batch:Sequence) -> _Answer|Exception:
         try:
@@ -199,9 +204,12 @@ class _Crew:
             following = following or self._following(tasks)
         _check_all_done(self.set_aside)
 
-    def dismiss(self) -> None:
+    def dismiss(self) -> list: # actors that have nothing more to do; the others are killed
+        free = [seat for seat in self.seats if not seat.tasks and seat.loading is None]
         for seat in self.seats:
+            if seat in free: continue
             with suppress(Exception): self.ray.kill(seat.actor) # the cluster may be gone
+        return [seat.actor for seat in free]
 
     def _following(self, tasks:Iterator[_Task]) -> _Task|None:
         return self.again.popleft() if self.again else next(tasks, None)
@@ -279,6 +287,7 @@ class RayExecutor:
         self.workers = workers
         self.gpus_per_worker = gpus_per_worker
         self.is_connected = False # by this executor
+        self.idle: list = [] # actors of a finished `map`, without its worker; the next one takes them
 
     def map(
         self,
@@ -296,7 +305,7 @@ class RayExecutor:
         try:
             yield from crew.run(chain(first, batches))
         finally:
-            crew.dismiss()
+            self._keep(crew.dismiss())
 
     def _resources(self) -> dict: # of a worker; raises `ValueError` where this machine alone has too few
         if not self.ray.is_initialized():
@@ -309,12 +318,18 @@ class RayExecutor:
         return dict(num_cpus=1, num_gpus=gpus)
 
     def _hire(self, resources:dict, maker:bytes, deaths:int) -> _Seat:
-        actor = self.ray.remote(_Actor).options(**resources).remote()
+        actor = self.idle.pop() if self.idle else self.ray.remote(_Actor).options(**resources).remote()
         loading = actor.start.remote(_settings(), os.getcwd(), maker, resources['num_gpus'])
         return _Seat(actor, loading, deaths)
 
+    def _keep(self, actors:list) -> None: # a process takes seconds to begin
+        with suppress(Exception): # the cluster may be gone
+            for actor in actors: actor.rest.remote()
+            self.idle += actors
+
     def close(self) -> None:
         "Leave the cluster; one that was started for this executor ends"
+        self.idle.clear() # an actor ends with its last handle
         if self.is_connected: self.ray.shutdown()
         self.is_connected = False
 

@@ -1,4 +1,5 @@
 "Batches in this process and on a cluster: the same rows, the same errors"
+import os
 import subprocess
 import sys
 from functools import partial
@@ -66,6 +67,16 @@ def test_batches_are_taken_as_they_are_done(executor):
     most = 2*N_WORKERS if isinstance(executor, RayExecutor) else 0
     assert len(ahead) == 30
     assert max(ahead) <= most
+
+
+def process(batch): return [os.getpid()]*len(batch)
+def make_process(): return process
+
+
+def test_a_process_is_used_again(ray_cluster):
+    with RayExecutor() as executor:
+        [(_, first)], [(_, second)] = (list(executor.map(make_process, [[1]])) for _ in range(2))
+    assert first == second != [os.getpid()]
 
 
 def test_it_works_once_more(executor):
