@@ -138,6 +138,12 @@ class _Seat: # of a worker
     def give(self, task:_Task) -> None:
         self.tasks[self.actor.run.remote(task.batch)] = task
 
+    def is_busy(self) -> bool: return bool(self.tasks) or self.loading is not None
+
+    def let_go(self, ray) -> None: # a process that is at work is ended
+        if self.is_busy(): ray.kill(self.actor)
+        else: self.actor.rest.remote()
+
     def references(self) -> list: # of what will come from it
         return [*self.tasks] if self.loading is None else [self.loading]
 
@@ -205,11 +211,9 @@ class _Crew:
         _check_all_done(self.set_aside)
 
     def dismiss(self) -> list: # actors that have nothing more to do; the others are killed
-        free = [seat for seat in self.seats if not seat.tasks and seat.loading is None]
         for seat in self.seats:
-            if seat in free: continue
-            with suppress(Exception): self.ray.kill(seat.actor) # the cluster may be gone
-        return [seat.actor for seat in free]
+            with suppress(Exception): seat.let_go(self.ray) # the cluster may be gone
+        return [seat.actor for seat in self.seats if not seat.is_busy()]
 
     def _following(self, tasks:Iterator[_Task]) -> _Task|None:
         return self.again.popleft() if self.again else next(tasks, None)
@@ -272,6 +276,12 @@ def _connect(ray, n_workers:int) -> None: # to the cluster at RAY_ADDRESS, or el
         ray.init(address or 'local', log_to_driver=False, logging_level='ERROR', **size)
     ray._private.worker._worker_logs_enabled = False # it would print of lost workers on stdout, amid --json
 
+def _gpus(there:dict, wanted:float|None) -> float: # of each worker; raises `ValueError` where this machine has too few
+    present = there.get('GPU', 0)
+    gpus = min(1, present) if wanted is None else wanted
+    if gpus <= present or os.environ.get('RAY_ADDRESS'): return gpus
+    raise ValueError(f'{gpus:g} GPUs per worker: this machine has {present:g}')
+
 # %% ../nbs/parts/executor.ipynb #dda7317d
 class RayExecutor:
     "Workers on a Ray cluster, each with one CPU and as many threads"
@@ -287,7 +297,7 @@ class RayExecutor:
         self.workers = workers
         self.gpus_per_worker = gpus_per_worker
         self.is_connected = False # by this executor
-        self.idle: list = [] # actors of a finished `map`, without its worker; the next one takes them
+        self.idle: list = [] # actors of a finished `map`, for the next one: a process takes seconds to begin
 
     def map(
         self,
@@ -305,27 +315,18 @@ class RayExecutor:
         try:
             yield from crew.run(chain(first, batches))
         finally:
-            self._keep(crew.dismiss())
+            self.idle += crew.dismiss()
 
     def _resources(self) -> dict: # of a worker; raises `ValueError` where this machine alone has too few
         if not self.ray.is_initialized():
             _connect(self.ray, self.workers)
             self.is_connected = True
-        present = self.ray.cluster_resources().get('GPU', 0)
-        gpus = min(1, present) if self.gpus_per_worker is None else self.gpus_per_worker
-        if gpus > present and not os.environ.get('RAY_ADDRESS'):
-            raise ValueError(f'{gpus:g} GPUs per worker: this machine has {present:g}')
-        return dict(num_cpus=1, num_gpus=gpus)
+        return dict(num_cpus=1, num_gpus=_gpus(self.ray.cluster_resources(), self.gpus_per_worker))
 
     def _hire(self, resources:dict, maker:bytes, deaths:int) -> _Seat:
         actor = self.idle.pop() if self.idle else self.ray.remote(_Actor).options(**resources).remote()
         loading = actor.start.remote(_settings(), os.getcwd(), maker, resources['num_gpus'])
         return _Seat(actor, loading, deaths)
-
-    def _keep(self, actors:list) -> None: # a process takes seconds to begin
-        with suppress(Exception): # the cluster may be gone
-            for actor in actors: actor.rest.remote()
-            self.idle += actors
 
     def close(self) -> None:
         "Leave the cluster; one that was started for this executor ends"
