@@ -42,8 +42,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
         ranking your_own_sae writers paper_presets train_sae layer_saes train_transcoder circuit_graph
         whole_model second_writer build_features benchmarks families'''.split()}
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/smollm2-135m-mlp/README.md': 'data-mlp.md',
-         'data/paper/README.md': 'data-paper.md',
-         'CONTRIBUTING.md': 'contributing.md'}
+         'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
 BASE = cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/'
 ITEM = re.compile(r'(\s*)([-*]|\d+\.) ')  # of a list
@@ -265,7 +264,8 @@ def entries_of(names, titles, to):
 def navigation(files, titles, to):
     "Return the sidebar, as mkdocs takes it"
     chapters = [name for name in files if '/' not in name and name[0].isdigit()]
-    data = [{'Embedded model, SAE, labels': 'data-embedded.md'}, {"The paper's numbers": 'data-paper.md'}]
+    data = [{'Embedded model, SAE, labels': 'data-embedded.md'}, {'Its transcoder': 'data-mlp.md'},
+            {"The paper's numbers": 'data-paper.md'}]
     return [{'Home': 'index.md'},
             {'Chapters': entries_of(chapters, titles, to)},
             {'Parts': entries_of(in_order('parts', files), titles, to)},
