@@ -140,9 +140,9 @@ class _Seat: # of a worker
 
     def is_busy(self) -> bool: return bool(self.tasks) or self.loading is not None
 
-    def let_go(self, ray) -> None: # a process that is at work is ended
-        if self.is_busy(): ray.kill(self.actor)
-        else: self.actor.rest.remote()
+    def rest(self, idle:list) -> None: # its process is for another worker
+        self.actor.rest.remote()
+        idle.append(self.actor)
 
     def references(self) -> list: # of what will come from it
         return [*self.tasks] if self.loading is None else [self.loading]
@@ -210,10 +210,11 @@ class _Crew:
             following = following or self._following(tasks)
         _check_all_done(self.set_aside)
 
-    def dismiss(self) -> list: # actors that have nothing more to do; the others are killed
+    def dismiss(self, idle:list|None) -> None: # idle: gets actors that may be used again; None: all are killed
         for seat in self.seats:
-            with suppress(Exception): seat.let_go(self.ray) # the cluster may be gone
-        return [seat.actor for seat in self.seats if not seat.is_busy()]
+            with suppress(Exception): # the cluster may be gone
+                if idle is None or seat.is_busy(): self.ray.kill(seat.actor)
+                else: seat.rest(idle)
 
     def _following(self, tasks:Iterator[_Task]) -> _Task|None:
         return self.again.popleft() if self.again else next(tasks, None)
@@ -297,7 +298,7 @@ class RayExecutor:
         self.workers = workers
         self.gpus_per_worker = gpus_per_worker
         self.is_connected = False # by this executor
-        self.idle: list = [] # actors of a finished `map`, for the next one: a process takes seconds to begin
+        self.idle: list|None = None # within `with`: actors of a finished `map`, for the next one
 
     def map(
         self,
@@ -315,7 +316,7 @@ class RayExecutor:
         try:
             yield from crew.run(chain(first, batches))
         finally:
-            self.idle += crew.dismiss()
+            crew.dismiss(self.idle)
 
     def _resources(self) -> dict: # of a worker; raises `ValueError` where this machine alone has too few
         if not self.ray.is_initialized():
@@ -330,15 +331,16 @@ class RayExecutor:
 
     def close(self) -> None:
         "Leave the cluster; one that was started for this executor ends"
-        self.idle.clear() # an actor ends with its last handle
+        while self.idle: self.ray.kill(self.idle.pop())
+        self.idle = None
         if self.is_connected: self.ray.shutdown()
         self.is_connected = False
 
-    def __enter__(self): return self
+    def __enter__(self):
+        self.idle = []
+        return self
 
     def __exit__(self, *error): self.close()
-
-    def __repr__(self): return f'{type(self).__name__}(workers={self.workers})'
 
 # %% ../nbs/parts/executor.ipynb #9d37cbd7
 Executor = PlainExecutor|RayExecutor

@@ -72,8 +72,8 @@ _MADE_WITH = (
               'n_pref new_features_in_round_2 n_candidates candidate_lookups candidate_temperature candidate_top_p '
               'explanation_tokens batch_size device'),
     _MadeWith('texts', "kind = 'preference'",
-              'writer text_form n_texts text_tokens text_temperature text_top_p dtype batch_size device'),
-    _MadeWith('texts', 'score IS NOT NULL', 'dtype batch_tokens device'),
+              'writer text_form n_texts text_tokens text_temperature text_top_p dtype int8_target batch_size device'),
+    _MadeWith('texts', 'score IS NOT NULL', 'dtype int8_target batch_tokens device'),
     _MadeWith('pairs', 'dropped IS NULL', 'reward threshold spread margin negative rules'),
     _MadeWith('progress', "stage GLOB 'dpo[0-9]*' AND finished IS NOT NULL",
               'dpo_epochs dpo_batch dpo_accumulation dpo_loss dpo_sft_weight dpo_keep max_length'),
@@ -85,9 +85,9 @@ _MADE_WITH = (
     _MadeWith('explanations', "stage IN ('autointerp', 'contrastive')", 'evaluation_writer text_form'),
     _MadeWith('texts', "kind = 'generative'",
               'evaluation_writer text_form n_generative text_tokens text_temperature text_top_p dtype batch_size '
-              'device'),
+              'int8_target device'),
     _MadeWith('texts', "kind IN ('activating', 'neutral')", 'n_activating n_neutral'),
-    _MadeWith('steering', '1', 'n_controls steering_prompts steering_kl steering_reference dtype device'),
+    _MadeWith('steering', '1', 'n_controls steering_prompts steering_kl steering_reference dtype int8_target device'),
     _MadeWith('steered_texts', '1', 'steering_tokens steering_temperature batch_size'),
     _MadeWith('judgements', '1', 'n_output evaluation_writer'),
     _MadeWith('metrics', '1', 'success rules'),

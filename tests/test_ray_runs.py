@@ -21,7 +21,7 @@ def preset_file(tmp_path, monkeypatch, ray_cluster):
 
 def finished(folder, preset, executor):
     "Tables of the store of a run"
-    with Run(folder, preset, progress=False, executor=executor) as run:
+    with executor, Run(folder, preset, progress=False, executor=executor) as run:
         execute(run, say=lambda line: None)
         return tables(run.store)
 
@@ -74,7 +74,7 @@ def test_the_features_of_a_corpus_are_those_of_one_process(tmp_path, preset_file
     preset = load_preset(preset_file, batch_size=1, batch_tokens=60)
     here, there = tmp_path/'here'/'features.parquet', tmp_path/'there'/'features.parquet'
     build_features(preset, progress=False, out=here)
-    build_features(preset, progress=False, out=there, executor=RayExecutor(2))
+    with RayExecutor(2) as executor: build_features(preset, progress=False, out=there, executor=executor)
     assert len(pd.read_parquet(here)) == 20
     assert there.read_bytes() == here.read_bytes()
     assert there.with_suffix('.json').read_bytes() == here.with_suffix('.json').read_bytes()
