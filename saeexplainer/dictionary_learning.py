@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/parts/dictionary_learning.ipynb #b2b78cc1
-from .files import read_json
+from .files import is_count, read_json
 
 # %% ../nbs/parts/dictionary_learning.ipynb #bb787561
 PICKLE = 'ae.pt'
@@ -33,8 +33,6 @@ def is_of_dictionary_learning(
     "Return whether a folder has the files of dictionary_learning"
     return (folder/PICKLE).exists() and (folder/'config.json').exists()
 
-def _is_count(value) -> bool: return type(value) is int and value > 0
-
 def _trainer(file) -> dict: # raises `ValueError`
     trainer = read_json(file).get('trainer')
     if not isinstance(trainer, dict): raise ValueError(f"{file}: it has no 'trainer', which says what was trained")
@@ -43,7 +41,7 @@ def _trainer(file) -> dict: # raises `ValueError`
     sizes = ['activation_dim', 'dict_size', *(['k'] if kind == 'AutoEncoderTopK' else [])]
     for name in sizes:
         value = trainer.get(name)
-        if not _is_count(value): raise ValueError(f'{file}: {name} is {value!r}, not a number above 0')
+        if not is_count(value): raise ValueError(f'{file}: {name} is {value!r}, not a number above 0')
     return trainer
 
 def _hook(trainer) -> str|None: # where it reads, as far as it says so

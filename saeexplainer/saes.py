@@ -20,7 +20,7 @@ import torch
 
 # %% ../nbs/parts/saes.ipynb #0156f113
 from .dictionary_learning import is_of_dictionary_learning, load_dictionary_learning
-from .files import check_tensors, read_json
+from .files import check_tensors, is_count, read_json
 from .lm.heads import load_written_by_heads
 from .lm.models import weights_sha256
 from .lm.places import Place, is_of_heads, parse_hook
@@ -245,8 +245,6 @@ def _is_truth(value) -> bool: return isinstance(value, bool)
 
 def _is_object(value) -> bool: return isinstance(value, dict)
 
-def _is_count(value) -> bool: return type(value) is int and value > 0
-
 def _is_number(value) -> bool: # that fp32 can hold
     if type(value) not in (int, float): return False
     return abs(value) <= torch.finfo(torch.float32).max
@@ -259,7 +257,7 @@ def _check_k(file, cfg, kind): # of a TopK SAE
     outer = cfg.get('k')
     k = inner if outer is None else outer
     n = cfg['d_sae']
-    if not _is_count(k):
+    if not is_count(k):
         raise ValueError(f'{file}: k is {k!r}, and a {kind} SAE needs one')
     if inner not in (None, k):
         raise ValueError(f'{file}: k is {k}, and in its activation_fn_kwargs {inner!r}: only one of them can be right')
@@ -275,14 +273,14 @@ def _check_fields(file, cfg): # those that any kind of SAE may have
     is_transcoder = cfg.get('architecture') in TRANSCODERS
     for name in ('d_in', 'd_sae', *(['d_out'] if is_transcoder else [])):
         size = cfg.get(name)
-        if not _is_count(size):
+        if not is_count(size):
             raise ValueError(f'{file}: {name} is {size!r}, not a number of dimensions')
     for name in ('metadata', 'activation_fn_kwargs'):
         _check_field(file, cfg, name, _is_object, 'not an object')
     for name in ('apply_b_dec_to_input', 'rescale_acts_by_decoder_norm', 'stop_on_duplicate_support'):
         _check_field(file, cfg, name, _is_truth, 'neither true nor false')
     _check_field(file, cfg, 'residual_threshold', _is_size, 'not a number from 0')
-    _check_field(file, cfg, 'max_iterations', _is_count, 'not a number of features above 0')
+    _check_field(file, cfg, 'max_iterations', is_count, 'not a number of features above 0')
     _check_metadata(file, cfg)
     _check_metadata(file, cfg.get('metadata') or {})
 

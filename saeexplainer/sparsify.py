@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/parts/sparsify.ipynb #62f86f6b
-from .files import check_tensors, read_json
+from .files import check_tensors, is_count, read_json
 
 # %% ../nbs/parts/sparsify.ipynb #89302195
 SPARSIFY_WEIGHTS = 'sae.safetensors'
@@ -26,14 +26,12 @@ def is_of_sparsify(
     of_sae_lens = {'hook_name', 'hook_point', 'architecture'}
     return 'expansion_factor' in cfg and not of_sae_lens & cfg.keys()
 
-def _is_count(value) -> bool: return type(value) is int and value > 0
-
 def _sizes(file, cfg) -> tuple[int, int, int]: # d_in, features, k; raises `ValueError`
     d_in, k = cfg.get('d_in'), cfg.get('k')
     for name, value in (('d_in', d_in), ('k', k)):
-        if not _is_count(value): raise ValueError(f'{file}: {name} is {value!r}, not a number above 0')
+        if not is_count(value): raise ValueError(f'{file}: {name} is {value!r}, not a number above 0')
     features = cfg.get('num_latents') or d_in*cfg.get('expansion_factor', 0)
-    if not _is_count(features): raise ValueError(f'{file}: num_latents and expansion_factor give no number of features')
+    if not is_count(features): raise ValueError(f'{file}: num_latents and expansion_factor give no number of features')
     if k > features: raise ValueError(f'{file}: k is {k}, more than its {features} features')
     return d_in, features, k
 
