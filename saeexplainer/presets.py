@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'HINTED_TEMPLATE', 'HINTED_WORDS', 'AS_PAPER', 'REQUIRED', 'LOOKUPS',
-           'CANDIDATE_LOOKUPS', 'OWN_REWARDS', 'SHARE_REWARDS', 'SELFIE', 'BASELINES', 'GRPO_REWARDS', 'KIND_WORDS',
-           'RULES', 'STAGE_NAMES', 'TRAINED', 'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED',
-           'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts', 'Steering',
-           'Preset', 'short_repr', 'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule', 'Range',
-           'check_preset', 'presets', 'is_local', 'data_dir', 'bench_folder', 'no_data', 'home_page', 'plain_yaml',
-           'load_preset', 'diff', 'ModelSize', 'sizes_of', 'model_size', 'sae_size', 'on_cpu', 'training_memory',
-           'sampling_memory', 'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of', 'validation_size',
-           'asked_writers', 'explainer_stages', 'evaluated_stages']
+           'CANDIDATE_LOOKUPS', 'OWN_REWARDS', 'SHARE_REWARDS', 'SELFIE', 'BASELINES', 'GRPO_REWARDS', 'STARTS',
+           'KIND_WORDS', 'RULES', 'STAGE_NAMES', 'TRAINED', 'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH',
+           'MEASURED', 'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts',
+           'Steering', 'Preset', 'short_repr', 'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule',
+           'Range', 'check_preset', 'presets', 'is_local', 'data_dir', 'bench_folder', 'no_data', 'home_page',
+           'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of', 'model_size', 'sae_size', 'on_cpu',
+           'training_memory', 'sampling_memory', 'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of',
+           'validation_size', 'asked_writers', 'explainer_stages', 'evaluated_stages']
 
 # %% ../nbs/parts/presets.ipynb #d051ce90
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -112,6 +112,7 @@ SHARE_REWARDS = (*OWN_REWARDS, 'both') # in shares of the strongest activation, 
 SELFIE = 'SelfIE prompt'
 BASELINES = ('autointerp', 'untrained', 'best', *LOOKUPS, 'contrastive', SELFIE)
 GRPO_REWARDS = ('texts', 'self', 'words')
+STARTS = ('ridge', 'orthogonal', 'random') # of a bridge
 
 # %% ../nbs/parts/presets.ipynb #c1df3a74
 def _plain(value): # as YAML has it
@@ -126,7 +127,8 @@ class Preset:
     size: str = _field('full', "'full', or 'demo' where the preset has one")
     # models and features
     target: str = _field(REQUIRED, 'target model, whose features are explained: embedded name, hub id or folder')
-    explainer: str = _field(REQUIRED, 'model that the explainer starts from; same hidden size as the target')
+    explainer: str = _field(REQUIRED,
+        'model that the explainer starts from; of the same hidden size as the target, or with a bridge')
     sae: str = _field(REQUIRED,
         "SAE: a folder (relative to data/), 'release:sae_id' of sae-lens, or 'user/repo:folder' of "
         'the hub')
@@ -183,6 +185,13 @@ class Preset:
     injection_layer: int = _field(1,
         'the direction is added to the output of this decoder layer (Eq. 6; 1 is the second layer)')
     injection_coefficient: float = _field(1., 'times the norm of the residual stream at the placeholder (Eq. 6 has 1)')
+    bridge: str|None = _field(None,
+        "map from the target's width into the explainer's, where they differ; it is learned in SFT and begins as "
+        "'ridge', a regression between the hidden states of both; 'orthogonal'; 'random'; or a file of another "
+        'explainer, bridge.safetensors; None: directions are injected as they are')
+    lora_from: str|None = _field(None,
+        'explainer whose LoRA is kept as it is, a folder or hub id: SFT then learns the bridge alone; None: SFT '
+        'learns both')
     # SFT
     lora_r: int = _field(32, 'LoRA rank, on all linear layers')
     lora_alpha: int = _field(64, 'LoRA alpha')
@@ -545,6 +554,10 @@ RULES += (
     Rule(lambda p: p.max_length > p.explanation_tokens,
          'max_length ({p.max_length}) must be more than explanation_tokens ({p.explanation_tokens}): '
          'a training row holds the prompt and an explanation'),
+    Rule(lambda p: p.bridge in (None, *STARTS) or p.bridge.endswith('.safetensors'),
+         f"bridge must be one of {', '.join(STARTS)}, or a file .safetensors, not {{p.bridge}}"),
+    Rule(lambda p: p.bridge or not p.lora_from,
+         'lora_from keeps a LoRA and learns the bridge alone: set bridge too'),
     Rule(lambda p: p.steering_kl, 'steering_kl must hold at least one target'),
     Rule(lambda p: p.steering_prompts and all(map(str.strip, p.steering_prompts)),
          'steering_prompts must hold at least one prompt, and no empty one: {p.steering_prompts}'))
@@ -577,7 +590,8 @@ RANGES = (
 
 # %% ../nbs/parts/presets.ipynb #62d79df1
 HINTS = {f.name: f.type for f in dataclasses.fields(Preset)} # field -> annotation
-PATHS = ('target', 'explainer', 'sae', 'features', 'corpus', 'ao_adapter', 'writer', 'evaluation_writer') # may be paths
+PATHS = ('target', 'explainer', 'sae', 'features', 'corpus', 'ao_adapter', 'writer', 'evaluation_writer',
+         'bridge', 'lora_from') # may be paths
 
 class _Shown: # a preset whose fields print as errors show them
     def __init__(self, preset): self._preset = preset

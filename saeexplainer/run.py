@@ -30,7 +30,7 @@ from .files import file_sha256, hold, read_json, whole
 from .grpo import NamedWordsReward, OwnWordsReward, TextReward, train_grpo
 from .labels import autointerp, silent_contexts
 from .lm.hooks import context_length
-from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
+from .lm.models import WHEEL_MODELS, free_memory, load_tokenizer, model_device, wheel_model_dir
 from .hints import WORDS, TokenDictionary, check_dictionary, place_of, words_near
 from .lookups import IN_DICTIONARY, dictionary_file, known_phrase, look_up
 from .metrics import Evaluation, evaluate
@@ -65,7 +65,8 @@ class _MadeWith(NamedTuple):
 
 _MADE_WITH = (
     _MadeWith('progress', "stage = 'sft' AND finished IS NOT NULL",
-              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient n_sft '
+              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient bridge '
+              'lora_from n_sft '
               'sft_labels max_length lora_r lora_alpha lora_dropout '
               'sft_lr sft_epochs sft_batch sft_accumulation sft_warmup sft_weight_decay'),
     _MadeWith('explanations', "stage GLOB 'round[0-9]*'",
@@ -237,7 +238,7 @@ def _check_turns(tokenizer, name, field) -> None: # raises `ValueError`
 
 def _model_source(name:str, field:str): # a folder, or a hub id; raises `ValueError` or `FileNotFoundError`
     if not name: raise ValueError(f"{field}: 'local:' names no model")
-    source = embedded_model_dir() if name == EMBEDDED else Path(name).expanduser()
+    source = wheel_model_dir(name) if name in WHEEL_MODELS else Path(name).expanduser()
     is_path = name.startswith(('.', '/', '~')) or name.count('/') > 1
     if source.is_dir():
         if any(source.glob('*.safetensors')): return source
@@ -246,7 +247,7 @@ def _model_source(name:str, field:str): # a folder, or a hub id; raises `ValueEr
     return name
 
 def check_model(
-    name:str, # `EMBEDDED`, a hub id or a folder
+    name:str, # of `WHEEL_MODELS`, a hub id or a folder
     field:str, # of the preset that names it, for the error
     writes:bool=False, # whether it is asked in turns of a chat
 ) -> Any: # its configuration

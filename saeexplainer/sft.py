@@ -14,14 +14,16 @@ from typing import Any
 import pandas as pd
 
 # %% ../nbs/01_sft.ipynb #575f6f00
-from .explainer import Explainer, ExplainerCard, hints_file
+from .bridge import begin_bridge, bridge_of
+from .explainer import Explainer, ExplainerCard, adapter_sha256, hints_file, kept_lora
+from .files import file_sha256
 from .hints import WORDS, HINTS, TokenDictionary, feature_hints, place_of, with_hints
 from .injection import FeatureCollator, prompt_messages, without_placeholder
 from .lm.chat import answer_ends, answer_ids
 from .lm.hooks import routers
 from .lm.models import load_model
 from .lm.sampling import check_vocabulary
-from .presets import Lora
+from .presets import STARTS, Lora
 from saeexplainer.training import (
     claim, copy_finished, finish_training, is_finished, last_checkpoint, one_gpu, quiet,
     read_training, rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
@@ -121,8 +123,9 @@ def lora_config(lora:Lora, # size of the adapter
                ) -> Any: # peft.LoraConfig
     "Return the settings of an adapter on all linear layers"
     from peft import LoraConfig
+    left_out = [*routers(model), *(['bridge'] if bridge_of(model) else [])]
     return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type='CAUSAL_LM',
-                      target_modules='all-linear', exclude_modules=routers(model) or None)
+                      target_modules='all-linear', exclude_modules=left_out or None)
 
 # %% ../nbs/01_sft.ipynb #1223e79d
 def sft_config(preset, # `Preset`
@@ -155,12 +158,14 @@ def sft_trainer(preset, # `Preset`
     inner = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     with quiet():
         trainer = SFTTrainer(
-            model, args, processing_class=tokenizer, peft_config=lora_config(preset.lora, model),
+            model, args, processing_class=tokenizer,
+            peft_config=None if preset.lora_from else lora_config(preset.lora, model),
             train_dataset=token_rows(rows, explainer, args.max_length),
             eval_dataset=token_rows(eval_rows, explainer, args.max_length) if eval_rows else None,
             data_collator=FeatureCollator(inner, reader, explainer.placeholder_id),
             callbacks=training_callbacks(f'sft_lr {preset.sft_lr:g}', 'sft', progress))
     trainer.remove_callback(PrinterCallback)
+    if explainer.bridge is not None: explainer.bridge.requires_grad_(True) # PEFT has frozen all but its own
     return trainer
 
 # %% ../nbs/01_sft.ipynb #cbb8825f
@@ -194,12 +199,24 @@ def _log_rows(history) -> list[dict]: # of a trainer's state, without its summar
 _SETTINGS = ('explainer', 'lora_r', 'lora_alpha', 'lora_dropout', 'sft_lr', 'sft_epochs', 'sft_batch',
              'sft_accumulation', 'sft_warmup', 'sft_weight_decay', 'max_length', 'seed')
 
+def _begun_with(preset) -> dict: # JSON: hashes of what is not in the card
+    found = {}
+    if preset.lora_from: found['lora_from'] = adapter_sha256(preset.lora_from)
+    if preset.bridge and preset.bridge not in STARTS: found['bridge_file'] = file_sha256(preset.bridge)
+    return found
+
 def _settings(preset, card, rows, eval_rows) -> dict: # JSON
-    own = {name: getattr(preset, name) for name in _SETTINGS}
+    own = {name: getattr(preset, name) for name in _SETTINGS} | _begun_with(preset)
     data = dict(features=len(rows), rows=rows_sha256(rows), eval_rows=rows_sha256(eval_rows) if eval_rows else None)
     return {**own, **card.settings(), **data}
 
 # %% ../nbs/01_sft.ipynb #0ea84feb
+def _begun(preset, reader, card, dictionary) -> Explainer: # before its training
+    bridge = begin_bridge(preset, reader)
+    model, tokenizer = load_model(preset.explainer, device=preset.device)
+    if preset.lora_from: model = kept_lora(model, preset.lora_from, card)
+    return Explainer(model, tokenizer, card, dictionary=dictionary, bridge=bridge)
+
 def train_sft( # noqa: PLR0913
               preset, # `Preset`
               features, # `Feature`s with labels
@@ -230,8 +247,7 @@ def train_sft( # noqa: PLR0913
     if is_finished(out, settings): return SFTResult.load(out)
     checkpoints = out/'checkpoints'
     claim(checkpoints, settings)
-    model, tokenizer = load_model(preset.explainer, device=preset.device)
-    explainer = Explainer(model, tokenizer, card, dictionary=tokens)
+    explainer = _begun(preset, reader, card, tokens)
     trainer = sft_trainer(preset, rows, reader, explainer, checkpoints, eval_rows, progress)
     train_to_the_end(trainer, last_checkpoint(checkpoints))
     log = _log_rows(trainer.state.log_history)
