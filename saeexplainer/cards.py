@@ -161,6 +161,8 @@ def _model_facts(card) -> dict[str, Any]: # of an `ExplainerCard`
         'layer of the target that the SAE reads': card.sae_layer,
         'direction of a feature': f'of its {card.direction}',
         'width of a direction': card.d_model,
+        'bridge into its own width began as': card.bridge and public_name(card.bridge),
+        'SHA-256 of the bridge': card.bridge_sha256,
         'layer after which the direction is added': card.layer,
         'coefficient': card.coefficient,
         'template': card.template,
