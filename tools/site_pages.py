@@ -27,7 +27,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
     'parts': '''
         files show presets catalogue plan features sparsify dictionary_learning saes
         lm/models lm/places lm/hooks lm/heads lm/chat lm/sampling
-        target steering hints explainer training grpo store replies
+        target steering hints bridge explainer training joint grpo store replies
         writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
         writers/budget writers/traffic writers/parsing
         sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training
@@ -35,7 +35,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
         evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
         evaluation/readings reading_sheets calibration
-        executor run results report plots studies dictionaries selection verdicts measuring benchmark
+        executor run results report plots studies bridge_study dictionaries selection verdicts measuring benchmark
         export cards graphs
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''
