@@ -1232,7 +1232,8 @@ _NAME = 'store and tables go to runs/NAME; default: the name of the file'
 
 @app.command('evaluate', cls=_Command, epilog=_examples(
     'saeexplainer evaluate mine.csv',
-    'saeexplainer evaluate batch-0.jsonl.gz --preset gemma-2-9b-l20 --json'))
+    'saeexplainer evaluate batch-0.jsonl.gz --preset gemma-2-9b-l20 --json',
+    'saeexplainer evaluate mine.csv --ray --workers 8'))
 def evaluate_command( # noqa: PLR0913
     file: Annotated[Path, typer.Argument(help=_TO_MEASURE)],
     preset: PresetOption = None,
@@ -1242,6 +1243,9 @@ def evaluate_command( # noqa: PLR0913
     writer: WriterKind = None,
     base_url: BaseURL = None,
     model: Model = None,
+    on_ray: OnRay = False,
+    workers: Workers = None,
+    gpus: GPUs = None,
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
@@ -1257,7 +1261,8 @@ def evaluate_command( # noqa: PLR0913
     check_keys(chosen, 'evaluation_writer')
     if (folder/'store.sqlite').exists(): check_training(folder)
     check_size(folder, chosen)
-    with Run(folder, chosen) as run: table = measure(run, stage, rows, file)
+    with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:
+        table = measure(run, stage, rows, file)
     if as_json: return print(table.reset_index().to_json(orient='records'))
     show_summary(table, chance_of(chosen))
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
@@ -1307,28 +1312,35 @@ def ranked_with(
 @app.command('benchmark', cls=_Command, epilog=_examples(
     'saeexplainer benchmark',
     'saeexplainer benchmark mine.csv',
-    'saeexplainer benchmark mine.csv theirs.parquet --json'))
-def benchmark_command(
+    'saeexplainer benchmark mine.csv theirs.parquet --json',
+    'saeexplainer benchmark mine.csv --ray --workers 8'))
+def benchmark_command( # noqa: PLR0913
     files: Annotated[Optional[list[Path]], typer.Argument(help=_TO_RANK)] = None,
     bench: Annotated[str, typer.Option(help=_BENCH)] = 'bench-1',
     name: Annotated[Optional[str], typer.Option(help=_NAME)] = None,
     built_in: Annotated[bool, typer.Option('--built-in', help=_BUILT_IN)] = False,
     root: Root = Path('runs'),
+    on_ray: OnRay = False,
+    workers: Workers = None,
+    gpus: GPUs = None,
     as_json: JSON = False,
 ) -> None:
     "Rank explanations from whatever method among those that are built in"
     from saeexplainer.benchmark import Bench, benchmark, measure_built_in, ranking, ranking_table
     from saeexplainer.features import load_features
     if files and built_in: raise ValueError('--built-in measures the methods that are built in: give no files with it')
+    if on_ray and not (files or built_in): raise ValueError('--ray measures: give a file, or --built-in')
     chosen = Bench.load(bench)
     values = None
     methods: dict[str, dict[int, str]] = {}
-    if built_in: measure_built_in(chosen, root/check_name(name or bench))
     if files:
         features = load_features(chosen.resolved())
         methods = {stage_of(file): texts_of(file, features) for file in files}
         if len(methods) < len(files): raise ValueError('two files have the same name: a method is called like its file')
-        values = benchmark(chosen, methods, root/check_name(name or f'{bench}-{next(iter(methods))}'))
+    with executor_for(on_ray, workers, gpus) as those:
+        folder = root/check_name(name or '-'.join([bench, *list(methods)[:1]]))
+        if built_in: measure_built_in(chosen, folder, executor=those)
+        if files: values = benchmark(chosen, methods, folder, executor=those)
     compared = ranked_with(chosen, values)
     if as_json: return print(ranking(compared).reset_index().to_json(orient='records'))
     show_ranking(ranking_table(compared), methods)

@@ -2,13 +2,17 @@
 import pandas as pd
 import pytest
 from judged import judged_preset
+from tiny_lab import copy_of
 from saeexplainer.executor import PlainExecutor, RayExecutor
 from saeexplainer.presets import load_preset
 from saeexplainer.run import Run, execute
 from saeexplainer.sources.reading import build_features
+from saeexplainer.store import KEYS
 
+TABLES = ('explanations', 'texts', 'pairs', 'steering', 'steered_texts', 'judgements', 'metrics')
 REWARDS = {'texts': dict(reward='max'), 'own words': dict(reward='self')}
-SIZES = dict(n_candidates=4, n_texts=2, n_pref=3, baselines=['best'])
+SIZES = dict(n_candidates=4, n_texts=2, n_pref=3, baselines=['best', 'autointerp', 'untrained'],
+             n_output=2, steering_kl=[.01], steering_tokens=4)
 
 
 @pytest.fixture
@@ -27,25 +31,29 @@ def finished(folder, preset, executor):
 
 
 def tables(store):
-    found = dict(explanations=store.explanations(), texts=store.texts(), pairs=store.pairs())
-    return {name: table.sort_values(list(table.columns[:5])).reset_index(drop=True) for name, table in found.items()}
+    found = {name: getattr(store, name)() for name in TABLES}
+    return {name: table.sort_values(KEYS[name]).reset_index(drop=True) for name, table in found.items()}
 
 
 def assert_same(one, other):
     for name, table in one.items(): pd.testing.assert_frame_equal(other[name], table, check_exact=True)
 
 
-def stopping(kind, batches, *args):
-    "An executor of a kind, after some batches of which the driver ends"
+def stopping(kind, batches, *args, at=''):
+    "An executor of a kind, after some batches of which the driver ends; at: the end of a worker's name"
     class Stopping(kind):
         left = batches
 
         def map(self, make_worker, batches):
+            counts = name_of(make_worker).endswith(at)
             for found in super().map(make_worker, batches):
-                if not self.left: raise KeyboardInterrupt
-                self.left -= 1
+                if counts and not self.left: raise KeyboardInterrupt
+                self.left -= counts
                 yield found
     return Stopping(*args)
+
+
+def name_of(make_worker): return f'{make_worker.func.__module__}.{make_worker.func.__name__}'
 
 
 @pytest.mark.parametrize('reward', REWARDS)
@@ -54,6 +62,7 @@ def test_the_store_is_that_of_one_process(tmp_path, preset_file, reward):
     here = finished(tmp_path/'here', preset, PlainExecutor())
     there = finished(tmp_path/'there', preset, RayExecutor(2))
     assert len(here['texts']) > 20 and here['texts']['score'].notna().any()
+    assert all(len(here[name]) for name in TABLES)
     assert_same(here, there)
 
 
@@ -67,6 +76,35 @@ def test_begun_in_one_process_and_ended_on_a_cluster(tmp_path, preset_file, batc
     for name, first, then in (('a', here, RayExecutor(2)), ('b', there, PlainExecutor())):
         with pytest.raises(KeyboardInterrupt): finished(tmp_path/name, preset, first)
         assert_same(whole, finished(tmp_path/name, preset, then))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, ray_cluster):
+    "Folder of a run that was interrupted as its evaluation began, and its preset"
+    folder = tmp_path_factory.mktemp('trained')
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ('DATA', 'CACHE'): patch.setenv(f'SAEEXPLAINER_{name}', str(folder/name.lower()))
+        preset = load_preset(judged_preset(folder, **SIZES), batch_size=2)
+        stopped = stopping(PlainExecutor, 0, at='run._explaining_here')
+        with pytest.raises(KeyboardInterrupt): finished(folder/'run', preset, stopped)
+        yield folder/'run', preset
+
+
+@pytest.fixture(scope='module')
+def evaluated(trained, tmp_path_factory):
+    "Tables of the run, ended in one process"
+    folder, preset = trained
+    return finished(copy_of(folder, tmp_path_factory.mktemp('evaluated')/'run'), preset, PlainExecutor())
+
+
+@pytest.mark.parametrize('worker', ['run._explaining', 'steering._searching', 'judge._judging', None])
+def test_an_evaluation_begun_on_a_cluster_and_ended_in_one_process(tmp_path, trained, evaluated, worker):
+    "And the other way round"
+    folder = copy_of(trained[0], tmp_path/'run')
+    first, then = stopping(RayExecutor, 1, 2, at=worker or ''), PlainExecutor()
+    if worker is None: first, then = stopping(PlainExecutor, 1, at='steering._writing'), RayExecutor(2)
+    with pytest.raises(KeyboardInterrupt): finished(folder, trained[1], first)
+    assert_same(evaluated, finished(folder, trained[1], then))
 
 
 def test_the_features_of_a_corpus_are_those_of_one_process(tmp_path, preset_file):
