@@ -9,7 +9,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table',
            'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table',
            'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
-           'features_line', 'cost_lines', 'budget_line', 'cluster_line', 'plan_lines', 'show_plan', 'begun_before',
+           'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines', 'show_plan', 'begun_before',
            'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
            'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
            'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
@@ -563,14 +563,27 @@ def budget_line(
     return ', '.join(f'{most:g} {what}' for what, most in budget.items() if most) or 'none'
 
 # %% ../nbs/parts/cli.ipynb #40a54e1d
-def cluster_line(
-    plan:dict # of `plan`, with 'workers' and 'cluster_hours' where there are any
+def cluster_lines(
+    plan:dict # of `plan`, and with workers of `cluster_plan` too
 ) -> dict[str, str]: # name -> line
-    "Return what a run takes with workers on a cluster"
+    "Return what a run takes with workers on a cluster, as far as it is known"
+    from saeexplainer.doctor import gigabytes
     if 'workers' not in plan: return {}
     count = plan['workers']
-    shared = 'preferences are shared, training and metrics are not'
-    return {f'on {count} worker{"s"*(count > 1)}': f"{span(*plan['cluster_hours'])}: {shared}"}
+    lines = {}
+    if plan['cluster_hours']:
+        shared = 'preferences and metrics are shared, training is not'
+        lines[f'on {count} worker{"s"*(count > 1)}'] = f"{span(*plan['cluster_hours'])}: {shared}"
+    if plan['worker_gb']:
+        lines['their memory'] = f"{gigabytes(plan['worker_gb'])} each, {gigabytes(plan['workers_gb'])} in all"
+    if plan['workers_disk_gb']:
+        one, many = plan['workers_disk_gb']
+        lines['their disk'] = f'{gigabytes(one)} where they share it, {gigabytes(many)} where each has its own'
+    if plan['workers_rows']:
+        room = int(count*plan['driver_rows']/plan['workers_rows'])
+        lines['the driver'] = (f"takes {plan['driver_rows']:,} rows a second at most (measured), they bring "
+                               f"{plan['workers_rows']:,.0f}: it has room for {room:,} workers")
+    return lines
 
 # %% ../nbs/parts/cli.ipynb #1998146a
 def plan_lines(
@@ -593,7 +606,7 @@ def plan_lines(
         'memory': known['memory_gb'] + memory_of(preset),
         'disk': known['disk_gb'],
         **cost_lines(plan),
-        **cluster_line(plan),
+        **cluster_lines(plan),
         'budget': budget_line(preset),
     }
 
@@ -605,12 +618,11 @@ def show_plan(
 ) -> None:
     "Print what a run takes, and what it would begin with; nothing is fetched or loaded for it"
     from saeexplainer.features import features_file
-    from saeexplainer.plan import cluster_hours, plan
+    from saeexplainer.plan import cluster_plan, plan
     file = features_file(preset)
     begun = (folder/'store.sqlite').exists()
     planned = plan(preset) | dict(run=str(folder), begun=begun, features_file=str(file) if file.exists() else None)
-    if workers and planned['stages']:
-        planned |= dict(workers=workers, cluster_hours=cluster_hours(planned['stages'], workers))
+    if workers: planned |= cluster_plan(preset, planned, workers)
     if as_json:
         fields = ('size', 'target', 'sae', 'writer', 'evaluation_writer')
         about = dict(preset=preset.name) | {name: getattr(preset, name) for name in fields}
