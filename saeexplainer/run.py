@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 # %% ../nbs/parts/run.ipynb #6d6350ea
 from .dpo import train_dpo
-from .executor import Executor, PlainExecutor, Worker, put_rows, slices
+from .executor import ClusterGone, Executor, PlainExecutor, Worker, put_rows, slices
 from .explainer import load_explainer, model_sha256, oracle_note
 from saeexplainer.features import (
     NO_PATTERN, Feature, check_features_of, features_file, labels_of, load_features, split_features, unused,
@@ -961,7 +961,7 @@ def _oracle(run:Run, test:list[int], notes:list[str]) -> dict[int, str]:
     if note: notes.append(note)
     try:
         return _explained_by(run, 'ao', test)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ClusterGone):
         raise
     except (OSError, ValueError, RuntimeError) as error:
         notes.append(f'ao: not measured, {first_line(error)}')
