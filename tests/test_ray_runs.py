@@ -1,11 +1,16 @@
 "Whole runs on a real cluster of three nodes: the store of one process, whoever made its rows"
 import pandas as pd
 import pytest
-from judged import judged_preset
+from judged import WORDS, judged_preset
 from tiny_lab import copy_of
+from saeexplainer.benchmark import MEASURES, Bench, benchmark, contexts_sha256, keep_references, measure_built_in
+from saeexplainer.cli import main
 from saeexplainer.executor import PlainExecutor, RayExecutor
-from saeexplainer.presets import load_preset
+from saeexplainer.features import load_features
+from saeexplainer.measuring import EVALUATION_FILES
+from saeexplainer.presets import bench_folder, load_preset
 from saeexplainer.run import Run, execute
+from saeexplainer.saes import FeatureReader
 from saeexplainer.sources.reading import build_features
 from saeexplainer.store import KEYS
 
@@ -116,3 +121,61 @@ def test_the_features_of_a_corpus_are_those_of_one_process(tmp_path, preset_file
     assert len(pd.read_parquet(here)) == 20
     assert there.read_bytes() == here.read_bytes()
     assert there.with_suffix('.json').read_bytes() == here.with_suffix('.json').read_bytes()
+
+
+# ---- the commands that measure
+
+def files_of(folder): return {file: (folder/file).read_text() for file in EVALUATION_FILES}
+
+def test_the_tables_of_an_evaluation_are_those_of_one_process(tmp_path, preset_file, capsys):
+    explained = pd.DataFrame({'feature': range(6), 'explanation': [f"the word '{word}'" for word in WORDS[:6]]})
+    explained.to_csv(tmp_path/'mine.csv', index=False)
+    arguments = ['evaluate', str(tmp_path/'mine.csv'), '--preset', str(preset_file), '-s', 'batch_size=2']
+    main([*arguments, '--root', str(tmp_path/'here')])
+    main([*arguments, '--root', str(tmp_path/'there'), '--ray', '--workers', '2'])
+    here = files_of(tmp_path/'here'/'mine')
+    assert here == files_of(tmp_path/'there'/'mine')
+    assert len(here['texts.csv'].splitlines()) > 6*4
+    assert 'output' in here['explanations.csv']
+
+
+@pytest.fixture
+def bench(preset_file):
+    "Frozen features of the preset, and labels of a strong reader"
+    wanted = (2, 3, 5, 7)
+    preset = load_preset(preset_file)
+    features = {one.index: one for one in load_features(preset)}
+    folder = bench_folder('tiny-bench')
+    folder.mkdir(parents=True)
+    labels = pd.DataFrame({'index': wanted, 'text': [f"the word '{WORDS[index]}'" for index in wanted]})
+    labels.to_parquet(folder/'labels.parquet')
+    return Bench('tiny-bench', str(preset_file), wanted, dict(n_generative=2, batch_size=8),
+                 FeatureReader.load(preset).sha256, contexts_sha256(features[index] for index in wanted), 'by hand')
+
+
+def test_the_values_of_a_bench_are_those_of_one_process(tmp_path, bench):
+    "With references that were read before, and without"
+    mine = {'mine': {index: WORDS[index] for index in bench.features}}
+    whole = benchmark(bench, mine, tmp_path/'here', progress=False)
+    with RayExecutor(2) as executor:
+        there = benchmark(bench, mine, tmp_path/'there', progress=False, executor=executor)
+        with Run(tmp_path/'keeps', bench.resolved(), progress=False) as run: keep_references(run, bench)
+        known = benchmark(bench, mine, tmp_path/'known', progress=False, executor=executor)
+    for found in (there, known): pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    assert set(whole['metric']) == set(MEASURES)
+    assert whole.query("metric == 'detection'")['value'].notna().all()
+
+
+def test_built_in_methods_measured_by_workers(tmp_path, bench):
+    names = ['label', 'autointerp', 'untrained']
+    whole = measure_built_in(bench, tmp_path/'here', progress=False, names=names)
+    for file in ('metrics.parquet', 'explanations.parquet'): (bench_folder(bench.name)/file).unlink()
+    with RayExecutor(2) as executor:
+        found = measure_built_in(bench, tmp_path/'there', progress=False, names=names, executor=executor)
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    assert set(whole['stage']) == set(names)
+
+
+def test_a_bench_without_files_has_nothing_for_workers(capsys):
+    with pytest.raises(SystemExit): main(['benchmark', '--ray'])
+    assert capsys.readouterr().err == 'saeexplainer: --ray measures: give a file, or --built-in\n'
