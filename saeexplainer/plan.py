@@ -368,7 +368,8 @@ def cluster_hours(
     return in_all/2, in_all*2
 
 # %% ../nbs/parts/plan.ipynb #04485ef3
-DRIVER_ROWS = 250_000 # a second, into its store: measured
+DRIVER_ROWS = 250_000 # of candidates, a second, into its store: measured
+_TEXT = 6 # such rows, in the time of a text with its score: measured
 
 def worker_memory(
     preset, # `Preset`
@@ -390,17 +391,17 @@ def stored_rows(
     preset, # `Preset`
     lengths:dict[str, float]|None=None, # as `LENGTHS`; None: those of `lengths_of`
 ) -> dict[str, float]: # by stage, of those that workers share
-    "Return the rows that a run puts into its store: explanations, texts, scores, steering, verdicts"
+    "Return what a run puts into its store, in rows of candidates: explanations, texts, scores, steering, verdicts"
     means = _Lengths(**(lengths or lengths_of(preset)))
     def drawn(features, lookups): # candidates of features, and what they are rewarded by
         distinct = features*_distinct(preset, means, lookups)
-        by_text = 2*preset.n_texts if preset.reward not in OWN_REWARDS else means.explanation # a text and its score
+        by_text = _TEXT*preset.n_texts if preset.reward not in OWN_REWARDS else means.explanation
         return features*preset.n_candidates + distinct*by_text
     counts = preset.text_counts
     how = preset.steering
     explained = preset.n_test*evaluated(preset)
     clamps = preset.n_output*(1 + how.n_controls)*len(how.kl)
-    rows = explained*(1 + 2*(counts.generative + counts.activating + counts.neutral))
+    rows = explained*(1 + _TEXT*(counts.generative + counts.activating + counts.neutral))
     rows += clamps*(1 + len(how.prompts)) + preset.n_output*(evaluated(preset) + 1)
     if 'best' in preset.baselines: rows += drawn(preset.n_test, lookups=False)
     rounds = {f'prefs{n}': drawn(preset.n_pref, lookups=True) for n in range(1, preset.dpo_rounds + 1)}

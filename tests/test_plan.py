@@ -155,18 +155,18 @@ def test_a_writer_that_reads_contexts_is_asked_once_a_feature(name):
 
 # workers
 
-def test_rows_of_preferences_are_candidates_texts_and_scores():
+def test_rows_of_preferences_are_candidates_and_texts_with_scores():
     found = stored_rows(preset(), LENGTHS)
-    assert found['prefs1'] == 10*4 + 10*4*.5*2*2
+    assert found['prefs1'] == 10*4 + 10*4*.5*2*6
     assert stored_rows(preset(reward='self'), LENGTHS)['prefs1'] == 10*4 + 10*4*.5*4
 
 
 def test_rows_of_the_evaluation():
-    explained = 5*3*(1 + 2*5)
+    explained = 5*3*(1 + 6*5)
     clamps = 2*3*2
     assert stored_rows(preset(), LENGTHS)['evaluate'] == explained + clamps*(1 + 1) + 2*(3 + 1)
     more = stored_rows(preset(baselines=['best']), LENGTHS)['evaluate']
-    assert more > 5*4*(1 + .5*2*2) + explained # candidates of the test features
+    assert more > 5*4*(1 + .5*2*6) + explained # candidates of the test features
 
 
 def test_training_is_not_shared():
