@@ -17,11 +17,12 @@ import yaml
 # %% ../nbs/parts/cards.ipynb #f2bb289a
 from .evaluation.tables import stage_table
 from .files import read_json
-from .lm.models import EMBEDDED
+from .lm.models import EMBEDDED, GEMMA
 
 # %% ../nbs/parts/cards.ipynb #15bf340f
 LICENCES = { # what a model's name begins with -> the hub's word for its licence
     EMBEDDED: 'apache-2.0',
+    GEMMA: 'gemma',
     'HuggingFaceTB/SmolLM2': 'apache-2.0',
     'google/gemma-2': 'gemma',
     'google/gemma-3': 'gemma',
@@ -160,6 +161,8 @@ def _model_facts(card) -> dict[str, Any]: # of an `ExplainerCard`
         'layer of the target that the SAE reads': card.sae_layer,
         'direction of a feature': f'of its {card.direction}',
         'width of a direction': card.d_model,
+        'bridge into its own width began as': card.bridge and public_name(card.bridge),
+        'SHA-256 of the bridge': card.bridge_sha256,
         'layer after which the direction is added': card.layer,
         'coefficient': card.coefficient,
         'template': card.template,

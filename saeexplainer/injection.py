@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['placeholder_id', 'prompt_messages', 'explanation_prompt', 'without_placeholder', 'add_direction', 'Places',
-           'find_places', 'carried_places', 'check_ids', 'Injector', 'FeatureCollator']
+           'find_places', 'carried_places', 'check_ids', 'Bridge', 'Injector', 'FeatureCollator']
 
 # %% ../nbs/00_injection.ipynb #61a05e09
 import inspect, math
@@ -118,13 +118,16 @@ def find_places(
     if not len(rows): return None
     return Places(rows, positions, F.normalize(vectors.to(ids.device)[rows].float(), dim=-1))
 
-def _check_injector(model, placeholder_id:int, layer:int, coefficient:float) -> None: # raises `ValueError`
+def _check_injector(model, placeholder_id:int, layer:int, coefficient:float, bridge) -> None: # raises `ValueError`
     n_layers = len(decoder_layers(model))
     if not 0 <= layer < n_layers:
         raise ValueError(f'there is no layer {layer} to inject after: the model has layers 0 to {n_layers-1}')
     if not math.isfinite(coefficient):
         raise ValueError(f'the coefficient of the injection is {coefficient}: it must be a finite number')
     check_vocabulary(model, placeholder_id)
+    width = model.config.get_text_config().hidden_size
+    if bridge is not None and bridge.out_features != width:
+        raise ValueError(f'the bridge makes directions {bridge.out_features} wide, the model is {width} wide')
     if getattr(backbone(model), 'injector', None) is not None:
         raise ValueError('this model has an injector already: remove() it first')
 
@@ -173,6 +176,24 @@ def _counted_positions(body, kwargs) -> dict: # position_ids of rows padded on t
     if mask is None or mask.ndim != 2 or mask[:, 0].all(): return {}
     return dict(position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
 
+# %% ../nbs/00_injection.ipynb #32a2fb1b
+class Bridge(torch.nn.Linear):
+    "A map from the target's residual stream into the explainer's, without bias, in fp32"
+    def __init__(
+        self,
+        weight:torch.Tensor, # (explainer's width, target's width)
+    ) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device='meta') # drawn for nothing
+        self.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+
+    def forward(
+        self,
+        vectors:torch.Tensor, # (n, target's width)
+    ) -> torch.Tensor: # (n, explainer's width), fp32, on the device of the weight
+        "Map directions; mixed precision does not round them"
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return F.linear(vectors.to(self.weight.device).float(), self.weight.float())
+
 # %% ../nbs/00_injection.ipynb #c0997153
 class Injector:
     "Adds directions at the placeholder (Eq. 6): give `feature_vector=` to forward, or generate inside `using(vectors)`"
@@ -180,10 +201,12 @@ class Injector:
                  placeholder_id:int, # token that marks the position
                  layer:int=1, # after this decoder layer
                  coefficient:float=1., # times the norm that is there
+                 bridge:Bridge|None=None, # the model gets it as a module, `bridge`; None: directions are as wide as it
                 ) -> None:
-        _check_injector(model, placeholder_id, layer, coefficient)
+        _check_injector(model, placeholder_id, layer, coefficient, bridge)
         self.body: Any = backbone(model)
         self.body.injector = self # type: ignore[assignment]
+        self.body.bridge = bridge and bridge.to(model.device)
         self.placeholder_id = placeholder_id
         self.coefficient = coefficient
         self.first_id = model.get_input_embeddings().weight.shape[0] # stands for feature 0, after `carry`
@@ -196,6 +219,11 @@ class Injector:
                        self.body.register_forward_pre_hook(self._find, with_kwargs=True, prepend=True),
                        decoder_layers(model)[layer].register_forward_hook(self._add, prepend=True)]
 
+    def _bridged(self, vectors): # as wide as the model
+        return vectors if self.body.bridge is None else self.body.bridge(vectors)
+
+    def _carried(self, features): return self._bridged(self._directions(features))
+
     def _hand_over(self, model, args, kwargs): # before the whole model
         self._given = kwargs.pop('feature_vector', None)
         return args, kwargs
@@ -206,11 +234,11 @@ class Injector:
         self._given = self._places = None
         ids = kwargs.get('input_ids', args[0] if args else None)
         if vectors is None and self._directions:
-            self._places = carried_places(ids, self.first_id, self._directions)
+            self._places = carried_places(ids, self.first_id, self._carried)
             return _with_tokens(body, args, kwargs, self.first_id, self.placeholder_id)
         check_ids(ids, self.first_id, self.placeholder_id if vectors is None and body.training else None)
         if vectors is not None:
-            self._places = find_places(ids, self.placeholder_id, vectors, every=given is not None)
+            self._places = find_places(ids, self.placeholder_id, self._bridged(vectors), every=given is not None)
             if given is None and self._places: self._injected[self._places.rows.to('cpu')] = True
         return args, kwargs
 
@@ -238,7 +266,7 @@ class Injector:
     def remove(self) -> None:
         "Take the hooks off: the model is as it was before"
         for hook in self._hooks: hook.remove()
-        self.body.injector = None
+        self.body.injector = self.body.bridge = None
 
 # %% ../nbs/00_injection.ipynb #b000a6ef
 @dataclass

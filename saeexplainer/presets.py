@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'HINTED_TEMPLATE', 'HINTED_WORDS', 'AS_PAPER', 'REQUIRED', 'LOOKUPS',
-           'CANDIDATE_LOOKUPS', 'OWN_REWARDS', 'SHARE_REWARDS', 'SELFIE', 'BASELINES', 'GRPO_REWARDS', 'KIND_WORDS',
-           'RULES', 'STAGE_NAMES', 'TRAINED', 'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH', 'MEASURED',
-           'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts', 'Steering',
-           'Preset', 'short_repr', 'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule', 'Range',
-           'check_preset', 'presets', 'is_local', 'data_dir', 'bench_folder', 'no_data', 'home_page', 'plain_yaml',
-           'load_preset', 'diff', 'ModelSize', 'sizes_of', 'model_size', 'sae_size', 'on_cpu', 'training_memory',
-           'sampling_memory', 'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of', 'validation_size',
-           'asked_writers', 'explainer_stages', 'evaluated_stages']
+           'CANDIDATE_LOOKUPS', 'OWN_REWARDS', 'SHARE_REWARDS', 'SELFIE', 'BASELINES', 'GRPO_REWARDS', 'STARTS',
+           'KIND_WORDS', 'RULES', 'STAGE_NAMES', 'TRAINED', 'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH',
+           'MEASURED', 'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts',
+           'Steering', 'Preset', 'short_repr', 'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule',
+           'Range', 'check_preset', 'presets', 'is_local', 'data_dir', 'bench_folder', 'no_data', 'home_page',
+           'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of', 'model_size', 'sae_size', 'on_cpu',
+           'training_memory', 'sampling_memory', 'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of',
+           'validation_size', 'asked_writers', 'explainer_stages', 'evaluated_stages']
 
 # %% ../nbs/parts/presets.ipynb #d051ce90
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -112,6 +112,7 @@ SHARE_REWARDS = (*OWN_REWARDS, 'both') # in shares of the strongest activation, 
 SELFIE = 'SelfIE prompt'
 BASELINES = ('autointerp', 'untrained', 'best', *LOOKUPS, 'contrastive', SELFIE)
 GRPO_REWARDS = ('texts', 'self', 'words')
+STARTS = ('ridge', 'orthogonal', 'random', 'identity') # of a bridge
 
 # %% ../nbs/parts/presets.ipynb #c1df3a74
 def _plain(value): # as YAML has it
@@ -126,7 +127,8 @@ class Preset:
     size: str = _field('full', "'full', or 'demo' where the preset has one")
     # models and features
     target: str = _field(REQUIRED, 'target model, whose features are explained: embedded name, hub id or folder')
-    explainer: str = _field(REQUIRED, 'model that the explainer starts from; same hidden size as the target')
+    explainer: str = _field(REQUIRED,
+        'model that the explainer starts from; of the same hidden size as the target, or with a bridge')
     sae: str = _field(REQUIRED,
         "SAE: a folder (relative to data/), 'release:sae_id' of sae-lens, or 'user/repo:folder' of "
         'the hub')
@@ -173,7 +175,8 @@ class Preset:
         'name of a bench, such as bench-1, whose features no split takes; None: all may be taken')
     # injection, Eq. 5-6
     template: str = _field(TEMPLATE,
-        "the user turn of prompt E.1, with {placeholder} once (Eq. 5), and {hints} once where n_hints is above 0")
+        "the user turn of prompt E.1, with {placeholder} once (Eq. 5), and {hints} once where n_hints is above 0; "
+        'for {layer}, where it has that, the number of the layer stands')
     placeholder: str = _field(' ?', 'text of the single token at which the direction is added')
     chat_template: str|None = _field(None,
         "Jinja chat template for an explainer whose tokenizer has none; None: the tokenizer's own")
@@ -183,6 +186,18 @@ class Preset:
     injection_layer: int = _field(1,
         'the direction is added to the output of this decoder layer (Eq. 6; 1 is the second layer)')
     injection_coefficient: float = _field(1., 'times the norm of the residual stream at the placeholder (Eq. 6 has 1)')
+    bridge: str|None = _field(None,
+        "map from the target's width into the explainer's, where they differ; it is learned in SFT and begins as "
+        "'ridge', a regression between the hidden states of both; 'orthogonal'; 'random'; 'identity', between equal "
+        'widths; or a file of another explainer, bridge.safetensors; None: directions are injected as they are')
+    lora_from: str|None = _field(None,
+        'explainer whose LoRA is kept as it is, a folder or hub id: SFT then learns the bridge alone; None: SFT '
+        'learns both')
+    sft_from: str|None = _field(None,
+        'explainer of the same features that stands in the place of SFT, a folder or hub id; None: SFT trains one')
+    targets: tuple[str, ...] = _field((),
+        'other dictionaries that SFT teaches the explainer beside this one: presets or YAML files, of which SAE, '
+        'layer, features and labels are taken; each gets a bridge of its own')
     # SFT
     lora_r: int = _field(32, 'LoRA rank, on all linear layers')
     lora_alpha: int = _field(64, 'LoRA alpha')
@@ -498,8 +513,8 @@ RULES: tuple[Rule, ...] = (
          "dtype must be 'bfloat16', 'float16' or 'float32', not {p.dtype}"),
     Rule(lambda p: p.n_candidates >= 2, 'n_candidates must be 2 or more: a pair needs two explanations'),
     Rule(lambda p: p.n_output <= p.n_test, 'n_output ({p.n_output}) cannot be more than n_test ({p.n_test})'),
-    Rule(lambda p: p.dpo_rounds >= 1,
-         'dpo_rounds must be 1 or more: without a round there is nothing to compare SFT with'),
+    Rule(lambda p: p.dpo_rounds >= 1 or p.sft_from and p.dpo_rounds == 0,
+         'dpo_rounds must be 1 or more: without a round there is nothing to compare SFT with (0 beside sft_from)'),
     Rule(lambda p: all(0 < top_p <= 1 for top_p in (p.candidate_top_p, p.text_top_p)),
          'candidate_top_p and text_top_p must be more than 0 and at most 1'),
     Rule(lambda p: 1 <= p.n_controls <= 9,
@@ -545,6 +560,16 @@ RULES += (
     Rule(lambda p: p.max_length > p.explanation_tokens,
          'max_length ({p.max_length}) must be more than explanation_tokens ({p.explanation_tokens}): '
          'a training row holds the prompt and an explanation'),
+    Rule(lambda p: p.bridge in (None, *STARTS) or p.bridge.endswith('.safetensors'),
+         f"bridge must be one of {', '.join(STARTS)}, or a file .safetensors, not {{p.bridge}}"),
+    Rule(lambda p: p.bridge or not p.lora_from,
+         'lora_from keeps a LoRA and learns the bridge alone: set bridge too'),
+    Rule(lambda p: p.bridge or not p.targets, 'targets: each dictionary gets a bridge of its own: set bridge too'),
+    Rule(lambda p: not (p.targets and p.n_hints),
+         'targets: an explainer of several dictionaries sees directions alone: set n_hints to 0'),
+    Rule(lambda p: not (p.targets and (p.sft_from or p.lora_from)),
+         'targets are taught in SFT, for which sft_from and lora_from leave no room: set one of them'),
+    Rule(lambda p: not (p.sft_from and p.lora_from), 'sft_from stands in the place of SFT: leave lora_from out'),
     Rule(lambda p: p.steering_kl, 'steering_kl must hold at least one target'),
     Rule(lambda p: p.steering_prompts and all(map(str.strip, p.steering_prompts)),
          'steering_prompts must hold at least one prompt, and no empty one: {p.steering_prompts}'))
@@ -577,7 +602,8 @@ RANGES = (
 
 # %% ../nbs/parts/presets.ipynb #62d79df1
 HINTS = {f.name: f.type for f in dataclasses.fields(Preset)} # field -> annotation
-PATHS = ('target', 'explainer', 'sae', 'features', 'corpus', 'ao_adapter', 'writer', 'evaluation_writer') # may be paths
+PATHS = ('target', 'explainer', 'sae', 'features', 'corpus', 'ao_adapter', 'writer', 'evaluation_writer',
+         'bridge', 'lora_from', 'sft_from', 'targets') # may be paths
 
 class _Shown: # a preset whose fields print as errors show them
     def __init__(self, preset): self._preset = preset
@@ -686,11 +712,19 @@ _PRESETS['smollm2-135m-mlp'] = _PRESETS['smollm2-135m'] | dict(
     template=SHORT_TEMPLATE, n_hints=0, baseline_labels=(), baselines=(), corpus_tokens=1_000_000,
     n_sft=1000, n_pref=400, n_test=100, n_output=100)
 
+_PRESETS['smollm2-135m-by-gemma'] = _PRESETS['smollm2-135m'] | dict(
+    explainer='gemma-3-270m-q4', bridge='ridge', placeholder='<unused0>')
+_PRESETS['gemma-2-9b-l20-by-llama3.1-8b'] = _PRESETS['gemma-2-9b-l20'] | dict(
+    explainer='meta-llama/Llama-3.1-8B-Instruct', bridge='ridge', ao_adapter=None)
+_PRESETS['llama3.1-8b-l15-by-gemma-2-9b'] = _PRESETS['llama3.1-8b-l15'] | dict(
+    explainer='google/gemma-2-9b-it', bridge='ridge', ao_adapter=None)
+
 _DEMO = dict(
     baseline_labels=(), baselines=(), n_sft=240, n_pref=24, n_test=16, n_output=6, n_candidates=4, n_texts=3,
     n_generative=4, n_activating=2, n_neutral=2, steering_kl=(.5,))
 
-_SIZES = {name: {'full': {}, 'demo': _DEMO} for name in ('smollm2-135m', 'smollm2-135m-mlp')}
+_SIZES = {name: {'full': {}, 'demo': _DEMO}
+          for name in ('smollm2-135m', 'smollm2-135m-mlp', 'smollm2-135m-by-gemma')}
 
 # %% ../nbs/parts/presets.ipynb #a2c8d641
 def presets() -> list[str]: # in the order of the paper, then smaller ones

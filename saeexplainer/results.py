@@ -37,7 +37,7 @@ def training_log(
     return pd.DataFrame(_log(file))
 
 def _with_round(frames:dict) -> pd.DataFrame: # round -> its rows
-    parts = []
+    parts = [] if frames else [pd.DataFrame(columns=['round'])]
     for number, rows in frames.items():
         columns = ['round', *rows.columns]
         parts.append(rows.assign(round=number)[columns])

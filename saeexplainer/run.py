@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STEERED_BY', 'REWARDS', 'BegunWith', 'check_model', 'features_identity', 'file_hashes', 'check_files', 'Adapters',
-           'held_out', 'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_writers',
-           'check_local_weights', 'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of', 'on_cluster',
-           'target_of', 'evaluation_writer', 'Run', 'forget_empty_claim', 'taught_features', 'sft_stage',
+           'held_out', 'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_explainer',
+           'check_writers', 'check_local_weights', 'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of',
+           'on_cluster', 'target_of', 'evaluation_writer', 'Run', 'forget_empty_claim', 'taught_features', 'sft_stage',
            'training_labels', 'reward_candidates', 'rewarded_candidates', 'forget_empty_round', 'prefs_stage',
            'dpo_stage', 'grpo_features', 'text_reward', 'own_words_reward', 'named_words_reward', 'grpo_stage',
            'greedy_explanations', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test',
-           'evaluate_stage', 'stage_functions', 'execute']
+           'evaluate_stage', 'targets_stage', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -22,17 +22,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # %% ../nbs/parts/run.ipynb #6d6350ea
+from .bridge import begin_bridge
 from .dpo import train_dpo
+from .evaluation.tables import summary
 from .executor import ClusterGone, Executor, PlainExecutor, Worker, put_rows, slices
-from .explainer import load_explainer, model_sha256, oracle_note
+from .explainer import copy_explainer, load_explainer, model_sha256, oracle_note
 from saeexplainer.features import (
     NO_PATTERN, Feature, check_features_of, features_file, labels_of, load_features, split_features, unused,
 )
 from .files import file_sha256, hold, read_json, whole
 from .grpo import NamedWordsReward, OwnWordsReward, TextReward, train_grpo
+from .joint import JointTarget, target_presets, train_joint
 from .labels import autointerp, silent_contexts
 from .lm.hooks import context_length
-from .lm.models import EMBEDDED, embedded_model_dir, free_memory, load_tokenizer, model_device
+from .lm.models import WHEEL_MODELS, free_memory, load_tokenizer, model_device, wheel_model_dir
 from .hints import WORDS, TokenDictionary, check_dictionary, place_of, words_near
 from .lookups import IN_DICTIONARY, dictionary_file, known_phrase, look_up
 from .metrics import Evaluation, evaluate
@@ -41,7 +44,7 @@ from saeexplainer.prefs import (
     score_candidates, score_named_words, score_own_words, threshold_of, write_texts,
 )
 from saeexplainer.presets import (
-    HINTED_WORDS, LOOKUPS, OWN_REWARDS, SELFIE, Preset, asked_writers, bench_folder, evaluated_stages,
+    HINTED_WORDS, LOOKUPS, OWN_REWARDS, SELFIE, STARTS, Preset, asked_writers, bench_folder, evaluated_stages,
     explainer_stages, is_local, load_preset, validation_size,
 )
 from .replies import Request
@@ -67,7 +70,8 @@ class _MadeWith(NamedTuple):
 
 _MADE_WITH = (
     _MadeWith('progress', "stage = 'sft' AND finished IS NOT NULL",
-              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient n_sft '
+              'explainer template n_hints placeholder chat_template injection_layer injection_coefficient bridge '
+              'lora_from sft_from targets n_sft '
               'sft_labels max_length lora_r lora_alpha lora_dropout '
               'sft_lr sft_epochs sft_batch sft_accumulation sft_warmup sft_weight_decay'),
     _MadeWith('explanations', "stage GLOB 'round[0-9]*'",
@@ -239,7 +243,7 @@ def _check_turns(tokenizer, name, field) -> None: # raises `ValueError`
 
 def _model_source(name:str, field:str): # a folder, or a hub id; raises `ValueError` or `FileNotFoundError`
     if not name: raise ValueError(f"{field}: 'local:' names no model")
-    source = embedded_model_dir() if name == EMBEDDED else Path(name).expanduser()
+    source = wheel_model_dir(name) if name in WHEEL_MODELS else Path(name).expanduser()
     is_path = name.startswith(('.', '/', '~')) or name.count('/') > 1
     if source.is_dir():
         if any(source.glob('*.safetensors')): return source
@@ -248,7 +252,7 @@ def _model_source(name:str, field:str): # a folder, or a hub id; raises `ValueEr
     return name
 
 def check_model(
-    name:str, # `EMBEDDED`, a hub id or a folder
+    name:str, # of `WHEEL_MODELS`, a hub id or a folder
     field:str, # of the preset that names it, for the error
     writes:bool=False, # whether it is asked in turns of a chat
 ) -> Any: # its configuration
@@ -487,6 +491,18 @@ def check_target(
     if oracle.startswith(('.', '/', '~')) and not Path(oracle).expanduser().is_dir():
         raise FileNotFoundError(f'ao_adapter: there is no folder {oracle!r}')
 
+def check_explainer(
+    run, # `Run`
+) -> None:
+    "Raise `ValueError` or `FileNotFoundError` where the explainer cannot be loaded, or directions do not fit into it"
+    preset = run.preset
+    width = check_model(preset.explainer, 'explainer').get_text_config().hidden_size
+    d_model = run.reader.d_model
+    if width != d_model and preset.bridge is None:
+        raise ValueError(f'the explainer {preset.explainer} is {width} wide, the directions {d_model}: '
+                         "take the target's own twin, or set bridge")
+    if preset.bridge not in (None, *STARTS): begin_bridge(preset, run.reader) # a file, which may not fit
+
 def check_writers(
     run, # `Run`
 ) -> None:
@@ -573,6 +589,7 @@ def check_run(
     check_features_of(features_file(run.preset), run.reader)
     len(run.splits)
     check_target(run)
+    check_explainer(run)
     check_writers(run)
     check_local_weights(run.preset, run.opened.begun)
 
@@ -701,19 +718,42 @@ def taught_features(
     return [dataclasses.replace(feature, explanation=texts[feature.index])
             for feature in features if feature.index in texts]
 
+def _taken_explainer(run:Run) -> str: # its line
+    card = copy_explainer(run.preset.sft_from, run.reader, run.adapter('sft'))
+    return f'the explainer of {run.preset.sft_from} (stage {card.stage})'
+
+def _held_out(run:Run) -> list[Feature]: # what SFT must not learn
+    parts = [part for name, part in run.splits.items() if name.startswith(('test', 'preference'))]
+    return [run.features[i] for part in parts for i in part]
+
+def _joint_target(preset:Preset) -> JointTarget: # of another dictionary
+    features = {feature.index: feature for feature in load_features(preset)}
+    reader = FeatureReader.load(preset)
+    check_features_of(features_file(preset), reader)
+    return JointTarget(preset, reader, [features[i] for i in disjoint_splits(preset, features)['sft']])
+
+def _joint_stage(run:Run) -> str: # its line
+    own = JointTarget(run.preset, run.reader, taught_features(run, 'sft'))
+    others = [_joint_target(preset) for preset in target_presets(run.preset)]
+    run.make_room()
+    folders = train_joint([own, *others], run.folder/'targets'/'explainers', _held_out(run), run.progress)
+    copy_explainer(folders[0], run.reader, run.adapter('sft'))
+    counts = [f'{len(target.features)} of {target.preset.name}' for target in (own, *others)]
+    return f"features: {', '.join(counts)}"
+
 def sft_stage(
     run:Run,
 ) -> str: # what came out, in a line
     "3.2: supervised fine-tuning on labels"
+    if run.preset.sft_from: return _taken_explainer(run)
+    if run.preset.targets: return _joint_stage(run)
     dictionary = dictionary_file(run.preset, run.target, WORDS, run.progress) if run.preset.n_hints else None
     run.make_room()
     forget_empty_claim(run.adapter('sft'))
     taught = taught_features(run, 'sft', dictionary)
-    parts = [part for name, part in run.splits.items() if name.startswith(('test', 'preference'))]
-    held_out = [run.features[i] for part in parts for i in part]
     result = train_sft(
         run.preset, taught, run.reader, run.adapter('sft'),
-        eval_features=taught_features(run, 'validation', dictionary), held_out=held_out,
+        eval_features=taught_features(run, 'validation', dictionary), held_out=_held_out(run),
         like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary)
     losses = result.losses
     loss = f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
@@ -998,6 +1038,23 @@ def evaluate_stage(
     means = ', '.join(f'{row[0]} {table.loc[row, "mean"]:.2f}' for row in rows if row in table.index)
     return f'{run.preset.n_test} test features, generative accuracy {means}'
 
+# %% ../nbs/parts/run.ipynb #0003d984
+def targets_stage(
+    run:Run,
+) -> str: # what came out, in a line
+    "All metrics on the test features of the other dictionaries, each in a run of its own below this one"
+    lines = []
+    for other in target_presets(run.preset):
+        taught = run.folder/'targets'/'explainers'/other.name
+        preset = load_preset(other, sft_from=str(taught), dpo_rounds=0, grpo_steps=0)
+        with Run(run.folder/'targets'/other.name, preset, run.progress, executor=run.executor) as below:
+            execute(below, say=_in_silence)
+            means = summary(below.store.metrics(['sft']))['mean']
+        lines.append(f'{other.name} {means["sft", "generative"]:.2f}')
+    return f"generative accuracy {', '.join(lines)}"
+
+def _in_silence(line:str) -> None: pass
+
 # %% ../nbs/parts/run.ipynb #452b5cd1
 def stage_functions(
     preset:Preset,
@@ -1008,7 +1065,8 @@ def stage_functions(
         rounds[f'prefs{n}'] = partial(prefs_stage, round=n)
         rounds[f'dpo{n}'] = partial(dpo_stage, round=n)
     online = dict(grpo=grpo_stage) if preset.grpo_steps else {}
-    return dict(sft=sft_stage, **rounds, **online, evaluate=evaluate_stage)
+    others = dict(targets=targets_stage) if preset.targets else {}
+    return dict(sft=sft_stage, **rounds, **online, evaluate=evaluate_stage, **others)
 
 # %% ../nbs/parts/run.ipynb #0f93dc4c
 def _note_commit(store:RunStore, stage:str, commit:str|None) -> None: # of each sitting

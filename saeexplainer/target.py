@@ -23,7 +23,7 @@ import torch
 # %% ../nbs/parts/target.ipynb #accddb1f
 from .lm.heads import written_by_heads
 from .lm.hooks import check_stream, context_length, decoder_layers, residual_hook, residual_stream
-from .lm.models import EMBEDDED, embedded_model_dir, load_model, model_source, weights_sha256
+from .lm.models import WHEEL_MODELS, load_model, model_source, weights_sha256, wheel_model_dir
 from .lm.places import is_of_heads
 from .lm.sampling import batches, check_new, pad, sample, seed_for
 from .presets import Preset, load_preset
@@ -147,7 +147,7 @@ def check_model_name(name:str, # of the target
                     ):
     "Raise `ValueError` where the SAE's metadata names another model; a base model, its instruct twin and a folder pass"
     known = reader.sae.cfg.metadata.model_name
-    if name != EMBEDDED: model_source(name) # raises for a folder that does not exist
+    if name not in WHEEL_MODELS: model_source(name) # raises for a folder that does not exist
     if not known or Path(name).expanduser().exists(): return
     if plain_name(name) == plain_name(known) != '': return
     longer, shorter = sorted((name_words(name), name_words(known)), key=len, reverse=True)
@@ -162,7 +162,7 @@ def check_model_name(name:str, # of the target
 def weights_folder(name:str # of the target
                   ) -> Path:
     "Return the folder with a model's safetensors; a model of the hub is fetched"
-    if name == EMBEDDED: return embedded_model_dir()
+    if name in WHEEL_MODELS: return wheel_model_dir(name)
     folder = Path(name).expanduser()
     if folder.exists(): return folder
     from huggingface_hub import snapshot_download

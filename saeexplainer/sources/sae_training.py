@@ -22,7 +22,7 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 # %% ../../nbs/parts/sources/sae_training.ipynb #3ece1f4d
 from ..files import hold, read_json, read_tensors, write_json
 from ..lm.hooks import residual_hook, residual_stream
-from ..lm.models import EMBEDDED, load_tokenizer
+from ..lm.models import WHEEL_MODELS, load_tokenizer
 from ..saes import FeatureReader
 from ..show import progress_bar
 from ..steering import editing
@@ -157,7 +157,7 @@ def fed_bos(model_name:str,
     "Return whether windows began with BOS; never for a model that lies here and whose tokenizer has none"
     if bos is None or bos is False: return False
     try:
-        lies_here = model_name == EMBEDDED or Path(model_name).expanduser().is_dir()
+        lies_here = model_name in WHEEL_MODELS or Path(model_name).expanduser().is_dir()
         return not lies_here or load_tokenizer(model_name).bos_token_id is not None
     except (OSError, ValueError): # a folder without a tokenizer
         return True
