@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'RANKED', 'CHANCE', 'REFERENCES_FILE', 'SECOND', 'SHIPPED', 'BUILT_IN', 'contexts_sha256', 'Bench',
-           'with_missing', 'measurable', 'completed', 'ranking', 'ranking_table', 'bench_reader', 'keep_references',
-           'built_in', 'by_second_writer', 'benchmark', 'blind_readings', 'read_right', 'front_table', 'agreement_line',
-           'explain_built_in', 'measure_built_in', 'explained', 'drawn_examples', 'example_table']
+           'with_missing', 'measurable', 'completed', 'ranking', 'ranking_table', 'bench_reader', 'bench_evaluation',
+           'keep_references', 'built_in', 'by_second_writer', 'benchmark', 'blind_readings', 'read_right',
+           'front_table', 'agreement_line', 'explain_built_in', 'measure_built_in', 'explained', 'drawn_examples',
+           'example_table']
 
 # %% ../nbs/parts/benchmark.ipynb #62bdc7f3
 import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -21,18 +22,18 @@ import pandas as pd
 
 # %% ../nbs/parts/benchmark.ipynb #26428b32
 from .evaluation.beyond import reader_for, sheets_of
-from .evaluation.detection import LikelihoodReader, Reader, load_references, save_references
+from .evaluation.detection import LikelihoodReader, Reader, save_references
 from .evaluation.readings import method_table, reading_agreement
 from .evaluation.tables import BEYOND, check_once, stage_table, summary
-from .explainer import load_explainer
+from .executor import Executor, PlainExecutor, put_rows
 from .features import NO_PATTERN, labels_of
 from .files import read_json, whole
 from .labels import marked_context
 from .lm.sampling import seed_for
 from .lookups import look_up
-from .metrics import evaluate
+from .metrics import Evaluation, evaluate
 from .presets import LOOKUPS, SELFIE, Preset, bench_folder, load_preset
-from .run import Run, explain_by_contexts, silent_of, training_labels
+from .run import Run, explain_by_contexts, greedy_explanations, silent_of, training_labels
 from .show import progress_bar
 
 # %% ../nbs/parts/benchmark.ipynb #55936cd4
@@ -167,10 +168,15 @@ def bench_reader(
     bench:Bench,
 ) -> Reader: # one that knows what was kept by `keep_references`
     "Return the reader of a bench's excerpts; raises `ValueError` where another one has read the file of references"
-    reader = reader_for(run.writer('evaluation_writer'), run.preset.seed)
-    file = bench_folder(bench.name)/REFERENCES_FILE
-    if not isinstance(reader, LikelihoodReader) or not file.exists(): return reader
-    return LikelihoodReader(reader.writer, known=load_references(file, reader.about))
+    references = bench_folder(bench.name)/REFERENCES_FILE
+    return reader_for(run.writer('evaluation_writer'), run.preset.seed, references)
+
+def bench_evaluation(
+    run:Run, # with the preset of the bench
+    bench:Bench,
+) -> Evaluation:
+    "Return the parts of a run that a bench is measured with, what lies with it among them"
+    return replace(run.evaluation(), references=bench_folder(bench.name)/REFERENCES_FILE)
 
 def keep_references(
     run:Run, # with the preset of the bench
@@ -214,6 +220,7 @@ def benchmark(
     methods:Mapping[str, Mapping[int, str]], # name -> feature -> explanation
     folder:str|Path, # where texts and values are kept
     progress:bool=True,
+    executor:Executor=PlainExecutor(), # whose workers write with a local writer, and read
 ) -> pd.DataFrame: # columns stage, feature, metric, value, of these methods alone
     "Measure methods on a bench; raises `ValueError` for features that are not its own, and for names that are taken"
     if not methods: raise ValueError('there is no method to measure: give at least one')
@@ -224,9 +231,9 @@ def benchmark(
     for name, texts in methods.items():
         asked[name] = {feature: text for feature, text in texts.items() if feature in own}
         if not asked[name]: raise ValueError(f'{name} explains none of the {len(own)} features of {bench.name}')
-    with Run(Path(folder), bench.resolved(), progress=progress) as run:
+    with Run(Path(folder), bench.resolved(), progress=progress, executor=executor) as run:
         bench.check(run.features, run.reader.sha256)
-        evaluate(run, asked, MEASURES, progress, bench.features, bench_reader(run, bench))
+        evaluate(bench_evaluation(run, bench), asked, MEASURES, progress, bench.features)
         values = run.store.metrics(list(asked))
     return values[values['metric'].isin(MEASURES)].reset_index(drop=True)
 
@@ -297,11 +304,11 @@ _GONE = ('dpo1', 'hinted sft') # their adapters are not among the data; what the
 BUILT_IN = ('label', 'peak words', *LOOKUPS, 'autointerp', 'contrastive', SELFIE, *SHIPPED) # methods
 
 def _greedy(run:Run, stage:str, features:Sequence[int], folder:Path) -> dict[int, str]: # folder: of explainers
-    explainer = load_explainer(folder/stage if (folder/stage).exists() else stage, run.preset, run.reader)
-    texts = explainer.explain(run.reader.directions(features), max_new_tokens=run.preset.explanation_tokens,
-                              batch_size=run.preset.batch_size, progress=run.progress,
-                              encoders=run.reader.encoders(features))
-    return dict(zip(features, texts))
+    source = folder/stage if (folder/stage).exists() else stage
+    rows: list[tuple] = []
+    found = greedy_explanations(run, source, stage, features)
+    put_rows(found, rows.extend, len(features), 'explanations', run.progress)
+    return {feature: text for _, feature, _, text in rows}
 
 def _labels(bench:Bench) -> dict[int, str]: # of a strong reader
     rows = pd.read_parquet(bench_folder(bench.name)/'labels.parquet')
@@ -350,15 +357,16 @@ def measure_built_in(
     measures:Sequence[str]=MEASURES,
     progress:bool=True,
     names:Sequence[str]=BUILT_IN, # of methods
+    executor:Executor=PlainExecutor(), # whose workers explain, write with a local writer, and read
 ) -> pd.DataFrame: # columns stage, feature, metric, value
     "Measure methods that are built in, and write `explanations.parquet` and `metrics.parquet` of the bench after each"
     beside = bench_folder(bench.name)
-    with Run(Path(folder), bench.resolved(), progress=progress) as run:
+    with Run(Path(folder), bench.resolved(), progress=progress, executor=executor) as run:
         bench.check(run.features, run.reader.sha256)
-        reader = bench_reader(run, bench)
+        evaluation = bench_evaluation(run, bench)
         for name in names:
             texts = _explained_once(run, bench, name)
-            evaluate(run, {name: texts}, measures, progress, bench.features, reader)
+            evaluate(evaluation, {name: texts}, measures, progress, bench.features)
             values = run.store.metrics([name])
             _keep(values[values['metric'].isin(MEASURES)], beside/'metrics.parquet')
             _keep(run.store.explanations([name])[['stage', 'feature', 'text']], beside/'explanations.parquet')

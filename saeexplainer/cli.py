@@ -9,7 +9,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table',
            'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table',
            'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
-           'features_line', 'cost_lines', 'budget_line', 'cluster_line', 'plan_lines', 'show_plan', 'begun_before',
+           'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines', 'show_plan', 'begun_before',
            'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
            'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
            'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
@@ -563,14 +563,27 @@ def budget_line(
     return ', '.join(f'{most:g} {what}' for what, most in budget.items() if most) or 'none'
 
 # %% ../nbs/parts/cli.ipynb #40a54e1d
-def cluster_line(
-    plan:dict # of `plan`, with 'workers' and 'cluster_hours' where there are any
+def cluster_lines(
+    plan:dict # of `plan`, and with workers of `cluster_plan` too
 ) -> dict[str, str]: # name -> line
-    "Return what a run takes with workers on a cluster"
+    "Return what a run takes with workers on a cluster, as far as it is known"
+    from saeexplainer.doctor import gigabytes
     if 'workers' not in plan: return {}
     count = plan['workers']
-    shared = 'preferences are shared, training and metrics are not'
-    return {f'on {count} worker{"s"*(count > 1)}': f"{span(*plan['cluster_hours'])}: {shared}"}
+    lines = {}
+    if plan['cluster_hours']:
+        shared = 'preferences and metrics are shared, training is not'
+        lines[f'on {count} worker{"s"*(count > 1)}'] = f"{span(*plan['cluster_hours'])}: {shared}"
+    if plan['worker_gb']:
+        lines['their memory'] = f"{gigabytes(plan['worker_gb'])} each, {gigabytes(plan['workers_gb'])} in all"
+    if plan['workers_disk_gb']:
+        one, many = plan['workers_disk_gb']
+        lines['their disk'] = f'{gigabytes(one)} where they share it, {gigabytes(many)} where each has its own'
+    if plan['workers_rows']:
+        room = int(count*plan['driver_rows']/plan['workers_rows'])
+        lines['the driver'] = (f"takes {plan['driver_rows']:,} rows a second at most (measured), they bring "
+                               f"{plan['workers_rows']:,.0f}: it has room for {room:,} workers")
+    return lines
 
 # %% ../nbs/parts/cli.ipynb #1998146a
 def plan_lines(
@@ -593,7 +606,7 @@ def plan_lines(
         'memory': known['memory_gb'] + memory_of(preset),
         'disk': known['disk_gb'],
         **cost_lines(plan),
-        **cluster_line(plan),
+        **cluster_lines(plan),
         'budget': budget_line(preset),
     }
 
@@ -605,12 +618,11 @@ def show_plan(
 ) -> None:
     "Print what a run takes, and what it would begin with; nothing is fetched or loaded for it"
     from saeexplainer.features import features_file
-    from saeexplainer.plan import cluster_hours, plan
+    from saeexplainer.plan import cluster_plan, plan
     file = features_file(preset)
     begun = (folder/'store.sqlite').exists()
     planned = plan(preset) | dict(run=str(folder), begun=begun, features_file=str(file) if file.exists() else None)
-    if workers and planned['stages']:
-        planned |= dict(workers=workers, cluster_hours=cluster_hours(planned['stages'], workers))
+    if workers: planned |= cluster_plan(preset, planned, workers)
     if as_json:
         fields = ('size', 'target', 'sae', 'writer', 'evaluation_writer')
         about = dict(preset=preset.name) | {name: getattr(preset, name) for name in fields}
@@ -1232,7 +1244,8 @@ _NAME = 'store and tables go to runs/NAME; default: the name of the file'
 
 @app.command('evaluate', cls=_Command, epilog=_examples(
     'saeexplainer evaluate mine.csv',
-    'saeexplainer evaluate batch-0.jsonl.gz --preset gemma-2-9b-l20 --json'))
+    'saeexplainer evaluate batch-0.jsonl.gz --preset gemma-2-9b-l20 --json',
+    'saeexplainer evaluate mine.csv --ray --workers 8'))
 def evaluate_command( # noqa: PLR0913
     file: Annotated[Path, typer.Argument(help=_TO_MEASURE)],
     preset: PresetOption = None,
@@ -1242,6 +1255,9 @@ def evaluate_command( # noqa: PLR0913
     writer: WriterKind = None,
     base_url: BaseURL = None,
     model: Model = None,
+    on_ray: OnRay = False,
+    workers: Workers = None,
+    gpus: GPUs = None,
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
@@ -1257,7 +1273,8 @@ def evaluate_command( # noqa: PLR0913
     check_keys(chosen, 'evaluation_writer')
     if (folder/'store.sqlite').exists(): check_training(folder)
     check_size(folder, chosen)
-    with Run(folder, chosen) as run: table = measure(run, stage, rows, file)
+    with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:
+        table = measure(run, stage, rows, file)
     if as_json: return print(table.reset_index().to_json(orient='records'))
     show_summary(table, chance_of(chosen))
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
@@ -1307,28 +1324,35 @@ def ranked_with(
 @app.command('benchmark', cls=_Command, epilog=_examples(
     'saeexplainer benchmark',
     'saeexplainer benchmark mine.csv',
-    'saeexplainer benchmark mine.csv theirs.parquet --json'))
-def benchmark_command(
+    'saeexplainer benchmark mine.csv theirs.parquet --json',
+    'saeexplainer benchmark mine.csv --ray --workers 8'))
+def benchmark_command( # noqa: PLR0913
     files: Annotated[Optional[list[Path]], typer.Argument(help=_TO_RANK)] = None,
     bench: Annotated[str, typer.Option(help=_BENCH)] = 'bench-1',
     name: Annotated[Optional[str], typer.Option(help=_NAME)] = None,
     built_in: Annotated[bool, typer.Option('--built-in', help=_BUILT_IN)] = False,
     root: Root = Path('runs'),
+    on_ray: OnRay = False,
+    workers: Workers = None,
+    gpus: GPUs = None,
     as_json: JSON = False,
 ) -> None:
     "Rank explanations from whatever method among those that are built in"
     from saeexplainer.benchmark import Bench, benchmark, measure_built_in, ranking, ranking_table
     from saeexplainer.features import load_features
     if files and built_in: raise ValueError('--built-in measures the methods that are built in: give no files with it')
+    if on_ray and not (files or built_in): raise ValueError('--ray measures: give a file, or --built-in')
     chosen = Bench.load(bench)
     values = None
     methods: dict[str, dict[int, str]] = {}
-    if built_in: measure_built_in(chosen, root/check_name(name or bench))
     if files:
         features = load_features(chosen.resolved())
         methods = {stage_of(file): texts_of(file, features) for file in files}
         if len(methods) < len(files): raise ValueError('two files have the same name: a method is called like its file')
-        values = benchmark(chosen, methods, root/check_name(name or f'{bench}-{next(iter(methods))}'))
+    with executor_for(on_ray, workers, gpus) as those:
+        folder = root/check_name(name or '-'.join([bench, *list(methods)[:1]]))
+        if built_in: measure_built_in(chosen, folder, executor=those)
+        if files: values = benchmark(chosen, methods, folder, executor=those)
     compared = ranked_with(chosen, values)
     if as_json: return print(ranking(compared).reset_index().to_json(orient='records'))
     show_ranking(ranking_table(compared), methods)

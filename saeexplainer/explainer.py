@@ -26,7 +26,7 @@ from .injection import Injector, explanation_prompt, placeholder_id
 from saeexplainer.lm.models import (
     WHEEL_MODELS, check_lora, check_lora_scaling, load_model, model_source, weights_sha256,
 )
-from .lm.sampling import pad, sample, seed_for
+from .lm.sampling import at_once, pad, sample, seed_for
 from .presets import SELFIE, Preset, Sampling, data_dir, shown
 from .saes import FeatureReader, check_directions
 from .show import progress_bar
@@ -487,6 +487,7 @@ def _questions(explainer, directions, encoders) -> _Questions: # encoders None: 
 # %% ../nbs/parts/explainer.ipynb #0d77ee43
 def _texts(explainer, questions, seeds, sampling, batch_size, progress) -> list[str]: # seeds None: greedy
     texts = []
+    batch_size = at_once(batch_size)
     with progress_bar(len(questions), 'explanations', progress) as bar:
         for i in range(0, len(questions), batch_size):
             vectors = questions.directions[i:i+batch_size]

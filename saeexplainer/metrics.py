@@ -9,13 +9,16 @@ __all__ = ['mean_activation', 'generative_accuracy', 'input_score', 'discriminat
 # %% ../nbs/04_metrics.ipynb #760d832d
 import hashlib, itertools, json, math, re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
 # %% ../nbs/04_metrics.ipynb #4e722492
-from .evaluation.beyond import TOGETHER, beyond_values, reader_for
+from .evaluation.beyond import TOGETHER, Instruments, Said, beyond_values, reader_for, written_texts
 from .evaluation.judge import judge, judge_controls
 from .evaluation.steering import steer, usable_targets
 from .evaluation.tables import BEYOND, COUNTS, FAILURES, METRICS, summary
@@ -23,6 +26,7 @@ from saeexplainer.evaluation.texts import (
     KINDS, max_acts, score_texts, whole_characters, write_evaluation_texts,
 )
 from .evaluation.words import coverage, names_word
+from .executor import Executor, PlainExecutor, Worker, put_rows, slices
 from .lm.sampling import seed_for
 from .presets import Preset
 from .replies import Writer
@@ -161,11 +165,13 @@ def repeats(explanations:dict, # {feature: text}; empty ones are left out
 class Evaluation:
     "The parts that `evaluate` works with"
     store: RunStore # keeps texts, scores, steering, judgements and metrics; nothing in it is made twice
-    target: Any # Target
+    target: Any # Target; None: the workers of a cluster load it
     writer: Writer # of the evaluation texts
-    judge: Writer # a LocalWriter where the preset's `evaluation_writer` is 'local'
+    judge: Writer|None # a LocalWriter where the preset's `evaluation_writer` is 'local'; None: the workers load it
     preset: Preset
     features: list # `Feature`s: `max_act` (Eq. 12) and words of those explained, and the pool of controls (those alive)
+    executor: Executor = PlainExecutor() # whose workers steer, read and judge
+    references: Path|None = None # file of what a local judge has read before, as `reader_for` takes it
 
 # %% ../nbs/04_metrics.ipynb #d4c65c36
 def output_features(features, # indices
@@ -336,16 +342,50 @@ def _without_values(texts, wanted, stored) -> dict: # {feature: text} of feature
     return {feature: text for feature, text in texts.items()
             if not all((feature, name) in known for name in wanted)}
 
-def _measure_beyond(run, explanations, competing, metrics, reader, progress) -> None: # what the store has not yet
+# %% ../nbs/04_metrics.ipynb #58f4ccac
+@dataclass(frozen=True)
+class _Asked:
+    "An explanation that lacks values of some metrics"
+    stage: str
+    names: tuple # of the metrics, one of `TOGETHER`
+    said: Said
+
+def _asked_beyond(run, explanations, metrics) -> list[list[_Asked]]: # a list for each stage and group of metrics
+    features = {feature.id.index: feature for feature in run.features}
     groups = [names for names in TOGETHER if set(names) & set(metrics)]
+    asked = []
     for stage, names in itertools.product(explanations, groups):
         left = _without_values(explanations[stage], names, run.store.metrics([stage]))
         if not left: continue
-        found = beyond_values(run, stage, left, competing, names, reader, progress)
-        for name in names:
-            values = found[name]
-            run.store.put_metrics([MetricValue(stage, feature, name, values.get(feature, np.nan)) for feature in left])
+        written = written_texts(run.store, stage, left) if _RETRIEVED & set(names) else {}
+        asked.append([_Asked(stage, names, Said(features[index], text, tuple(written.get(index, ()))))
+                      for index, text in left.items()])
+    return asked
 
+def _beyond_rows(by:Instruments, max_acts:Mapping[int, float], batch:Sequence[_Asked]) -> list[MetricValue]:
+    stage, names = batch[0].stage, batch[0].names # all are of these
+    found = beyond_values(by, [one.said for one in batch], max_acts, names)
+    features = [one.said.feature.index for one in batch]
+    return [MetricValue(stage, index, name, found[name].get(index, np.nan)) for name in names for index in features]
+
+def _beyond(by:Instruments, max_acts:Mapping[int, float]) -> Worker: # explanations -> values
+    return partial(_beyond_rows, by, max_acts)
+
+# %% ../nbs/04_metrics.ipynb #46141d3d
+def _measure_beyond(run, explanations, competing, metrics, reader, progress) -> None: # what the store has not yet
+    strongest = {feature.id.index: feature.max_act for feature in run.features}
+    max_acts = {index: strongest[index] for index in competing}
+    here = Instruments(run.preset, run.references, run.target, reader)
+    there = Instruments(run.preset, run.references, run.target)
+    batches: list[Sequence[_Asked]] = []
+    for asked in _asked_beyond(run, explanations, metrics):
+        is_here = 'coverage' in asked[0].names or ('detection' in asked[0].names and reader is not None)
+        if is_here: run.store.put_metrics(_beyond_rows(here, max_acts, asked))
+        else: batches += slices(asked, max(1, run.preset.batch_size//8))
+    found = run.executor.map(partial(_beyond, there, max_acts), batches)
+    put_rows(found, run.store.put_metrics, sum(map(len, batches)), 'other measures', progress)
+
+# %% ../nbs/04_metrics.ipynb #ac252039
 def _summary_of(store, asked, metrics) -> pd.DataFrame: # of the features asked for: a store may hold more
     stages = list(asked)
     stored = store.metrics(stages)
@@ -414,10 +454,10 @@ def _judge_output(run, explanations, with_output, progress) -> None: # steered t
     preset = run.preset
     known_max = {feature.id.index: feature.max_act or 0 for feature in run.features}
     alive = [index for index, largest in known_max.items() if largest > 0]
-    steer(store, run.target, with_output, preset, alive, progress)
+    steer(store, run.target, with_output, preset, alive, progress, run.executor)
     judged = {stage: _only(texts, with_output) for stage, texts in explanations.items()}
-    judge(store, run.judge, judged, preset, progress)
-    judge_controls(store, run.judge, explanations, with_output, preset, progress)
+    judge(store, run.judge, judged, preset, progress, run.executor)
+    judge_controls(store, run.judge, explanations, with_output, preset, progress, run.executor)
 
 # %% ../nbs/04_metrics.ipynb #8752e3b9
 def _check_metrics(metrics) -> None: # raises `ValueError`
@@ -457,7 +497,7 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
              metrics=METRICS, # which to compute: of `METRICS` and `BEYOND`
              progress:bool=True,
              competing=None, # features among which retrieval looks for the right one; None: all that are explained
-             reader=None # that sorts excerpts; None: the judge does, see `reader_for`
+             reader=None # that sorts excerpts, in this process; None: the judge does, see `reader_for`
             ) -> pd.DataFrame: # `summary`: n, mean, interval and failures for each (stage, metric)
     """Measure explanations, from whatever method; what is stored is not made again.
 
@@ -476,14 +516,14 @@ def evaluate(run, # `Run`, `Evaluation`, or anything with the attributes of one
     with_output = output_features(features, preset) if 'output' in metrics else []
     among = {'competing': _named_set(competing)} if _RETRIEVED & set(metrics) else {}
     settings = _check_settings(store, preset, parts, among)
+    if reader is None and run.judge is not None: reader = reader_for(run.judge, preset.seed, run.references)
     _keep_explanations(store, explanations)
     write_evaluation_texts(store, run.writer, explanations, preset, progress, kinds)
-    score_texts(store, run.target, preset, explanations, progress)
+    score_texts(store, run.target, preset, explanations, progress, run.executor)
     if with_output: _judge_output(run, explanations, with_output, progress)
     store.note('measured by', settings)
     values = _measured(run, explanations, with_output, metrics)
     store.put_metrics(values)
-    reader = reader or reader_for(run.judge, preset.seed)
     _measure_beyond(run, explanations, competing, metrics, reader, progress)
     asked = explanations | {'control': with_output}
     return _summary_of(store, asked, metrics)

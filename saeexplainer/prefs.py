@@ -11,8 +11,7 @@ __all__ = ['ONE_TEXT', 'TEXT_LIST', 'Pair', 'Dropped', 'below_margin', 'select_p
 
 # %% ../nbs/02_prefs.ipynb #adffe148
 import math, statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -23,7 +22,7 @@ import pandas as pd
 
 # %% ../nbs/02_prefs.ipynb #3be92d45
 from .evaluation.words import coverage, named_words
-from .executor import Executor, PlainExecutor, Worker
+from .executor import Executor, PlainExecutor, Worker, put_rows, slices
 from .explainer import load_explainer
 from .lm.sampling import seed_for
 from .lookups import phrases_of
@@ -31,7 +30,6 @@ from .presets import OWN_REWARDS, SHARE_REWARDS, PairRule, Sampling
 from .replies import Request
 from .saes import FeatureReader
 from .self_activation import own_words, self_score
-from .show import progress_bar
 from .store import COLUMNS
 from .target import Target
 from .writer import writer_for
@@ -176,16 +174,6 @@ def stage_of(
     "Return the name under which the store keeps a round's candidates and texts"
     return f'round{round}'
 
-def _slices(items:Sequence, size:int) -> Iterator[Sequence]: # each when it is asked for
-    return (items[i:i + size] for i in range(0, len(items), size))
-
-def _keep(found, put:Callable, total:int, desc:str, progress:bool) -> None: # found: of an executor
-    "Put rows into the store as they come; a bar knows the rate and the time left"
-    with progress_bar(total, desc, progress) as bar, closing(found):
-        for batch, rows in found:
-            put(rows)
-            bar.update(len(batch))
-
 # %% ../nbs/02_prefs.ipynb #493b0401
 def _draw(explainer, reader, preset, stage:str, batch:Sequence[int]) -> list[tuple]: # candidates of features, as stored
     K = preset.n_candidates
@@ -222,9 +210,9 @@ def sample_candidates( # noqa: PLR0913
     stage = stage_of(round)
     done = set(store.explanations(stage)['feature'])
     todo = [int(feature) for feature in dict.fromkeys(features) if feature not in done]
-    batches = _slices(todo, max(1, preset.batch_size//preset.n_candidates))
+    batches = slices(todo, max(1, preset.batch_size//preset.n_candidates))
     found = executor.map(partial(_drawing, explainer, reader, preset, stage), batches)
-    _keep(found, store.put_explanations, len(todo), f'{stage}: candidates', progress)
+    put_rows(found, store.put_explanations, len(todo), f'{stage}: candidates', progress)
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #6adf66ab
@@ -354,7 +342,7 @@ def write_texts( # noqa: PLR0913
         size = 8*preset.batch_size # as many as a local writer reads ahead
         batches = iter(lambda: list(islice(asked, size)), [])
         found = executor.map(partial(_writing, preset, stage, sizes), batches)
-        _keep(found, store.put_texts, requests, f'{stage}: texts', progress)
+        put_rows(found, store.put_texts, requests, f'{stage}: texts', progress)
         return n
     for keys, reply in answers(writer, asked, sizes, stage=stage, total=requests, progress=progress):
         store.put_texts(_text_rows(stage, keys, reply, sizes))
@@ -387,8 +375,8 @@ def score_candidates( # noqa: PLR0913
     stage = stage_of(round)
     rows = store.unscored(stage, 'preference')
     todo = [_Unscored(*row) for row in rows[['feature', 'k', 'j', 'text']].itertuples(index=False, name=None)]
-    found = executor.map(partial(_scoring, target, preset, stage), _slices(todo, 8*preset.batch_size))
-    _keep(found, store.put_scores, len(todo), f'{stage}: scores', progress)
+    found = executor.map(partial(_scoring, target, preset, stage), slices(todo, 8*preset.batch_size))
+    put_rows(found, store.put_scores, len(todo), f'{stage}: scores', progress)
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #3a762331
@@ -436,8 +424,8 @@ def score_own_words( # noqa: PLR0913
     stage = stage_of(round)
     todo = _without(store, round, 'self')
     reading = partial(_reading_words, target, preset, stage, max_acts, rivals)
-    found = executor.map(reading, _slices(todo, 8*preset.batch_size))
-    _keep(found, store.put_texts, len(todo), f'{stage}: own words', progress)
+    found = executor.map(reading, slices(todo, 8*preset.batch_size))
+    put_rows(found, store.put_texts, len(todo), f'{stage}: own words', progress)
     return len(todo)
 
 # %% ../nbs/02_prefs.ipynb #6d359487

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../nbs/parts/results.ipynb #497a9c57
+from .executor import PlainExecutor
 from .features import card_of, features_file
 from .files import read_json, read_table, write_json, write_table
 from .prefs import candidate_rewards
@@ -281,9 +282,10 @@ def machine(
     from importlib.metadata import version
     import torch
     packages = ('torch', 'transformers', 'trl', 'peft', 'sae-lens', 'saeexplainer')
+    here = isinstance(run.executor, PlainExecutor)
     return dict(
-        device=str(run.target.model.device),
-        threads=torch.get_num_threads(),
+        device=str(run.target.model.device) if here else f'{run.executor.workers} workers of a cluster',
+        threads=torch.get_num_threads() if here else 1, # of each worker
         python=platform.python_version(),
         versions={package: version(package) for package in packages})
 

@@ -6,14 +6,16 @@
 __all__ = ['STEERED_BY', 'REWARDS', 'BegunWith', 'check_model', 'features_identity', 'file_hashes', 'check_files', 'Adapters',
            'held_out', 'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_explainer',
            'check_writers', 'check_local_weights', 'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of',
-           'Run', 'forget_empty_claim', 'taught_features', 'sft_stage', 'training_labels', 'reward_candidates',
-           'rewarded_candidates', 'forget_empty_round', 'prefs_stage', 'dpo_stage', 'grpo_features', 'text_reward',
-           'own_words_reward', 'named_words_reward', 'grpo_stage', 'best_candidates', 'silent_of',
-           'explain_by_contexts', 'explain_test', 'evaluate_stage', 'targets_stage', 'stage_functions', 'execute']
+           'on_cluster', 'target_of', 'evaluation_writer', 'Run', 'forget_empty_claim', 'taught_features', 'sft_stage',
+           'training_labels', 'reward_candidates', 'rewarded_candidates', 'forget_empty_round', 'prefs_stage',
+           'dpo_stage', 'grpo_features', 'text_reward', 'own_words_reward', 'named_words_reward', 'grpo_stage',
+           'greedy_explanations', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test',
+           'evaluate_stage', 'targets_stage', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 from .bridge import begin_bridge
 from .dpo import train_dpo
 from .evaluation.tables import summary
-from .executor import Executor, PlainExecutor
+from .executor import ClusterGone, Executor, PlainExecutor, Worker, put_rows, slices
 from .explainer import copy_explainer, load_explainer, model_sha256, oracle_note
 from saeexplainer.features import (
     NO_PATTERN, Feature, check_features_of, features_file, labels_of, load_features, split_features, unused,
@@ -53,7 +55,7 @@ from .self_activation import known_maxima, rivals_of
 from .sft import train_sft
 from .store import RunStore
 from .target import Target, check_model_name, check_weights
-from .writer import writer_for
+from .writer import SharedWriter, writer_for
 from .writers.local import chat_ids
 from .show import first_line
 
@@ -608,6 +610,27 @@ def features_of(
     begun.check_input('features', features_identity(found), str(features_file(preset)))
     return {feature.index: feature for feature in found}
 
+# %% ../nbs/parts/run.ipynb #aa8edb59
+def on_cluster(
+    run, # `Run`
+) -> bool:
+    "Return whether the workers of a cluster do the batches of a run"
+    return not isinstance(run.executor, PlainExecutor)
+
+def target_of(
+    run, # `Run`
+) -> Target|None: # None: the workers of a cluster load their own
+    "Return the target that reads and is steered"
+    return None if on_cluster(run) else run.target
+
+def evaluation_writer(
+    run, # `Run`
+) -> Any: # `Writer`
+    "Return who writes the texts of an evaluation: on a cluster, a local writer of each worker"
+    name = run.preset.evaluation_writer
+    shared = on_cluster(run) and is_local(name)
+    return SharedWriter(name, run.preset, run.executor) if shared else run.writer('evaluation_writer')
+
 # %% ../nbs/parts/run.ipynb #90cfa987
 @dataclass
 class Run:
@@ -616,7 +639,7 @@ class Run:
     preset: Preset
     progress: bool = True
     like: Path|None = None # another run's folder: what it has made with the same settings is taken over
-    executor: Executor = PlainExecutor() # whose workers sample, write with a local writer, and read
+    executor: Executor = PlainExecutor() # whose workers explain, write with a local writer, read, steer and judge
 
     def __post_init__(self):
         self.folder = Path(self.folder)
@@ -655,8 +678,10 @@ class Run:
     def explainer(self, stage:str) -> Any: return self.models.explainer(self.adapters.source(stage))
 
     def evaluation(self) -> Evaluation: # what `evaluate` works with
-        writer = self.writer('evaluation_writer') # it judges too
-        return Evaluation(self.store, self.target, writer, writer, self.preset, list(self.features.values()))
+        writer = evaluation_writer(self) # it judges too
+        judge = None if isinstance(writer, SharedWriter) else writer
+        features = list(self.features.values())
+        return Evaluation(self.store, target_of(self), writer, judge, self.preset, features, self.executor)
 
     def preference_features(self, round:int) -> list[int]: # the same in every round, or new ones, as the preset says
         return self.splits[f'preference{round if self.preset.new_features_in_round_2 else 1}']
@@ -748,11 +773,6 @@ def training_labels(
 def _rivals(run:Run) -> list[int]: # features whose activations are subtracted: none that is preferred or tested
     return rivals_of(known_maxima(run.features[i] for i in run.splits['sft']), run.preset.seed)
 
-def _on_cluster(run:Run) -> bool: return not isinstance(run.executor, PlainExecutor)
-
-def _target_of(run:Run) -> Target|None: # None: the workers of a cluster load their own
-    return None if _on_cluster(run) else run.target
-
 def reward_candidates(
     run:Run,
     round:int, # from 1
@@ -763,12 +783,12 @@ def reward_candidates(
         score_named_words(run.store, preset, run.features, round)
     elif preset.reward in OWN_REWARDS:
         known = known_maxima(run.features.values())
-        score_own_words(run.store, _target_of(run), preset, known, _rivals(run), round, run.progress, run.executor)
+        score_own_words(run.store, target_of(run), preset, known, _rivals(run), round, run.progress, run.executor)
     else:
-        by_workers = _on_cluster(run) and is_local(preset.writer)
+        by_workers = on_cluster(run) and is_local(preset.writer)
         writer = None if by_workers else run.writer('writer')
         write_texts(run.store, writer, preset, round, run.progress, run.executor)
-        score_candidates(run.store, _target_of(run), preset, round, run.progress, run.executor)
+        score_candidates(run.store, target_of(run), preset, round, run.progress, run.executor)
     if preset.reward in ('both', 'self_both'): score_both_sides(run.store, preset, run.features, round)
 
 # %% ../nbs/parts/run.ipynb #ecfc922a
@@ -781,7 +801,7 @@ def rewarded_candidates(
     "Sample candidates from the explainer before a round, and score them"
     is_last = round > run.preset.dpo_rounds # the candidates of 'best'
     stage = explainer_stages(run.preset)[-1] if is_last else _stage_before(round)
-    here = not _on_cluster(run) # else its workers load them
+    here = not on_cluster(run) # else its workers load them
     explainer = run.explainer(stage) if here else run.adapters.source(stage)
     reader = run.reader if here else None
     sample_candidates(run.store, explainer, reader, features, run.preset, round, run.progress, run.executor)
@@ -886,19 +906,40 @@ def grpo_stage(
     return f"{result.features} features, {learned}{run.adapters.origin('grpo')}"
 
 # %% ../nbs/parts/run.ipynb #524bf3b9
+def _explain(explainer, reader, preset, stage:str, batch:Sequence[int]) -> list[tuple]: # features; rows of the store
+    texts = explainer.explain(
+        reader.directions(batch), max_new_tokens=preset.explanation_tokens, batch_size=preset.batch_size,
+        encoders=reader.encoders(batch))
+    return [(stage, index, 0, text) for index, text in zip(batch, texts)]
+
+def _explaining(source, preset, stage:str) -> Worker: # features -> rows; source: as `load_explainer` takes it
+    reader = FeatureReader.load(preset)
+    return partial(_explain, load_explainer(source, preset, reader), reader, preset, stage)
+
+def _explaining_here(run:Run, source, stage:str) -> Worker: # features -> rows
+    return partial(_explain, run.models.explainer(source), run.reader, run.preset, stage)
+
+def greedy_explanations(
+    run:Run,
+    source:Path|str, # of an explainer, as `load_explainer` takes it
+    stage:str, # name of the explanations
+    features:Sequence[int],
+) -> Any: # yields (features, rows of explanations)
+    "Explain features greedily, a batch at a time; the explainer is loaded for the first one"
+    making = (partial(_explaining, source, run.preset, stage) if on_cluster(run) else
+              partial(_explaining_here, run, source, stage))
+    return run.executor.map(making, slices(features, run.preset.batch_size))
+
 def _explained_by(run:Run, stage:str, test:list[int]) -> dict[int, str]: # feature -> text; stored as they are made
-    have = run.store.explanations(stage)
-    there = set(have['feature'])
+    there = set(run.store.explanations(stage)['feature'])
     missing = [i for i in test if i not in there]
     if missing:
-        preset = run.preset
-        texts = run.explainer(stage).explain(
-            run.reader.directions(missing), max_new_tokens=preset.explanation_tokens,
-            batch_size=preset.batch_size, progress=run.progress, encoders=run.reader.encoders(missing))
-        run.store.put_explanations([(stage, i, 0, text) for i, text in zip(missing, texts)])
-        have = run.store.explanations(stage)
+        found = greedy_explanations(run, run.adapters.source(stage), stage, missing)
+        put_rows(found, run.store.put_explanations, len(missing), 'explanations', run.progress)
+    have = run.store.explanations(stage)
     return dict(zip(have['feature'].tolist(), have['text']))
 
+# %% ../nbs/parts/run.ipynb #33a79401
 def best_candidates(
     run:Run,
     test:list[int], # features
@@ -944,7 +985,7 @@ def explain_by_contexts(
 ) -> dict[int, str]: # feature -> explanation; '' where there is none
     "Return what the evaluation writer says of features whose contexts it reads"
     said = autointerp(
-        run.writer('evaluation_writer'), [run.features[i] for i in test],
+        evaluation_writer(run), [run.features[i] for i in test],
         small=run.preset.one_text('evaluation_writer'),
         max_tokens=run.preset.explanation_tokens, progress=run.progress, silent=silent)
     return {i: '' if text == NO_PATTERN else text for i, text in said.items()}
@@ -960,7 +1001,7 @@ def _oracle(run:Run, test:list[int], notes:list[str]) -> dict[int, str]:
     if note: notes.append(note)
     try:
         return _explained_by(run, 'ao', test)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ClusterGone):
         raise
     except (OSError, ValueError, RuntimeError) as error:
         notes.append(f'ao: not measured, {first_line(error)}')

@@ -18,6 +18,7 @@ import torch
 
 # %% ../nbs/parts/steering.ipynb #6b63ca76
 from .lm.hooks import check_stream, residual_hook
+from .lm.sampling import at_once
 from .saes import FeatureReader, decoder_step
 
 # %% ../nbs/parts/steering.ipynb #06c89c96
@@ -165,7 +166,7 @@ def steered_kls(model, # causal LM
     per_prompt = clean.counts.sum(-1, keepdim=True)
     weights = clean.counts / per_prompt / n_prompts
     weight = weights[clean.counts] # of each position
-    most = max(1, LOGITS_AT_ONCE//(n_prompts*length*vocabulary)) # clamps in a forward pass
+    most = at_once(LOGITS_AT_ONCE//(n_prompts*length*vocabulary)) # clamps in a forward pass
     clean_probs = clean.log_probs.exp()
     kls:list[float] = []
     for start in range(0, len(values), most):

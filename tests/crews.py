@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from saeexplainer.executor import _connect
+from saeexplainer.lm.sampling import batches
 
 ROOT = Path(__file__).parents[1]
 STORE = dict(object_store_memory=100*2**20)
@@ -17,23 +18,36 @@ NODE = dict(STORE, num_cpus=1) # for one worker
 
 
 @contextmanager
-def cluster():
-    "Within, there is a cluster at RAY_ADDRESS whose head does no work, and this process is connected with it"
-    import ray
+def nodes(n):
+    "Within, there is a cluster of a head, which does no work, and so many nodes"
     from ray.cluster_utils import Cluster
+    found = Cluster(initialize_head=True, head_node_args=dict(STORE, num_cpus=0, include_dashboard=False))
+    for _ in range(n): found.add_node(**NODE)
+    try:
+        yield found
+    finally:
+        found.shutdown()
+
+
+@contextmanager
+def cluster():
+    "Within, there is a cluster at RAY_ADDRESS, and this process is connected with it"
+    import ray
     paths = [str(ROOT), str(ROOT/'tests'), os.environ.get('PYTHONPATH', '')]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.pathsep.join(paths)) # for the nodes and their workers
         patch.setenv('RAY_USAGE_STATS_ENABLED', '0')
-        nodes = Cluster(initialize_head=True, head_node_args=dict(STORE, num_cpus=0, include_dashboard=False))
-        patch.setenv('RAY_ADDRESS', nodes.address)
-        for _ in range(2): nodes.add_node(**NODE)
-        _connect(ray, n_workers=0)
-        try:
-            yield nodes
-        finally:
+        with nodes(2) as found:
+            patch.setenv('RAY_ADDRESS', found.address)
+            _connect(ray, n_workers=0)
+            yield found
             ray.shutdown()
-            nodes.shutdown()
+
+
+def kill_head(found):
+    "Kill the processes of a cluster's head, as in a power cut"
+    for kind in ('gcs_server', 'raylet'):
+        for process in found.head_node.all_processes[kind]: process.process.kill()
 
 
 # ---- workers
@@ -63,6 +77,15 @@ def small(room, batch):
 def make_small(room): return partial(small, room)
 
 
+def read(room, batch):
+    "A worker with room for so many rows at once; each item is that many rows. It says how many it has read at once"
+    sizes = [len(part) for part in batches([1]*sum(batch), max_rows=8)]
+    if max(sizes) > room: raise torch.OutOfMemoryError('no room')
+    return [max(sizes)]*len(batch)
+
+def make_reader(room): return partial(read, room)
+
+
 def where(names, batch): return [(os.getcwd(), torch.get_num_threads(), *map(os.environ.get, names))]*len(batch)
 def make_where(*names): return partial(where, names)
 
@@ -83,11 +106,18 @@ def deadly(item, worker, batch):
 def make_deadly(item, make): return partial(deadly, item, make())
 
 
-def slowly(worker, batch):
-    time.sleep(.05)
+def slowly(worker, seconds, batch):
+    time.sleep(seconds)
     return worker(batch)
 
-def make_slow(make): return partial(slowly, make())
+def make_slow(make, seconds=.05): return partial(slowly, make(), seconds)
+
+
+def slow(kind, seconds):
+    "Executors of a kind whose workers take that long for a batch"
+    class Slow(kind):
+        def map(self, make_worker, batches): return super().map(partial(make_slow, make_worker, seconds), batches)
+    return Slow
 
 
 def is_running(pid) -> bool: # neither gone nor a zombie

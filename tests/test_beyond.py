@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from helpers import tiny_model, tiny_tokenizer
 from judged import Scripted, feature, tiny_target
-from saeexplainer.evaluation.beyond import TOGETHER, beyond_values
+from saeexplainer.evaluation.beyond import TOGETHER, Instruments, Said, beyond_values
 from saeexplainer.evaluation.detection import ListReader
 from saeexplainer.evaluation.tables import BEYOND
 from saeexplainer.measuring import values_table
@@ -218,8 +218,8 @@ def test_measures_stand_in_the_table_of_values(run):
     assert len(table) == 3
 
 
-def test_only_what_is_asked_for_is_computed(run):
+def test_only_what_is_asked_for_is_computed():
     reader = ListReader(Scripted('1'))
-    found = beyond_values(run, 'mine', {3: 'rain'}, [3], ['coverage'], reader)
+    found = beyond_values(Instruments(PRESET, reader=reader), [Said(FEATURES[0], 'rain')], {3: 4.}, ['coverage'])
     assert found == {'coverage': {3: 1.}}
     assert reader.writer.asked == []

@@ -79,8 +79,20 @@ def test_a_plan_needs_nothing_and_leaves_nothing(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_with_workers(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, 'out', Console(width=200))
+    arguments = ['run', 'gemma-2-9b-l20', '--dry-run', '--ray', '--workers', '8']
+    plan = printed_json(capsys, *arguments)
+    assert (plan['workers'], plan['workers_gb']) == (8, 8*plan['worker_gb'])
+    said = printed(capsys, *arguments)
+    for line in ('on 8 workers', 'their memory', 'their disk', 'the driver', 'about $'): assert line in said
+    assert 'workers' not in printed(capsys, *arguments[:3])
+
+
 @pytest.mark.parametrize('more, says', [
     (['-s', 'target=org/unknown'], 'not known'),
+    (['-s', 'target=org/unknown', '--ray'], 'not known'),
     (['--writer', 'openai', '--model', 'mine'], 'no price is known')])
 def test_a_plan_says_what_it_does_not_know(capsys, tmp_path, monkeypatch, more, says):
     monkeypatch.chdir(tmp_path)

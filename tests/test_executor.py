@@ -2,15 +2,19 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from crews import (
-    make_nothing, make_odd, make_refusing, make_small, make_squares, make_where, noted,
+    make_nothing, make_odd, make_reader, make_refusing, make_small, make_squares, make_where, noted,
 )
 
+from judged import tiny_target
+
 from saeexplainer.executor import PlainExecutor, RayExecutor, _connect, _first_done, _Seat
+from saeexplainer.writers.local import LocalWriter
 
 N_WORKERS = 2
 
@@ -48,13 +52,47 @@ def test_an_error_while_a_worker_is_made_is_raised_as_it_is(executor):
 def test_a_batch_is_halved_where_memory_ran_out(executor, capsys):
     found = list(executor.map(partial(make_small, 2), [[1, 2, 3], [4]]))
     assert rows_by_batch(found) == {(1, 2, 3): [1, 4, 9], (4,): [16]}
-    said = 'out of GPU memory: the batch of 3 from 1 on was done in two halves\n'
+    said = 'out of GPU memory: the batch of 3 from 1 on was done again, in halves\n'
     assert capsys.readouterr().err == said
 
 
 def test_it_is_halved_once(executor):
     with pytest.raises(torch.OutOfMemoryError, match='no room'):
         list(executor.map(partial(make_small, 2), [[1, 2, 3, 4, 5]]))
+
+
+@pytest.mark.parametrize('batch', [[1]*10, [8]])
+def test_what_a_worker_reads_at_once_is_halved_too(executor, batch):
+    "It reads eight rows at once, and there is room for four: half of the batch is still too much"
+    [(_, rows)] = executor.map(partial(make_reader, 4), [batch])
+    assert rows == [4]*len(batch)
+
+
+TEXTS = ('The rain fell on the park', 'a cat', 'the sea shells', 'No fire', 'a large dog', 'rain', 'the nation',
+         'one mat', 'a park', 'sea')
+
+def read_texts(target, batch): return target.scores(batch, [3]*len(batch))
+
+def continue_texts(target, batch):
+    return target.generate(batch, feature=3, value=2., max_new_tokens=3, seeds=[len(text) for text in batch])
+
+def judge_texts(target, batch):
+    writer = LocalWriter(target.model, target.tokenizer, target.batch_size)
+    return writer.log_probs(batch, [' rain']*len(batch)).tolist()
+
+@pytest.mark.parametrize('work', [read_texts, continue_texts, judge_texts])
+def test_models_take_half_as_much_at_once(tmp_path, capsys, work):
+    "Eight rows at once are too many; so are the five of half of the batch"
+    target = tiny_target(tmp_path)
+    target = replace(target, batch_size=8)
+    whole = work(target, TEXTS)
+    def check(module, args):
+        if len(args[0]) > 4: raise torch.OutOfMemoryError('no room')
+    target.model.get_input_embeddings().register_forward_pre_hook(check)
+    with pytest.raises(torch.OutOfMemoryError): work(target, TEXTS[:5])
+    [(_, rows)] = PlainExecutor().map(partial(partial, work, target), [TEXTS])
+    assert rows == whole or rows == pytest.approx(whole, rel=1e-5)
+    assert 'was done again, in halves' in capsys.readouterr().err
 
 
 def test_batches_are_taken_as_they_are_done(executor):
@@ -87,7 +125,7 @@ def test_it_works_once_more(executor):
 
 class Waiting:
     "In place of ray: nothing is done at first"
-    def __init__(self): self.found = [[], ['reference']]
+    def __init__(self): self.found = [[]]*12 + [['reference']]
 
     def wait(self, references, timeout=None): return self.found.pop(0), []
 
@@ -96,7 +134,8 @@ class Waiting:
     ('reference', 'still waiting for a worker: it loads, or the cluster has no room for one\n'),
     (None, '')])
 def test_a_long_wait_for_a_worker_is_said(capsys, loading, said):
-    assert _first_done(Waiting(), dict(reference=_Seat(None, loading, deaths=0))) == 'reference'
+    seats = dict(reference=_Seat(None, loading, deaths=0))
+    assert _first_done(Waiting(), seats, check_head=list) == 'reference'
     assert capsys.readouterr().err == said
 
 

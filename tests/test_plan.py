@@ -1,11 +1,15 @@
 "What a run takes: numbers worked out by hand for a preset of a few features"
+import json
+from pathlib import Path
 import pandas as pd
 import pytest
 from saeexplainer.plan import (
-    A100, cpu_hours, dollars, evaluated, evaluation_hours, hours, lengths_of, plan, work, writer_work,
+    A100, DRIVER_ROWS, cluster_hours, cluster_plan, cpu_hours, dollars, evaluated, evaluation_hours, hours,
+    lengths_of, plan, stored_rows, work, worker_memory, writer_work,
 )
 from saeexplainer.presets import load_preset
 
+ROOT = Path(__file__).parents[1]
 LENGTHS = dict(prompt=10, label=5, explanation=4, text=20, distinct=.5)
 SMALL = dict(n_sft=100, sft_epochs=2., n_pref=10, dpo_rounds=1, dpo_epochs=3., n_candidates=4, n_texts=2, n_test=5,
              n_output=2, n_generative=3, n_activating=1, n_neutral=1, n_controls=2, baselines=(), baseline_labels=())
@@ -147,3 +151,54 @@ def test_lengths_go_by_the_explainer():
 def test_a_writer_that_reads_contexts_is_asked_once_a_feature(name):
     asked = writer_work(preset(evaluation_writer='far', baselines=(name,)), LENGTHS)
     assert asked.loc[name, 'requests'] == 5
+
+
+# workers
+
+def test_rows_of_preferences_are_candidates_and_texts_with_scores():
+    found = stored_rows(preset(), LENGTHS)
+    assert found['prefs1'] == 10*4 + 10*4*.5*2*6
+    assert stored_rows(preset(reward='self'), LENGTHS)['prefs1'] == 10*4 + 10*4*.5*4
+
+
+def test_rows_of_the_evaluation():
+    explained = 5*3*(1 + 6*5)
+    clamps = 2*3*2
+    assert stored_rows(preset(), LENGTHS)['evaluate'] == explained + clamps*(1 + 1) + 2*(3 + 1)
+    more = stored_rows(preset(baselines=['best']), LENGTHS)['evaluate']
+    assert more > 5*4*(1 + .5*2*6) + explained # candidates of the test features
+
+
+def test_training_is_not_shared():
+    stages = dict(sft=1., prefs1=4., dpo1=1., evaluate=4.)
+    assert cluster_hours(stages, 1) == (5, 20)
+    assert cluster_hours(stages, 4) == (2, 8)
+
+
+def test_a_worker_holds_one_model():
+    two = load_preset('gemma-2-9b-l20')
+    large = load_preset('gemma-2-9b-l20', evaluation_writer='local:google/gemma-2-27b-it')
+    assert worker_memory(two) < plan(two)['memory_gb'] - 15
+    assert worker_memory(large) - worker_memory(two) > 2*(27 - 10)
+    assert worker_memory(load_preset('gemma-2-9b-l20', evaluation_writer='local:org/unknown')) is None
+
+
+def test_what_workers_bring_is_held_against_what_the_driver_takes():
+    nine = load_preset('gemma-2-9b-l20')
+    one, eight = (cluster_plan(nine, plan(nine), workers) for workers in (1, 8))
+    assert eight['workers_rows'] == 8*one['workers_rows'] < DRIVER_ROWS == eight['driver_rows']
+    assert eight['workers_gb'] == 8*one['worker_gb']
+    assert eight['workers_disk_gb'] == (plan(nine)['disk_gb'], 8*plan(nine)['disk_gb'])
+    assert eight['cluster_hours'][0] < one['cluster_hours'][0]
+
+
+def test_the_driver_is_as_fast_as_it_was_measured():
+    rows = json.loads((ROOT/'bench'/'results.json').read_text(encoding='utf-8'))
+    [measured] = [row['per_second'] for row in rows if row['what'].startswith('memory of the driver')]
+    assert DRIVER_ROWS == pytest.approx(measured, rel=.1)
+
+
+def test_what_is_not_known_of_a_cluster():
+    strange = load_preset('gemma-2-9b-l20', target='org/unknown')
+    found = cluster_plan(strange, plan(strange), 8)
+    assert [name for name, value in found.items() if value is not None] == ['workers', 'driver_rows']

@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from crews import NODE, ROOT, Meddled, all_end, is_running, kill_one, make_deadly, make_squares, noted
+from crews import (
+    NODE, ROOT, Meddled, all_end, is_running, kill_head, kill_one, make_deadly, make_squares, nodes, noted,
+)
 from forks import calling, kill
 from tiny_lab import NO_DIRECTION
 
@@ -140,6 +142,39 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(lab, whole, forks, tm
     assert not out.exists()
     assert all_are_free(2) # its worker ended with it
     main([*arguments, '--json'])
+    assert out.read_text() == whole
+
+
+IMPATIENT = '''
+import os
+from crews import slow
+from saeexplainer import executor
+executor._GLANCE, executor._HEAD_PATIENCE = 1, 3
+executor.RayExecutor = slow(executor.RayExecutor, .5)
+os.environ['RAY_ADDRESS'] = {address!r}
+'''
+
+def test_the_head_is_killed_and_the_same_command_goes_on_with_another(lab, whole, tmp_path):
+    "Batches take longer than the head is waited for"
+    out = tmp_path/'all.jsonl'
+    part = tmp_path/'all.jsonl.explained.part'
+    arguments = ['explain', str(lab.file), '--all', '--out', str(out), '--explainer', str(lab.explainer),
+                 '-s', f'batch_size={BATCH}', '--ray']
+    with nodes(1) as first:
+        address = first.address
+        code = IMPATIENT.format(address=address) + calling(arguments, lab.data)
+        with subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True) as driver:
+            while driver.poll() is None and lines_of(part) < 4: time.sleep(.01)
+            kill_head(first)
+            said = driver.stderr.read()
+    assert driver.returncode == 2
+    assert 'Traceback' not in said
+    assert said.splitlines()[-1] == (
+        f'saeexplainer: the head of the Ray cluster at {address} does not answer any more: what was done is kept, '
+        'and the same command goes on when there is a cluster again')
+    assert not out.exists()
+    assert len(rows_in(part)) > len(NO_DIRECTION)
+    main([*arguments, '--json']) # on the cluster of the other tests
     assert out.read_text() == whole
 
 

@@ -7,9 +7,9 @@ __all__ = ['LETTERS', 'JUDGE', 'OVERHEARD', 'judge_prompt', 'Case', 'Shown', 'Ve
            'judge_locally', 'judge_cases', 'judge', 'control_cases', 'judge_controls']
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #995c78f2
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
@@ -17,10 +17,11 @@ import pandas as pd
 # %% ../../nbs/parts/evaluation/judge.ipynb #dc396c7d
 from .steering import steered_sets
 from .texts import Claim, claims_of, explanation_by_stage
+from ..executor import Executor, PlainExecutor, Worker, put_rows, slices
 from ..lm.sampling import seed_for
 from ..presets import Steering, is_local
 from ..replies import Request
-from ..show import progress_bar
+from ..writer import load_writer
 from ..writers.parsing import answers
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #14857a4d
@@ -134,14 +135,6 @@ def judge_locally(writer, # LocalWriter
     return [_ranked(part) for _, part in zip(cases, np.split(log_probs, ends))]
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #c40723a2
-def _verdicts_of_local(writer, cases, size, bar): # yields (Shown, Verdict); `size` cases at a time
-    cases = iter(cases)
-    while batch := list(itertools.islice(cases, size)):
-        to_judge = [(shown.case.claim.text, shown.sets) for shown in batch]
-        verdicts = judge_locally(writer, to_judge)
-        yield from zip(batch, verdicts)
-        bar.update(len(batch))
-
 def _verdict_rows(shown, verdict) -> list[dict]: # of the table `judgements`
     claim = shown.case.claim
     scores = dict(order=shown.order, scores=verdict.scores)
@@ -149,25 +142,29 @@ def _verdict_rows(shown, verdict) -> list[dict]: # of the table `judgements`
     about = dict(feature=claim.feature, choice=verdict.choice, true=true, scores=scores)
     return [dict(stage=stage, **about) for stage in claim.stages]
 
+def _judge(writer, batch:Sequence[Shown]) -> list[dict]: # rows of the table `judgements`
+    verdicts = judge_locally(writer, [(shown.case.claim.text, shown.sets) for shown in batch])
+    return [row for shown, verdict in zip(batch, verdicts) for row in _verdict_rows(shown, verdict)]
+
+def _judging(writer, preset) -> Worker: # cases as they are shown -> rows of the table `judgements`
+    return partial(_judge, writer or load_writer(preset.evaluation_writer, preset))
+
 def judge_cases(store, # RunStore
-                writer, # Writer, of the kind that `preset.evaluation_writer` says
+                writer, # Writer, of the kind that `preset.evaluation_writer` says; None: the workers load a local one
                 cases:list[Case],
                 preset, # Preset
                 description:str='judge', # of the progress bar
-                progress:bool=False
+                progress:bool=False,
+                executor:Executor=PlainExecutor() # of a local writer
                ) -> None:
     "Show cases to the judge and store its verdicts"
-    shown = (shuffled(case, preset.seed) for case in cases)
-    local = is_local(preset.evaluation_writer)
-    with progress_bar(len(cases), description, progress and local) as bar: # a capable writer has a bar of its own
-        if local:
-            size = max(1, preset.batch_size//8)
-            verdicts = _verdicts_of_local(writer, shown, size, bar)
-        else:
-            n_sets = preset.n_controls + 1
-            verdicts = verdicts_by_letter(writer, shown, n_sets, total=len(cases), progress=progress)
-        for one, verdict in verdicts:
-            store.put_judgements(_verdict_rows(one, verdict))
+    shown = [shuffled(case, preset.seed) for case in cases]
+    if is_local(preset.evaluation_writer):
+        found = executor.map(partial(_judging, writer, preset), slices(shown, max(1, preset.batch_size//8)))
+        return put_rows(found, store.put_judgements, len(shown), description, progress)
+    n_sets = preset.n_controls + 1
+    for one, verdict in verdicts_by_letter(writer, shown, n_sets, total=len(cases), progress=progress):
+        store.put_judgements(_verdict_rows(one, verdict))
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #31378b97
 def _whole_or_none(x) -> int|None: # pandas keeps whole numbers with gaps as floats
@@ -185,10 +182,11 @@ def _known_verdicts(store, claims) -> dict: # {(feature, explanation): fields of
     return known
 
 def judge(store, # RunStore
-          writer, # Writer, of the kind that `preset.evaluation_writer` says
+          writer, # Writer, of the kind that `preset.evaluation_writer` says; None: the workers load a local one
           explanations:dict, # {stage: {feature: text}}; features without steered texts are passed over
           preset, # Preset
-          progress:bool=False
+          progress:bool=False,
+          executor:Executor=PlainExecutor() # of a local writer
          ) -> int: # verdicts made now
     "Have the judge say which of its sets of steered texts each explanation describes"
     claims = claims_of(explanations)
@@ -203,7 +201,7 @@ def judge(store, # RunStore
         elif sets := steered_sets(store, claim.feature, preset.steering):
             cases.append(Case(replace(claim, stages=stages), sets))
     cases.sort(key=lambda case: case.claim.feature) # explanations of a feature are held against the same sets
-    judge_cases(store, writer, cases, preset, 'judge', progress)
+    judge_cases(store, writer, cases, preset, 'judge', progress, executor)
     return len(cases)
 
 # %% ../../nbs/parts/evaluation/judge.ipynb #d7d24e1e
@@ -243,15 +241,16 @@ def control_cases(store, # RunStore
     return [case for case in cases if case is not None]
 
 def judge_controls(store, # RunStore
-                   writer, # Writer that judges
+                   writer, # Writer that judges; None: the workers load a local one
                    explanations:dict, # {stage: {feature: text}}
                    features, # indices
                    preset, # Preset
-                   progress:bool=False
+                   progress:bool=False,
+                   executor:Executor=PlainExecutor() # of a local writer
                   ) -> int: # verdicts made now
     "Store the judge's verdicts where the right answer is known, under the stage 'control'"
     done = set(store.judgements('control')['feature'])
     todo = [feature for feature in features if feature not in done]
     cases = control_cases(store, explanations, todo, preset.steering, preset.seed)
-    judge_cases(store, writer, cases, preset, 'judge: controls', progress)
+    judge_cases(store, writer, cases, preset, 'judge: controls', progress, executor)
     return len(cases)

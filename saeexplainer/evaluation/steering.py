@@ -6,14 +6,17 @@
 __all__ = ['control_features', 'Search', 'searches_for', 'calibrate', 'usable_targets', 'SteeredText', 'steer', 'steered_sets']
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #e2ee0696
-import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 import numpy as np
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #aab01a80
+from ..executor import Executor, PlainExecutor, Worker, put_rows, slices
 from ..lm.sampling import seed_for
 from ..presets import Steering
-from ..show import progress_bar
+from ..target import Target
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #e511c76c
 def control_features(feature:int, # explained
@@ -57,9 +60,32 @@ def searches_for(features, # explained
     return list(dict.fromkeys(searches))
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #acdb0952
-def _clamped(search) -> tuple: # by which searches stand together
-    return search.feature, search.control, search.steered
+@dataclass(frozen=True)
+class _Clamped: # KL targets whose clamps are looked for together
+    steered: int
+    kls: tuple[float, ...]
 
+class _Found(NamedTuple):
+    steered: int
+    kl_target: float
+    value: Any # `SteeringValue`, or a row of the table `steering`
+
+def _to_search(searches:Iterable[Search]) -> list[_Clamped]: # each clamped feature once
+    kls:dict[int, dict] = {}
+    for search in searches: kls.setdefault(search.steered, {})[search.kl_target] = None
+    return [_Clamped(steered, tuple(of_one)) for steered, of_one in kls.items()]
+
+def _search(target, how:Steering, batch:Sequence[_Clamped]) -> list[_Found]:
+    found = []
+    for clamped in batch:
+        values = target.steering_values(clamped.steered, list(clamped.kls), how.prompts, reference=how.reference)
+        found += [_Found(clamped.steered, kl, value) for kl, value in zip(clamped.kls, values)]
+    return found
+
+def _searching(target, preset) -> Worker: # clamped features -> what was found
+    return partial(_search, target or Target.load(preset), preset.steering)
+
+# %% ../../nbs/parts/evaluation/steering.ipynb #0c2677e7
 def _search_row(search, found) -> dict: # of the table `steering`
     return dict(
         feature=search.feature,
@@ -71,29 +97,26 @@ def _search_row(search, found) -> dict: # of the table `steering`
         reached=found.reached)
 
 def calibrate(store, # RunStore
-              target, # Target
+              target, # Target; None: the workers of a cluster load it
               features, # indices
               preset, # Preset: of it the steering and the seed
               pool, # indices of alive features
-              progress:bool=False
+              progress:bool=False,
+              executor:Executor=PlainExecutor()
              ) -> int: # searches made now
     "Find the clamps of features and controls; stored with the KL that was realised and whether the target was reached"
-    how = preset.steering
-    searches = searches_for(features, pool, how, preset.seed)
+    searches = searches_for(features, pool, preset.steering, preset.seed)
     missing = set(store.missing('steering', [search.key for search in searches]))
-    todo = [search for search in searches if search.key in missing]
-    found = {(row.steered, row.kl_target): row for row in store.steering().itertuples()}
-    with progress_bar(len(todo), 'steering: KL searches', progress) as bar:
-        for (_, _, steered), together in itertools.groupby(todo, key=_clamped):
-            group = list(together)
-            new = [search.kl_target for search in group if (steered, search.kl_target) not in found]
-            if new:
-                values = target.steering_values(steered, new, how.prompts, reference=how.reference)
-                found |= {(steered, kl): value for kl, value in zip(new, values)}
-            rows = [_search_row(search, found[steered, search.kl_target]) for search in group]
-            store.put_steering(rows)
-            bar.update(len(group))
-    return len(todo)
+    todo:dict[tuple, list[Search]] = {} # by what is looked for
+    for search in searches:
+        if search.key in missing: todo.setdefault((search.steered, search.kl_target), []).append(search)
+    def put(found): store.put_steering([_search_row(search, one.value) for one in found for search in todo[one[:2]]])
+    known = {(row.steered, row.kl_target): row for row in store.steering().itertuples()}
+    put([_Found(*key, known[key]) for key in todo if key in known])
+    clamped = _to_search(same[0] for key, same in todo.items() if key not in known)
+    found = executor.map(partial(_searching, target, preset), slices(clamped, max(1, preset.batch_size//8)))
+    put_rows(found, put, len(clamped), 'steering: KL searches', progress, 'feature')
+    return len(missing)
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #b8492bf6
 def usable_targets(store, # RunStore
@@ -138,32 +161,33 @@ def _texts_to_steer(store, features, how) -> list[SteeredText]: # those that the
     missing = set(store.missing('steered_texts', [text.key for text in texts]))
     return [text for text in texts if text.key in missing]
 
+def _write(target, how:Steering, seed:int, batch:Sequence[SteeredText]) -> list[tuple]: # rows of `steered_texts`
+    written = target.generate(
+        [text.prompt for text in batch],
+        feature=[text.steered for text in batch],
+        value=[text.value for text in batch],
+        max_new_tokens=how.tokens,
+        temperature=how.temperature,
+        reference=how.reference,
+        seeds=[seed_for(seed, 'steered', *text.key) for text in batch])
+    return [(*text.key, new) for text, new in zip(batch, written)]
+
+def _writing(target, preset) -> Worker: # texts that are to be written -> rows of `steered_texts`
+    return partial(_write, target or Target.load(preset), preset.steering, preset.seed)
+
 def steer(store, # RunStore
-          target, # Target
+          target, # Target; None: the workers of a cluster load it
           features, # indices
           preset, # Preset
           all_features, # indices of alive features: the pool of controls
-          progress:bool=False
+          progress:bool=False,
+          executor:Executor=PlainExecutor()
          ) -> int: # texts made now
     "Write the sets of texts of each feature: steered by the feature itself, and by its controls"
-    calibrate(store, target, features, preset, all_features, progress)
-    how = preset.steering
-    todo = _texts_to_steer(store, features, how)
-    with progress_bar(len(todo), 'steering: texts', progress) as bar:
-        for start in range(0, len(todo), preset.batch_size):
-            batch = todo[start:start + preset.batch_size]
-            seeds = [seed_for(preset.seed, 'steered', *text.key) for text in batch]
-            written = target.generate(
-                [text.prompt for text in batch],
-                feature=[text.steered for text in batch],
-                value=[text.value for text in batch],
-                max_new_tokens=how.tokens,
-                temperature=how.temperature,
-                reference=how.reference,
-                seeds=seeds)
-            rows = [(*text.key, new) for text, new in zip(batch, written)]
-            store.put_steered_texts(rows)
-            bar.update(len(batch))
+    calibrate(store, target, features, preset, all_features, progress, executor)
+    todo = _texts_to_steer(store, features, preset.steering)
+    found = executor.map(partial(_writing, target, preset), slices(todo, preset.batch_size))
+    put_rows(found, store.put_steered_texts, len(todo), 'steering: texts', progress)
     return len(todo)
 
 # %% ../../nbs/parts/evaluation/steering.ipynb #a3271b2c

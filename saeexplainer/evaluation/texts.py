@@ -11,14 +11,17 @@ __all__ = ['GENERATIVE_LIST', 'GENERATIVE_ONE', 'CONTRAST_LIST', 'ACTIVATING_ONE
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #afd98404
 import hashlib, re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 import numpy as np
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #ba186d59
+from ..executor import Executor, PlainExecutor, Worker, put_rows, slices
 from ..lm.sampling import seed_for
 from ..presets import Sampling, TextCounts
 from ..replies import Request
-from ..show import progress_bar
+from ..target import Target
 from ..writers.parsing import answers, texts_of
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #c5e627c6
@@ -283,30 +286,31 @@ def _known_scores(texts) -> dict: # {(feature, text): score}
     scores = read.set_index(['feature', 'text'])['score']
     return scores.to_dict()
 
+def _read(target, batch:Sequence[tuple]) -> list[tuple]: # batch: (feature, text); those with their scores
+    scores = target.scores([text for _, text in batch], [int(feature) for feature, _ in batch])
+    return list(zip(batch, scores))
+
+def _reading(target, preset) -> Worker: # (feature, text) -> the same with their scores
+    return partial(_read, target or Target.load(preset))
+
 def score_texts(store, # RunStore
-                target, # Target, which reads the features
+                target, # Target, which reads the features; None: the workers of a cluster load it
                 preset, # Preset: of it the batch size
                 stages=None, # None: all
-                progress:bool=False
+                progress:bool=False,
+                executor:Executor=PlainExecutor()
                ) -> int: # texts read now
     "Store the largest activation of each evaluation text, or why it has none: 'empty', 'too long'"
     known = _known_scores(store.texts(kind=KINDS))
     waiting = store.unscored(None if stages is None else list(stages), KINDS)
-    groups = list(waiting.groupby(['feature', 'text'], sort=False))
-    size = 8*preset.batch_size
-    with progress_bar(len(groups), 'reading the target', progress) as bar:
-        for start in range(0, len(groups), size):
-            batch = groups[start:start + size]
-            new = [key for key, _ in batch if key not in known]
-            if new:
-                texts = [text for _, text in new]
-                features = [int(feature) for feature, _ in new]
-                known |= dict(zip(new, target.scores(texts, features)))
-            scored = []
-            for key, rows in batch:
-                scored += [(row.stage, row.feature, row.k, row.kind, row.j, known[key]) for row in rows.itertuples()]
-            store.put_scores(scored)
-            bar.update(len(batch))
+    rows = dict(list(waiting.groupby(['feature', 'text'], sort=False))) # (feature, text) -> those that wait for it
+    def put(scored):
+        store.put_scores([(row.stage, row.feature, row.k, row.kind, row.j, score)
+                          for key, score in scored for row in rows[key].itertuples()])
+    put([(key, known[key]) for key in rows if key in known])
+    new = [key for key in rows if key not in known]
+    found = executor.map(partial(_reading, target, preset), slices(new, 8*preset.batch_size))
+    put_rows(found, put, len(new), 'reading the target', progress)
     return len(waiting)
 
 # %% ../../nbs/parts/evaluation/texts.ipynb #ed51cb34

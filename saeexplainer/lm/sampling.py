@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['seed_for', 'draw', 'check_draw', 'RowSampler', 'pad', 'can_share', 'shared_prefix', 'pad_rest', 'prefilled',
            'in_float32', 'own_ends', 'end_ids', 'check_new', 'check_seeds', 'check_vocabulary', 'check_room',
-           'check_logits', 'without_settings', 'up_to_end', 'new_tokens', 'sample', 'batches']
+           'check_logits', 'without_settings', 'up_to_end', 'new_tokens', 'sample', 'smaller_batches', 'at_once',
+           'batches']
 
 # %% ../../nbs/parts/lm/sampling.ipynb #628dd36b
 import copy, hashlib, operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral, Real
 from typing import Any
 import torch
@@ -324,11 +326,29 @@ def sample(model, # causal LM
     return [text.strip() for text in texts]
 
 # %% ../../nbs/parts/lm/sampling.ipynb #c3c7722b
+_PARTS: ContextVar[int] = ContextVar('parts', default=1) # into which a usual batch is cut
+
+@contextmanager
+def smaller_batches() -> Iterator[None]:
+    "Within, half as much is done at once"
+    before = _PARTS.set(2*_PARTS.get())
+    try:
+        yield
+    finally:
+        _PARTS.reset(before)
+
+def at_once(usual:int # rows, tokens or the like
+           ) -> int: # at least one
+    "Return how much may be done at once: as usual, or less within `smaller_batches`"
+    return max(1, usual//_PARTS.get())
+
 def batches(lengths:Sequence[int], # of each row, in tokens
             max_rows:int, # rows in a batch at most
             max_tokens:int|None=None # rows x longest row at most; a single longer row is a batch of its own
            ) -> list[list[int]]: # indices of the rows of each batch, longest first
     "Group rows of similar length"
+    max_rows = at_once(max_rows)
+    if max_tokens is not None: max_tokens = at_once(max_tokens)
     groups:list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if groups:

@@ -22,7 +22,7 @@ import torch
 from ..lm.chat import as_text, control_tokens, encode, prompt_ids
 from ..lm.hooks import context_length
 from saeexplainer.lm.sampling import (
-    batches, can_share, check_vocabulary, end_ids, in_float32, new_tokens, pad, pad_rest, seed_for,
+    at_once, batches, can_share, check_vocabulary, end_ids, in_float32, new_tokens, pad, pad_rest, seed_for,
     shared_prefix,
 )
 from ..replies import Reply, Request, reply_key
@@ -155,14 +155,15 @@ def most_tokens(
     model, # a causal language model
 ) -> int: # at least one
     "Return how many tokens get logits in one forward pass"
-    return max(1, LOGITS_AT_ONCE//model.get_input_embeddings().weight.shape[0])
+    return at_once(LOGITS_AT_ONCE//model.get_input_embeddings().weight.shape[0])
 
 def most_texts(
     model, # a causal language model
     longest:int=1, # tokens of the longest text
 ) -> int: # at least one
     "Return how many texts are read at once behind one context"
-    return max(1, min(16 if can_share(model) else 1, most_tokens(model)//max(1, longest)))
+    usual = 16 if can_share(model) else 1
+    return max(1, min(at_once(usual), most_tokens(model)//max(1, longest)))
 
 # %% ../../nbs/parts/writers/local.ipynb #7f9174d6
 class Likelihoods:
