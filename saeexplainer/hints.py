@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'WORDS', 'HINTS', 'Neighbour', 'TokenDictionary', 'check_dictionary', 'place_of', 'dictionary_beside',
-           'near_enough', 'hint_words', 'hint_text', 'words_near', 'hints_for', 'feature_hints', 'with_hints']
+           'near_enough', 'hint_words', 'hint_text', 'words_near', 'hints_for', 'feature_hints', 'with_hints',
+           'with_layer']
 
 # %% ../nbs/parts/hints.ipynb #6ba06e76
 import json
@@ -206,3 +207,10 @@ def with_hints(
     inert = hints.replace('{', '').replace('}', '')
     while placeholder.strip() in inert: inert = inert.replace(placeholder.strip(), '')
     return template.replace(HINTS, inert)
+
+def with_layer(
+    template:str, # E.1, perhaps with {layer}
+    layer:int, # of the target
+) -> str:
+    "Return a template with the number of the layer that a dictionary reads"
+    return template.replace('{layer}', str(layer))

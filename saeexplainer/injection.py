@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['placeholder_id', 'prompt_messages', 'explanation_prompt', 'without_placeholder', 'add_direction', 'Places',
-           'find_places', 'carried_places', 'check_ids', 'Bridge', 'Injector', 'FeatureCollator']
+           'find_places', 'carried_places', 'check_ids', 'Bridge', 'bridged', 'Injector', 'FeatureCollator']
 
 # %% ../nbs/00_injection.ipynb #61a05e09
 import inspect, math
@@ -131,6 +131,12 @@ def _check_injector(model, placeholder_id:int, layer:int, coefficient:float, bri
     if getattr(backbone(model), 'injector', None) is not None:
         raise ValueError('this model has an injector already: remove() it first')
 
+def _joined(model, injector, bridge) -> Any: # its backbone, which knows both
+    body: Any = backbone(model)
+    body.injector = injector
+    body.bridge = bridge and bridge.to(model.device)
+    return body
+
 def _check_injected(injected) -> None: # (rows,) bool; raises `ValueError`
     lost = (~injected).sum().item()
     if lost: raise ValueError(f'{lost} of {len(injected)} rows had no placeholder: their vectors were not injected')
@@ -140,6 +146,7 @@ def carried_places(
     ids:torch.Tensor|None, # token ids, (rows, seq); from `first` on they stand for features
     first:int, # stands for feature 0
     directions:Callable[[list[int]], torch.Tensor], # indices -> (n, d_model), as `FeatureReader.directions`
+    bridge:Callable|None=None, # maps them into the explainer's width
 ) -> Places:
     "Find the features that ride in the ids of a batch; raises `ValueError` unless each row carries one"
     if ids is None: raise ValueError('features ride in the token ids: call the model with input_ids')
@@ -148,7 +155,8 @@ def carried_places(
     if (counts != 1).any():
         raise ValueError(f'every row needs exactly one feature among its ids, rows have {counts.tolist()}')
     features = (ids[rows, positions] - first).tolist()
-    return Places(rows, positions, F.normalize(directions(features).to(ids.device).float(), dim=-1))
+    vectors = directions(features) if bridge is None else bridge(directions(features))
+    return Places(rows, positions, F.normalize(vectors.to(ids.device).float(), dim=-1))
 
 def check_ids(
     ids:torch.Tensor|None, # token ids, (rows, seq); None: the model was called with embeddings
@@ -194,6 +202,13 @@ class Bridge(torch.nn.Linear):
         with torch.autocast(self.weight.device.type, enabled=False):
             return F.linear(vectors.to(self.weight.device).float(), self.weight.float())
 
+def bridged(
+    bridge:Bridge|None,
+    vectors:torch.Tensor, # (n, target's width)
+) -> torch.Tensor: # (n, explainer's width)
+    "Return directions as the explainer reads them: mapped, where there is a bridge"
+    return vectors if bridge is None else bridge(vectors)
+
 # %% ../nbs/00_injection.ipynb #c0997153
 class Injector:
     "Adds directions at the placeholder (Eq. 6): give `feature_vector=` to forward, or generate inside `using(vectors)`"
@@ -204,9 +219,7 @@ class Injector:
                  bridge:Bridge|None=None, # the model gets it as a module, `bridge`; None: directions are as wide as it
                 ) -> None:
         _check_injector(model, placeholder_id, layer, coefficient, bridge)
-        self.body: Any = backbone(model)
-        self.body.injector = self # type: ignore[assignment]
-        self.body.bridge = bridge and bridge.to(model.device)
+        self.body = _joined(model, self, bridge)
         self.placeholder_id = placeholder_id
         self.coefficient = coefficient
         self.first_id = model.get_input_embeddings().weight.shape[0] # stands for feature 0, after `carry`
@@ -219,11 +232,6 @@ class Injector:
                        self.body.register_forward_pre_hook(self._find, with_kwargs=True, prepend=True),
                        decoder_layers(model)[layer].register_forward_hook(self._add, prepend=True)]
 
-    def _bridged(self, vectors): # as wide as the model
-        return vectors if self.body.bridge is None else self.body.bridge(vectors)
-
-    def _carried(self, features): return self._bridged(self._directions(features))
-
     def _hand_over(self, model, args, kwargs): # before the whole model
         self._given = kwargs.pop('feature_vector', None)
         return args, kwargs
@@ -234,11 +242,11 @@ class Injector:
         self._given = self._places = None
         ids = kwargs.get('input_ids', args[0] if args else None)
         if vectors is None and self._directions:
-            self._places = carried_places(ids, self.first_id, self._carried)
+            self._places = carried_places(ids, self.first_id, self._directions, body.bridge)
             return _with_tokens(body, args, kwargs, self.first_id, self.placeholder_id)
         check_ids(ids, self.first_id, self.placeholder_id if vectors is None and body.training else None)
         if vectors is not None:
-            self._places = find_places(ids, self.placeholder_id, self._bridged(vectors), every=given is not None)
+            self._places = find_places(ids, self.placeholder_id, bridged(body.bridge, vectors), every=given is not None)
             if given is None and self._places: self._injected[self._places.rows.to('cpu')] = True
         return args, kwargs
 

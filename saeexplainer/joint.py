@@ -126,10 +126,12 @@ def _joint_bridge(targets:Sequence[JointTarget]) -> Bridge: # before training
 def _settings(targets:Sequence[JointTarget], rows) -> dict: # JSON
     first = targets[0].preset
     own = {name: getattr(first, name) for name in SFT_SETTINGS}
-    files = [file_sha256(one.preset.bridge) for one in targets if one.preset.bridge not in STARTS]
+    bridges = [str(target.preset.bridge) for target in targets]
+    files = [file_sha256(bridge) for bridge in bridges if bridge not in STARTS]
     cards = [target.card.settings() for target in targets]
     return own | dict(rows=rows_sha256(rows), bridge_files=files, targets=cards)
 
+# %% ../nbs/parts/joint.ipynb #7ce8523c
 def _save_parts(folder:Path, targets:Sequence[JointTarget], reader:JointReader) -> list[Path]: # of `folder`, cut
     trained = ExplainerCard.load(folder)
     widths = [one.d_model for one in reader.readers]

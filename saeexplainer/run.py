@@ -718,9 +718,28 @@ def taught_features(
     return [dataclasses.replace(feature, explanation=texts[feature.index])
             for feature in features if feature.index in texts]
 
-def _taken_explainer(run:Run) -> str: # its line
-    card = copy_explainer(run.preset.sft_from, run.reader, run.adapter('sft'))
-    return f'the explainer of {run.preset.sft_from} (stage {card.stage})'
+def sft_stage(
+    run:Run,
+) -> str: # what came out, in a line
+    "3.2: supervised fine-tuning on labels"
+    if run.preset.sft_from: return _taken_explainer(run, run.preset.sft_from)
+    if run.preset.targets: return _joint_stage(run)
+    dictionary = dictionary_file(run.preset, run.target, WORDS, run.progress) if run.preset.n_hints else None
+    run.make_room()
+    forget_empty_claim(run.adapter('sft'))
+    taught = taught_features(run, 'sft', dictionary)
+    result = train_sft(
+        run.preset, taught, run.reader, run.adapter('sft'),
+        eval_features=taught_features(run, 'validation', dictionary), held_out=_held_out(run),
+        like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary)
+    losses = result.losses
+    loss = f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
+    return f"{len(taught)} features, {loss}{run.adapters.origin('sft')}"
+
+# %% ../nbs/parts/run.ipynb #8faeae4e
+def _taken_explainer(run:Run, source:str) -> str: # its line
+    card = copy_explainer(source, run.reader, run.adapter('sft'))
+    return f'the explainer of {source} (stage {card.stage})'
 
 def _held_out(run:Run) -> list[Feature]: # what SFT must not learn
     parts = [part for name, part in run.splits.items() if name.startswith(('test', 'preference'))]
@@ -740,24 +759,6 @@ def _joint_stage(run:Run) -> str: # its line
     copy_explainer(folders[0], run.reader, run.adapter('sft'))
     counts = [f'{len(target.features)} of {target.preset.name}' for target in (own, *others)]
     return f"features: {', '.join(counts)}"
-
-def sft_stage(
-    run:Run,
-) -> str: # what came out, in a line
-    "3.2: supervised fine-tuning on labels"
-    if run.preset.sft_from: return _taken_explainer(run)
-    if run.preset.targets: return _joint_stage(run)
-    dictionary = dictionary_file(run.preset, run.target, WORDS, run.progress) if run.preset.n_hints else None
-    run.make_room()
-    forget_empty_claim(run.adapter('sft'))
-    taught = taught_features(run, 'sft', dictionary)
-    result = train_sft(
-        run.preset, taught, run.reader, run.adapter('sft'),
-        eval_features=taught_features(run, 'validation', dictionary), held_out=_held_out(run),
-        like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary)
-    losses = result.losses
-    loss = f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
-    return f"{len(taught)} features, {loss}{run.adapters.origin('sft')}"
 
 # %% ../nbs/parts/run.ipynb #22754a21
 def _stage_before(round:int) -> str: # whose explainer a round begins with
@@ -1038,7 +1039,7 @@ def evaluate_stage(
     means = ', '.join(f'{row[0]} {table.loc[row, "mean"]:.2f}' for row in rows if row in table.index)
     return f'{run.preset.n_test} test features, generative accuracy {means}'
 
-# %% ../nbs/parts/run.ipynb #0003d984
+# %% ../nbs/parts/run.ipynb #452b5cd1
 def targets_stage(
     run:Run,
 ) -> str: # what came out, in a line
@@ -1055,7 +1056,6 @@ def targets_stage(
 
 def _in_silence(line:str) -> None: pass
 
-# %% ../nbs/parts/run.ipynb #452b5cd1
 def stage_functions(
     preset:Preset,
 ) -> dict: # name -> function of the run

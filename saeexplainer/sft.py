@@ -205,7 +205,13 @@ def training_log(
 
 # %% ../nbs/01_sft.ipynb #1d7d817a
 SFT_SETTINGS = ('explainer', 'lora_r', 'lora_alpha', 'lora_dropout', 'sft_lr', 'sft_epochs', 'sft_batch',
-             'sft_accumulation', 'sft_warmup', 'sft_weight_decay', 'max_length', 'seed')
+                'sft_accumulation', 'sft_warmup', 'sft_weight_decay', 'max_length', 'seed')
+
+def _begun(preset, reader, card, dictionary) -> Explainer: # before its training
+    bridge = begin_bridge(preset, reader)
+    model, tokenizer = load_model(preset.explainer, device=preset.device)
+    if preset.lora_from: model = kept_lora(model, preset, reader)
+    return Explainer(model, tokenizer, card, dictionary=dictionary, bridge=bridge)
 
 def _begun_with(preset) -> dict: # JSON: hashes of what is not in the card
     found = {}
@@ -219,12 +225,6 @@ def _settings(preset, card, rows, eval_rows) -> dict: # JSON
     return {**own, **card.settings(), **data}
 
 # %% ../nbs/01_sft.ipynb #0ea84feb
-def _begun(preset, reader, card, dictionary) -> Explainer: # before its training
-    bridge = begin_bridge(preset, reader)
-    model, tokenizer = load_model(preset.explainer, device=preset.device)
-    if preset.lora_from: model = kept_lora(model, preset, reader)
-    return Explainer(model, tokenizer, card, dictionary=dictionary, bridge=bridge)
-
 def train_sft( # noqa: PLR0913
               preset, # `Preset`
               features, # `Feature`s with labels

@@ -317,7 +317,7 @@ def train_to_the_end(trainer, # of trl
     "Train, or go on training; a checkpoint at the last step is loaded and not trained further"
     state = TrainerState.load_from_json(f'{checkpoint}/trainer_state.json') if checkpoint else None
     if state and _is_over(trainer, state):
-        last = state.best_model_checkpoint or checkpoint
+        last = state.best_model_checkpoint or str(checkpoint)
         trainer._load_from_checkpoint(last)
         restore_bridge(trainer.model, last)
         trainer.state = state

@@ -15,14 +15,16 @@ MOST_NODES = 12 # a line
 MOST_LINES = 50 # exported in a row without a cell that runs something
 LONG = { # what is one class, in one cell
     '00_injection.ipynb': 59, # `Injector`: its hooks, and what they share
-    'parts/explainer.ipynb': 52, # `ExplainerCard`: a field a line
-    'parts/presets.ipynb': 250, # the fields of a run, each with its help
+    'parts/explainer.ipynb': 55, # `ExplainerCard`: a field a line
+    'parts/presets.ipynb': 264, # the fields of a run, each with its help
     'parts/saes.ipynb': 64, # `FeatureReader`: what the rest of the project asks of a dictionary
     'parts/target.ipynb': 54, # the doors of `Target`
 }
 NO_EXAMPLE = { # notebook -> what takes too long for its page
     'parts/run.ipynb': ['sft_stage'], # it trains: the page runs a whole run further down
     'parts/benchmark.ipynb': ['measure_built_in'], # hours
+    'parts/bridge_study.ipynb': ['measure_study'], # hours
+    'parts/joint.ipynb': ['train_joint'], # minutes: it trains
 }
 
 
