@@ -14,7 +14,9 @@ from typing import Any
 import pandas as pd
 
 # %% ../nbs/01_sft.ipynb #575f6f00
-from .explainer import Explainer, ExplainerCard, hints_file
+from .crew import reader_of, train_by
+from .executor import Executor, PlainExecutor
+from .explainer import Explainer, ExplainerCard, hints_file, load_dictionary
 from .hints import WORDS, HINTS, TokenDictionary, feature_hints, place_of, with_hints
 from .injection import FeatureCollator, prompt_messages, without_placeholder
 from .lm.chat import answer_ends, answer_ids
@@ -22,9 +24,10 @@ from .lm.hooks import routers
 from .lm.models import load_model
 from .lm.sampling import check_vocabulary
 from .presets import Lora
+from .sharing import SharedSteps
 from saeexplainer.training import (
-    claim, copy_finished, finish_training, is_finished, last_checkpoint, one_gpu, quiet,
-    read_training, rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
+    claim, copy_finished, finish_training, is_finished, one_device, quiet, read_training, rows_sha256,
+    train_to_the_end, trainer_settings, training_callbacks,
 )
 
 # %% ../nbs/01_sft.ipynb #e90a9003
@@ -133,7 +136,7 @@ def sft_config(preset, # `Preset`
     "Return the settings of supervised fine-tuning for trl's `SFTTrainer`"
     from trl import SFTConfig
     settings = trainer_settings(preset.sft_schedule, model, folder, preset.max_length, preset.seed, evaluate)
-    return one_gpu(SFTConfig(**settings, completion_only_loss=True, packing=False, padding_free=False))
+    return one_device(SFTConfig(**settings, completion_only_loss=True, packing=False, padding_free=False))
 
 # %% ../nbs/01_sft.ipynb #77af9a76
 def sft_trainer(preset, # `Preset`
@@ -148,13 +151,16 @@ def sft_trainer(preset, # `Preset`
     from transformers import PrinterCallback
     from trl import SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    class Shared(SharedSteps, SFTTrainer):
+        "For several processes; in one it is trl's"
+
     model = explainer.model
     tokenizer = explainer.tokenizer
     warn_if_endless(tokenizer)
     args = sft_config(preset, model, folder, evaluate=eval_rows is not None)
     inner = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     with quiet():
-        trainer = SFTTrainer(
+        trainer = Shared(
             model, args, processing_class=tokenizer, peft_config=lora_config(preset.lora, model),
             train_dataset=token_rows(rows, explainer, args.max_length),
             eval_dataset=token_rows(eval_rows, explainer, args.max_length) if eval_rows else None,
@@ -199,6 +205,32 @@ def _settings(preset, card, rows, eval_rows) -> dict: # JSON
     data = dict(features=len(rows), rows=rows_sha256(rows), eval_rows=rows_sha256(eval_rows) if eval_rows else None)
     return {**own, **card.settings(), **data}
 
+# %% ../nbs/01_sft.ipynb #7681ebc4
+@dataclass(frozen=True)
+class _Training: # what each of the processes that train needs
+    preset: Any
+    rows: Any # of `sft_dataset`
+    eval_rows: Any # likewise, or None
+    reader: Any # `FeatureReader`; None: it is loaded
+    card: ExplainerCard
+    out: Path
+    settings: dict
+    progress: bool
+    spent: float # seconds before it began
+
+    def __call__(self, checkpoint:str|None) -> None: # to go on from
+        start = time.monotonic()
+        preset = self.preset
+        reader = reader_of(self.card, preset, self.reader)
+        model, tokenizer = load_model(preset.explainer, device=preset.device)
+        explainer = Explainer(model, tokenizer, self.card, dictionary=load_dictionary(self.out, self.card))
+        folder = self.out/'checkpoints'
+        trainer = sft_trainer(preset, self.rows, reader, explainer, folder, self.eval_rows, self.progress)
+        train_to_the_end(trainer, checkpoint)
+        log = _log_rows(trainer.state.log_history)
+        seconds = self.spent + time.monotonic() - start
+        finish_training(trainer, self.card, self.out, dict(settings=self.settings, seconds=seconds, log=log))
+
 # %% ../nbs/01_sft.ipynb #0ea84feb
 def train_sft( # noqa: PLR0913
               preset, # `Preset`
@@ -209,7 +241,8 @@ def train_sft( # noqa: PLR0913
               held_out=(), # `Feature`s or ids that must not be trained on
               like=None, # folder of a finished training: copied, if it is this one
               progress:bool=True, # with a bar
-              dictionary=None # file of the hints; None: the preset's, where it wants them; the folder gets a copy
+              dictionary=None, # file of the hints; None: the preset's, where it wants them; the folder gets a copy
+              executor:Executor=PlainExecutor() # whose workers train, each its share of a step
              ) -> SFTResult: # of this call, or of an earlier one that did the same
     "Fine-tune the explainer on labels (3.2); raise `ValueError` where features overlap or do not fit"
     out = Path(out)
@@ -230,11 +263,9 @@ def train_sft( # noqa: PLR0913
     if is_finished(out, settings): return SFTResult.load(out)
     checkpoints = out/'checkpoints'
     claim(checkpoints, settings)
-    model, tokenizer = load_model(preset.explainer, device=preset.device)
-    explainer = Explainer(model, tokenizer, card, dictionary=tokens)
-    trainer = sft_trainer(preset, rows, reader, explainer, checkpoints, eval_rows, progress)
-    train_to_the_end(trainer, last_checkpoint(checkpoints))
-    log = _log_rows(trainer.state.log_history)
     if dictionary: shutil.copyfile(dictionary, out/WORDS)
-    finish_training(trainer, card, out, dict(settings=settings, seconds=time.monotonic() - start, log=log))
+    here = isinstance(executor, PlainExecutor)
+    job = _Training(preset, rows, eval_rows, reader if here else None, card, out, settings, progress,
+                    spent=time.monotonic() - start)
+    train_by(executor, job, checkpoints, preset.sft_schedule, 'sft')
     return SFTResult.load(out)
