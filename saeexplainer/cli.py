@@ -569,7 +569,7 @@ def cluster_line(
     "Return what a run takes with workers on a cluster"
     if 'workers' not in plan: return {}
     count = plan['workers']
-    shared = 'preferences are shared, training and metrics are not'
+    shared = 'preferences and training are shared, metrics are not'
     return {f'on {count} worker{"s"*(count > 1)}': f"{span(*plan['cluster_hours'])}: {shared}"}
 
 # %% ../nbs/parts/cli.ipynb #1998146a
@@ -610,7 +610,8 @@ def show_plan(
     begun = (folder/'store.sqlite').exists()
     planned = plan(preset) | dict(run=str(folder), begun=begun, features_file=str(file) if file.exists() else None)
     if workers and planned['stages']:
-        planned |= dict(workers=workers, cluster_hours=cluster_hours(planned['stages'], workers))
+        rows = preset.sft_batch*preset.sft_accumulation
+        planned |= dict(workers=workers, cluster_hours=cluster_hours(planned['stages'], workers, rows))
     if as_json:
         fields = ('size', 'target', 'sae', 'writer', 'evaluation_writer')
         about = dict(preset=preset.name) | {name: getattr(preset, name) for name in fields}

@@ -352,11 +352,21 @@ def plan(
         dollars=dollars(preset, asked))
 
 # %% ../nbs/parts/plan.ipynb #c04aa0f0
+_ADDED = .8 # of its speed alone, by each further process of a training: assumed
+
+def _training_speed(workers:int, rows:int) -> float: # against one process; rows: of a step
+    processes = max(n for n in range(1, workers + 1) if rows % n == 0)
+    return 1 + _ADDED*(processes - 1)
+
 def cluster_hours(
     stages:dict[str, float], # of `plan`: hours of each stage
     workers:int,
+    rows:int=16, # of a step of training, of which each process takes one or more
 ) -> tuple[float, float]: # low, high
-    "Return the hours of a run whose preferences are shared by workers"
-    shared = sum(taken for stage, taken in stages.items() if stage.startswith('prefs'))
-    in_all = sum(stages.values()) - shared + shared/workers
+    "Return the hours of a run whose preferences and trainings are shared by workers"
+    in_all = 0.
+    for stage, taken in stages.items():
+        if stage.startswith('prefs'): taken /= workers
+        if stage.startswith(('sft', 'dpo')): taken /= _training_speed(workers, rows)
+        in_all += taken
     return in_all/2, in_all*2
