@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['crew_size', 'train_by', 'reader_of']
 
-# %% ../nbs/parts/crew.ipynb #218f634e
+# %% ../nbs/parts/crew.ipynb #40048345
 import os, pickle, queue, socket, sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-# %% ../nbs/parts/crew.ipynb #a1eca03b
+# %% ../nbs/parts/crew.ipynb #b202718f
 from .executor import _portable, _settings, _settle, Executor, PlainExecutor, RayExecutor
 from .explainer import ExplainerCard
 from .presets import Preset, Schedule
@@ -24,7 +24,7 @@ from .sharing import sizes_for
 from .show import say
 from .training import last_checkpoint
 
-# %% ../nbs/parts/crew.ipynb #aee47fc5
+# %% ../nbs/parts/crew.ipynb #859135d8
 _LONGEST = timedelta(days=7) # that one waits for the others: a reward takes its time, and deaths are noticed elsewhere
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _free_port() -> int:
         found.bind(('', 0))
         return found.getsockname()[1]
 
-# %% ../nbs/parts/crew.ipynb #e9c4a808
+# %% ../nbs/parts/crew.ipynb #21780400
 class _Ear:
     "In place of stderr: keeps what is written until it is taken"
     def __init__(self): self.parts: list[str] = []
@@ -108,7 +108,7 @@ def _do(job:Callable, checkpoint:str|None, reward:Callable|None) -> None:
     if reward is None: job(checkpoint)
     else: job(checkpoint, reward)
 
-# %% ../nbs/parts/crew.ipynb #d66fbdb6
+# %% ../nbs/parts/crew.ipynb #4715cc85
 @dataclass(frozen=True)
 class _Room: # of a cluster, for processes that train
     workers: int # of the executor
@@ -136,11 +136,9 @@ def crew_size(schedule:Schedule, # whose steps are shared out
     say(f'{what} is trained by {size} of {workers} workers: {reason}')
     return size
 
-# %% ../nbs/parts/crew.ipynb #0b919a89
-_PULSE = .3 # seconds between two looks
-_GRACE = 10 # seconds in which a death explains the error of another process
+# %% ../nbs/parts/crew.ipynb #30213729
+_GRACE = 10 # seconds in which a process that is killed ends, and in which a death explains the error of another
 _PATIENCE = 60 # seconds without a place
-_MOST_DEATHS = 3
 
 class _DiedError(Exception):
     "A process of the crew is gone"
@@ -189,7 +187,9 @@ class _Crew:
             if self.running: self.ray.wait([*self.running], num_returns=len(self.running), timeout=_GRACE)
             self.ray.util.remove_placement_group(self.group)
 
-# %% ../nbs/parts/crew.ipynb #621fdd90
+# %% ../nbs/parts/crew.ipynb #64c37b1b
+_PULSE = .3 # seconds between two looks
+
 def _begin(crew:_Crew, job:Callable, checkpoint:str|None, asks:bool) -> None:
     work = crew.ray.put(crew.ray.cloudpickle.dumps((job, asks)))
     for rank, actor in enumerate(crew.actors):
@@ -224,7 +224,9 @@ def _train_once(crew:_Crew, job:Callable, checkpoints:Path, reward:Callable|None
     finally:
         crew.dismiss()
 
-# %% ../nbs/parts/crew.ipynb #e2bebd06
+# %% ../nbs/parts/crew.ipynb #55e887bc
+_MOST_DEATHS = 3
+
 def train_by(
     executor:Executor, # in this process, or on a cluster
     job:Callable, # trains from a checkpoint on, or from the beginning (None); takes the reward behind it
@@ -249,7 +251,7 @@ def train_by(
                 f'({deaths} of {_MOST_DEATHS})')
     raise RuntimeError(f'workers died {deaths} times while {what} was trained: is there memory for so many?')
 
-# %% ../nbs/parts/crew.ipynb #94f0be34
+# %% ../nbs/parts/crew.ipynb #c236cb3e
 def reader_of(
     card:ExplainerCard, # of the explainer that is trained
     preset:Preset, # that names the dictionary

@@ -6,7 +6,7 @@
 __all__ = ['n_processes', 'own_place', 'is_first', 'wait_for_all', 'from_all', 'Share', 'sizes_for', 'share_of', 'SharedSteps',
            'Weights', 'batch_weights', 'SharedPairs']
 
-# %% ../nbs/parts/sharing.ipynb #a1edbeb5
+# %% ../nbs/parts/sharing.ipynb #2fa9dd30
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,10 @@ import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
-# %% ../nbs/parts/sharing.ipynb #cff171a7
+# %% ../nbs/parts/sharing.ipynb #fb75ef98
 from .presets import Schedule
 
-# %% ../nbs/parts/sharing.ipynb #d025a44f
+# %% ../nbs/parts/sharing.ipynb #dcdd34c8
 def n_processes() -> int: # 1: this one trains alone
     "Return how many processes train together, this one among them"
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -45,7 +45,7 @@ def from_all(thing:Any # can be pickled
     dist.all_gather_object(found, thing)
     return found
 
-# %% ../nbs/parts/sharing.ipynb #a814a3b0
+# %% ../nbs/parts/sharing.ipynb #d988c70a
 @dataclass(frozen=True)
 class Share:
     "What each process does of a step"
@@ -71,7 +71,7 @@ def share_of(schedule:Schedule, # whose step is shared out
     parts = processes//by_batches
     return Share(schedule.batch//parts, schedule.accumulation//by_batches, parts)
 
-# %% ../nbs/parts/sharing.ipynb #3a0867bf
+# %% ../nbs/parts/sharing.ipynb #e5bccc1e
 class _Padded(Dataset):
     "Rows of a training; index None is an empty place"
     def __init__(self, rows): self.rows = rows
@@ -103,7 +103,7 @@ class _Order(Sampler):
 def _rows_taken(rows:int, batch:int, place:int) -> int: # by the batch at this place of an epoch; 0: it is empty
     return min(max(rows - place*batch, 0), batch)
 
-# %% ../nbs/parts/sharing.ipynb #f804f4f1
+# %% ../nbs/parts/sharing.ipynb #47a5503d
 @dataclass(frozen=True)
 class _Validated: # a batch
     place: int # among the batches
@@ -149,7 +149,7 @@ def _metrics_of(batches:Sequence[_Validated]) -> dict[str, list[float]]: # as tr
         for name, value in one.metrics.items(): found[name].append(value)
     return found
 
-# %% ../nbs/parts/sharing.ipynb #fbcd0e0a
+# %% ../nbs/parts/sharing.ipynb #6dc4fcc2
 class SharedSteps:
     "Stands before a trainer of trl: several processes take the steps of one, and validate what one would"
     train_dataset: Any
@@ -184,7 +184,7 @@ class SharedSteps:
         measured = {f'{metric_key_prefix}_loss': _mean_loss(batches)}
         return EvalLoopOutput(np.array([]), None, measured, len(dataloader.dataset))
 
-# %% ../nbs/parts/sharing.ipynb #9703dc59
+# %% ../nbs/parts/sharing.ipynb #a3494527
 @dataclass(frozen=True)
 class _Counted: # in a batch of a process
     pairs: int
@@ -215,7 +215,7 @@ def batch_weights(counted:Sequence[Sequence[_Counted]], # of each process, and e
     scale = n*len(counted[own])/len(whole)
     return [Weights(pairs, tokens, scale) for pairs, tokens in found]
 
-# %% ../nbs/parts/sharing.ipynb #fa8f6fbc
+# %% ../nbs/parts/sharing.ipynb #61d94304
 def _counted(trainer, batches) -> list[_Counted]: # batches: of this process in the step that begins
     rows = len(trainer.train_dataset)
     n = n_processes()
@@ -229,6 +229,7 @@ def _counted(trainer, batches) -> list[_Counted]: # batches: of this process in 
         found.append(_Counted(pairs, chosen[:, 1:].sum().item() if pairs else 0))
     return found
 
+# %% ../nbs/parts/sharing.ipynb #08f80de5
 _TOTAL = 'num_tokens' # what trl logs that is no mean
 
 class SharedPairs(SharedSteps):
@@ -236,11 +237,16 @@ class SharedPairs(SharedSteps):
     loss_types: list
     loss_weights: list
     model: Any
+    accelerator: Any
+    _metrics: Any
     parts = 1 # into which a batch of one process is cut
     _weights: Any = () # of the batches of this step that are still to be done
     _done = 0. # batches of one process since the last line of the log, or the share of this process in them
 
-    def get_batch_samples(self, *args): # before a step
+    def get_batch_samples(self,
+                          *args:Any # as of transformers' `Trainer`
+                         ) -> Any: # batches, and the number of tokens in them
+        "Take the batches of a step, and weigh them"
         trainer:Any = super()
         batches, n_items = trainer.get_batch_samples(*args)
         if n_processes() > 1:
@@ -260,7 +266,10 @@ class SharedPairs(SharedSteps):
         self._done += weights.pairs
         return loss
 
-    def log(self, *args): # of all processes at once
+    def log(self,
+            *args:Any # as of trl's trainers
+           ) -> None:
+        "Log what all processes have measured"
         if n_processes() > 1 and self.model.training and self._metrics['train']:
             self._metrics['train'] = _together(self._metrics['train'], self._done)
             self._done = 0.
