@@ -572,7 +572,7 @@ def cluster_lines(
     count = plan['workers']
     lines = {}
     if plan['cluster_hours']:
-        shared = 'preferences and metrics are shared, training is not'
+        shared = 'training, preferences and metrics are shared'
         lines[f'on {count} worker{"s"*(count > 1)}'] = f"{span(*plan['cluster_hours'])}: {shared}"
     if plan['worker_gb']:
         lines['their memory'] = f"{gigabytes(plan['worker_gb'])} each, {gigabytes(plan['workers_gb'])} in all"

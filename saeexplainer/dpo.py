@@ -15,15 +15,18 @@ import pandas as pd
 import torch
 
 # %% ../nbs/03_dpo.ipynb #f093bc20
+from .crew import reader_of, train_by
+from .executor import Executor, PlainExecutor
 from .explainer import Explainer, ExplainerCard, copy_dictionary, load_dictionary
 from .files import check_tensors
 from .hints import feature_hints
 from .injection import FeatureCollator, without_placeholder
 from .lm.models import weights_sha256
 from .lm.sampling import seed_for
+from .sharing import SharedPairs, n_processes, share_of
 from .sft import answer_rows, prompt_of, warn_if_endless
 from saeexplainer.training import (
-    EarlyStop, claim, copy_finished, finish_training, is_finished, labels_only, last_checkpoint, one_gpu, quiet,
+    EarlyStop, claim, copy_finished, finish_training, is_finished, labels_only, one_device, quiet,
     read_training, row_length, rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
 )
 
@@ -110,7 +113,7 @@ def dpo_config(preset, # `Preset`
     if validation:
         settings |= dict(metric_for_best_model=BEST_BY, greater_is_better=True,
                          per_device_eval_batch_size=even_batch(validation, preset.dpo_batch))
-    return one_gpu(DPOConfig(**settings, beta=preset.dpo_beta[round-1], loss_type=list(losses),
+    return one_device(DPOConfig(**settings, beta=preset.dpo_beta[round-1], loss_type=list(losses),
                              loss_weights=list(losses.values()), precompute_ref_log_probs=False, disable_dropout=True))
 
 # %% ../nbs/03_dpo.ipynb #50a67bd9
@@ -147,7 +150,7 @@ def dpo_trainer(preset, # `Preset`
     from transformers import PrinterCallback
     from trl import DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
-    class Prepared(DPOTrainer):
+    class Prepared(SharedPairs, DPOTrainer):
         "For rows that are token ids already"
         def _prepare_dataset(self, dataset, *args, **kwargs): return dataset
         def log(self, logs, start_time=None): # trl adds its metrics to `logs` here
@@ -173,6 +176,7 @@ def dpo_trainer(preset, # `Preset`
             eval_dataset=preference_rows(validation, explainer, longest) if validation else None,
             data_collator=FeatureCollator(inner, reader, explainer.placeholder_id, copies=2), callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
+    trainer.parts = share_of(schedule, n_processes()).parts
     if preset.dpo_loss == 'sigmoid_norm': trainer.beta *= _mean_answer_length(trainer.train_dataset)
     return trainer
 
@@ -248,15 +252,47 @@ def _settings(preset, card, rows, previous, round, validation=None) -> dict: # J
     if validation: data |= dict(dpo_keep=preset.dpo_keep, validation=rows_sha256(validation))
     return {**own, **of_round, **card.settings(), **data}
 
+# %% ../nbs/03_dpo.ipynb #44186607
+@dataclass(frozen=True)
+class _Training: # what each of the processes that train needs
+    preset: Any
+    rows: Any # of `preference_dataset`
+    validation: Any # likewise, or None
+    reader: Any # `FeatureReader`; None: it is loaded
+    previous: Path # folder of the explainer that sampled the candidates
+    out: Path
+    round: int
+    settings: dict
+    progress: bool
+    spent: float # seconds before it began
+
+    def __call__(self, checkpoint:str|None) -> None: # to go on from
+        start = time.monotonic()
+        preset = self.preset
+        card = ExplainerCard.load(self.previous)
+        reader = reader_of(card, preset, self.reader)
+        explainer = Explainer.from_pretrained(self.previous, reader=reader, trainable=True, device=preset.device)
+        trainer = dpo_trainer(preset, self.rows, reader, explainer, self.out/'checkpoints', self.round, self.progress,
+                              self.validation)
+        step0 = step0_loss(trainer)
+        train_to_the_end(trainer, checkpoint)
+        log = _log_rows(trainer.state.log_history, scale=trainer.beta / preset.dpo_beta[self.round-1])
+        seconds = self.spent + time.monotonic() - start
+        made = dict(settings=self.settings, round=self.round, pairs=len(self.rows), step0_loss=step0, seconds=seconds)
+        if self.validation: made |= dict(validation=len(self.validation), kept_step=trainer.state.best_global_step)
+        finish_training(trainer, dataclasses.replace(card, stage=f'dpo{self.round}'), self.out, made | dict(log=log))
+
 # %% ../nbs/03_dpo.ipynb #e87daf57
-def train_dpo(preset, # `Preset`
+def train_dpo( # noqa: PLR0913
+              preset, # `Preset`
               pairs, # rows of the store's `pairs` of this round
               reader, # `FeatureReader`
               previous, # folder of the explainer that sampled the candidates
               out, # folder: becomes the new explainer's; holds checkpoints while it trains
               round:int=1, # from 1
               progress:bool=True, # with a bar
-              like=None # folder of a finished round: copied, if it is this one
+              like=None, # folder of a finished round: copied, if it is this one
+              executor:Executor=PlainExecutor() # whose workers train, each its share of a step
              ) -> DPOResult: # of this call, or of an earlier one that did the same
     "Train one round of DPO from the previous stage's explainer (3.4); raise `ValueError` where `out` holds another"
     out = Path(out)
@@ -272,14 +308,9 @@ def train_dpo(preset, # `Preset`
     if is_finished(out, settings, 'a finished round'): return DPOResult.load(out)
     checkpoints = out/'checkpoints'
     claim(checkpoints, settings)
-    explainer = Explainer.from_pretrained(previous, reader=reader, trainable=True, device=preset.device)
-    trainer = dpo_trainer(preset, rows, reader, explainer, checkpoints, round, progress, validation)
-    step0 = step0_loss(trainer)
-    train_to_the_end(trainer, last_checkpoint(checkpoints))
-    log = _log_rows(trainer.state.log_history, scale=trainer.beta / preset.dpo_beta[round-1])
-    card = dataclasses.replace(card, stage=f'dpo{round}')
-    made = dict(settings=settings, round=round, pairs=len(rows), step0_loss=step0, seconds=time.monotonic() - start)
     copy_dictionary(previous, card, out)
-    if validation: made |= dict(validation=len(validation), kept_step=trainer.state.best_global_step)
-    finish_training(trainer, card, out, made | dict(log=log))
+    here = isinstance(executor, PlainExecutor)
+    job = _Training(preset, rows, validation, reader if here else None, Path(previous), out, round, settings, progress,
+                    spent=time.monotonic() - start)
+    train_by(executor, job, checkpoints, preset.dpo_schedule(round), f'dpo round {round}')
     return DPOResult.load(out)

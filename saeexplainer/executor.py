@@ -88,13 +88,16 @@ def _portable(error:Exception) -> Exception: # the same, or one that says the sa
     error.add_note(f'In the worker:\n{note}')
     return error
 
+def _settle(settings:dict[str, str], folder:str, gpus:float) -> None: # this process, as the driver is
+    os.environ.update(settings)
+    if not gpus: os.environ['CUDA_VISIBLE_DEVICES'] = '' # else all on a machine would share its first one
+    with suppress(OSError): os.chdir(folder) # a machine of its own may lack it
+    torch.set_num_threads(1)
+
 class _Actor:
     "A worker in a process of its own"
     def start(self, settings:dict[str, str], folder:str, maker:bytes, gpus:float) -> Exception|None:
-        os.environ.update(settings)
-        if not gpus: os.environ['CUDA_VISIBLE_DEVICES'] = '' # else all on a machine would share its first one
-        with suppress(OSError): os.chdir(folder) # a machine of its own may lack it
-        torch.set_num_threads(1)
+        _settle(settings, folder, gpus)
         self.rest() # of what it did before
         try:
             self.worker = pickle.loads(maker)()
@@ -349,14 +352,15 @@ class RayExecutor:
         batches = iter(batches)
         first = list(islice(batches, self.workers))
         if not first: return
-        hire = partial(self._hire, self._resources(), self.ray.cloudpickle.dumps(make_worker))
+        hire = partial(self._hire, self.resources(), self.ray.cloudpickle.dumps(make_worker))
         crew = _Crew(self.ray, _head_of(self.ray), hire, len(first))
         try:
             yield from crew.run(chain(first, batches))
         finally:
             crew.dismiss(self.idle)
 
-    def _resources(self) -> dict: # of a worker; raises `ValueError` where this machine alone has too few
+    def resources(self) -> dict: # num_cpus, num_gpus
+        "Connect, and return what a worker takes; raise `ValueError` where this machine alone has too few GPUs"
         if not self.ray.is_initialized():
             _connect(self.ray, self.workers)
             self.is_connected = True
@@ -367,9 +371,13 @@ class RayExecutor:
         loading = actor.start.remote(_settings(), os.getcwd(), maker, resources['num_gpus'])
         return _Seat(actor, loading, deaths)
 
+    def make_room(self) -> None:
+        "End processes that wait for the next `map`: something else takes their place"
+        while self.idle: self.ray.kill(self.idle.pop())
+
     def close(self) -> None:
         "Leave the cluster; one that was started for this executor ends"
-        while self.idle: self.ray.kill(self.idle.pop())
+        self.make_room()
         self.idle = None
         if self.is_connected: self.ray.shutdown()
         self.is_connected = False

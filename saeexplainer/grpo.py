@@ -18,6 +18,8 @@ import pandas as pd
 import torch
 
 # %% ../nbs/parts/grpo.ipynb #e57ff0f9
+from .crew import reader_of, train_by
+from .executor import Executor, PlainExecutor
 from .explainer import Explainer, ExplainerCard, copy_dictionary, prompts_of
 from .files import check_tensors
 from .lm.models import weights_sha256
@@ -29,8 +31,8 @@ from .replies import Request
 from .self_activation import own_words
 from .writers.parsing import answers, texts_of
 from saeexplainer.training import (
-    claim, copy_finished, finish_training, is_finished, labels_only, last_checkpoint, one_gpu, quiet, read_training,
-    rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
+    claim, copy_finished, finish_training, is_finished, labels_only, one_device, quiet, read_training, rows_sha256,
+    train_to_the_end, trainer_settings, training_callbacks,
 )
 
 # %% ../nbs/parts/grpo.ipynb #020d75dc
@@ -76,7 +78,7 @@ def grpo_config(
     del settings['max_length'] # rows are as long as they are drawn
     settings |= dict(max_steps=preset.grpo_steps, data_seed=None, logging_steps=1, save_steps=.05)
     settings |= dict(bf16=model.device.type != 'cpu', disable_dropout=True, shuffle_dataset=False)
-    return one_gpu(GRPOConfig(
+    return one_device(GRPOConfig(
         **settings,
         beta=preset.grpo_beta, loss_type=preset.grpo_loss, scale_rewards='none', num_iterations=1,
         num_generations=preset.grpo_group, temperature=preset.grpo_temperature,
@@ -439,8 +441,37 @@ def _settings(preset, card, rows, previous, reward) -> dict: # JSON
     data = dict(rows=rows_sha256(rows), previous=weights_sha256(previous, 'adapter_model.safetensors'))
     return {**own, **card.settings(), **data, 'reward': getattr(reward, 'settings', None)}
 
+# %% ../nbs/parts/grpo.ipynb #01052975
+@dataclass(frozen=True)
+class _Training: # what each of the processes that train needs, but for the reward
+    preset: Any
+    rows: Any # of `grpo_rows`
+    reader: Any # `FeatureReader`; None: it is loaded
+    previous: Path # folder of the explainer to begin with
+    out: Path
+    settings: dict
+    progress: bool
+    spent: float # seconds before it began
+
+    def __call__(self, checkpoint:str|None, reward:Callable) -> None: # checkpoint: to go on from
+        start = time.monotonic()
+        preset = self.preset
+        card = ExplainerCard.load(self.previous)
+        reader = reader_of(card, preset, self.reader)
+        explainer = Explainer.from_pretrained(self.previous, reader=reader, trainable=True, device=preset.device)
+        wanted = list(dict.fromkeys(self.rows['feature']))
+        prompts = dict(zip(wanted, prompts_of(explainer, reader.encoders(wanted))))
+        folder = self.out/'checkpoints'
+        trainer = grpo_trainer(preset, self.rows, reader, explainer, folder, reward, self.progress, prompts)
+        step0 = step0_check(trainer)
+        train_to_the_end(trainer, checkpoint)
+        made = dict(settings=self.settings, features=len(wanted), step0=dataclasses.asdict(step0))
+        log = _log_rows(trainer.state.log_history)
+        made |= dict(seconds=self.spent + time.monotonic() - start, log=log)
+        finish_training(trainer, dataclasses.replace(card, stage='grpo'), self.out, made)
+
 # %% ../nbs/parts/grpo.ipynb #03535ef3
-def train_grpo(
+def train_grpo( # noqa: PLR0913
     preset, # `Preset`
     features, # indices
     reader, # `FeatureReader`
@@ -449,6 +480,7 @@ def train_grpo(
     reward:Callable, # features, texts -> a number or None for each
     progress:bool=True, # with a bar
     like=None, # folder of a finished training: copied, if it is this one
+    executor:Executor=PlainExecutor(), # whose workers draw and train, each a share of a step's features
 ) -> GRPOResult: # of this call, or of an earlier one that did the same
     "Train an explainer on rewards of what it draws; raise `ValueError` where `out` holds another training"
     out = Path(out)
@@ -460,15 +492,10 @@ def train_grpo(
     if is_finished(out, settings): return GRPOResult.load(out)
     checkpoints = out/'checkpoints'
     claim(checkpoints, settings)
-    explainer = Explainer.from_pretrained(previous, reader=reader, trainable=True, device=preset.device)
-    wanted = list(dict.fromkeys(rows['feature']))
-    prompts = dict(zip(wanted, prompts_of(explainer, reader.encoders(wanted))))
-    trainer = grpo_trainer(preset, rows, reader, explainer, checkpoints, reward, progress, prompts)
-    step0 = step0_check(trainer)
-    train_to_the_end(trainer, last_checkpoint(checkpoints))
     copy_dictionary(previous, card, out)
-    card = dataclasses.replace(card, stage='grpo')
-    made = dict(settings=settings, features=len(set(rows['feature'])), step0=dataclasses.asdict(step0))
-    log = _log_rows(trainer.state.log_history)
-    finish_training(trainer, card, out, made | dict(seconds=time.monotonic() - start, log=log))
+    here = isinstance(executor, PlainExecutor)
+    job = _Training(preset, rows, reader if here else None, Path(previous), out, settings, progress,
+                    spent=time.monotonic() - start)
+    groups = dataclasses.replace(preset.grpo_schedule, batch=1) # they are not cut
+    train_by(executor, job, checkpoints, groups, 'grpo', reward)
     return GRPOResult.load(out)

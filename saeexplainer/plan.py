@@ -357,14 +357,23 @@ def plan(
 
 # %% ../nbs/parts/plan.ipynb #c04aa0f0
 _SHARED = ('prefs', 'evaluate') # beginnings of the names of stages
+_ADDED = .8 # of its speed alone, by each further process of a training: assumed
+
+def _training_speed(workers:int, rows:int) -> float: # against one process; rows: of a step
+    processes = max(n for n in range(1, workers + 1) if rows % n == 0)
+    return 1 + _ADDED*(processes - 1)
 
 def cluster_hours(
     stages:dict[str, float], # of `plan`: hours of each stage
     workers:int,
+    rows:int=16, # of a step of training, of which each process takes one or more
 ) -> tuple[float, float]: # low, high
-    "Return the hours of a run whose preferences and metrics are shared by workers"
-    shared = sum(taken for stage, taken in stages.items() if stage.startswith(_SHARED))
-    in_all = sum(stages.values()) - shared + shared/workers
+    "Return the hours of a run whose preferences, metrics and trainings are shared by workers"
+    in_all = 0.
+    for stage, taken in stages.items():
+        if stage.startswith(_SHARED): taken /= workers
+        if stage.startswith(('sft', 'dpo')): taken /= _training_speed(workers, rows)
+        in_all += taken
     return in_all/2, in_all*2
 
 # %% ../nbs/parts/plan.ipynb #04485ef3
@@ -417,10 +426,11 @@ def cluster_plan(
     memory = worker_memory(preset)
     disk = planned['disk_gb']
     hours = planned['stages']
+    rows_of_step = preset.sft_batch*preset.sft_accumulation
     speeds = [rows/(hours[stage]/2*3600) for stage, rows in stored_rows(preset).items()] if hours else []
     return dict(
         workers=workers,
-        cluster_hours=cluster_hours(hours, workers) if hours else None,
+        cluster_hours=cluster_hours(hours, workers, rows_of_step) if hours else None,
         worker_gb=memory,
         workers_gb=None if memory is None else workers*memory,
         workers_disk_gb=None if disk is None else (disk, workers*disk), # on one disk, and on as many

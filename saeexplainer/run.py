@@ -639,7 +639,7 @@ class Run:
     preset: Preset
     progress: bool = True
     like: Path|None = None # another run's folder: what it has made with the same settings is taken over
-    executor: Executor = PlainExecutor() # whose workers explain, write with a local writer, read, steer and judge
+    executor: Executor = PlainExecutor() # whose workers train, explain, write (if local), read, steer and judge
 
     def __post_init__(self):
         self.folder = Path(self.folder)
@@ -731,7 +731,7 @@ def sft_stage(
     result = train_sft(
         run.preset, taught, run.reader, run.adapter('sft'),
         eval_features=taught_features(run, 'validation', dictionary), held_out=_held_out(run),
-        like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary)
+        like=run.adapters.of_like('sft'), progress=run.progress, dictionary=dictionary, executor=run.executor)
     losses = result.losses
     loss = f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
     return f"{len(taught)} features, {loss}{run.adapters.origin('sft')}"
@@ -851,7 +851,7 @@ def dpo_stage(
     forget_empty_claim(run.adapter(stage))
     result = train_dpo(
         run.preset, run.store.pairs(round), run.reader, previous, run.adapter(stage), round,
-        run.progress, run.adapters.of_like(stage))
+        run.progress, run.adapters.of_like(stage), run.executor)
     losses = result.losses
     loss = f'step-0 loss {result.step0_loss:.4f}, loss {losses[0]:.3f} -> {losses[-1]:.3f}'
     kept = f', step {result.kept_step} kept by {result.validation} validation pairs' if result.validation else ''
@@ -901,7 +901,7 @@ def grpo_stage(
     reward:Any = REWARDS[run.preset.grpo_reward](run)
     result = train_grpo(
         run.preset, grpo_features(run), run.reader, previous, run.adapter('grpo'), reward, run.progress,
-        run.adapters.of_like('grpo'))
+        run.adapters.of_like('grpo'), run.executor)
     rewards = result.rewards
     learned = f'reward {rewards[0]:.3f} -> {rewards[-1]:.3f}' if rewards else 'no explanation had a reward'
     return f"{result.features} features, {learned}{run.adapters.origin('grpo')}"

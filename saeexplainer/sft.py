@@ -16,7 +16,11 @@ import pandas as pd
 
 # %% ../nbs/01_sft.ipynb #575f6f00
 from .bridge import begin_bridge, bridge_of
-from .explainer import Explainer, ExplainerCard, adapter_sha256, hints_file, kept_lora
+from .crew import reader_of, train_by
+from .executor import Executor, PlainExecutor
+from saeexplainer.explainer import (
+    Explainer, ExplainerCard, adapter_sha256, hints_file, kept_lora, load_dictionary,
+)
 from .files import file_sha256
 from .hints import WORDS, HINTS, TokenDictionary, feature_hints, place_of, with_hints
 from .injection import FeatureCollator, prompt_messages, without_placeholder
@@ -25,9 +29,10 @@ from .lm.hooks import routers
 from .lm.models import load_model
 from .lm.sampling import check_vocabulary
 from .presets import STARTS, Lora
+from .sharing import SharedSteps
 from saeexplainer.training import (
-    claim, copy_finished, finish_training, is_finished, last_checkpoint, one_gpu, quiet,
-    read_training, rows_sha256, train_to_the_end, trainer_settings, training_callbacks,
+    claim, copy_finished, finish_training, is_finished, one_device, quiet, read_training, rows_sha256,
+    train_to_the_end, trainer_settings, training_callbacks,
 )
 
 # %% ../nbs/01_sft.ipynb #e90a9003
@@ -139,7 +144,7 @@ def sft_config(preset, # `Preset`
     from trl import SFTConfig
     settings = trainer_settings(preset.sft_schedule, model, folder, preset.max_length, preset.seed, evaluate)
     if in_order: settings['train_sampling_strategy'] = 'sequential'
-    return one_gpu(SFTConfig(**settings, completion_only_loss=True, packing=False, padding_free=False))
+    return one_device(SFTConfig(**settings, completion_only_loss=True, packing=False, padding_free=False))
 
 # %% ../nbs/01_sft.ipynb #77af9a76
 def sft_trainer( # noqa: PLR0913
@@ -156,13 +161,16 @@ def sft_trainer( # noqa: PLR0913
     from transformers import PrinterCallback
     from trl import SFTTrainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    class Shared(SharedSteps, SFTTrainer):
+        "For several processes; in one it is trl's"
+
     model = explainer.model
     tokenizer = explainer.tokenizer
     warn_if_endless(tokenizer)
     args = sft_config(preset, model, folder, eval_rows is not None, in_order)
     inner = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
     with quiet():
-        trainer = SFTTrainer(
+        trainer = Shared(
             model, args, processing_class=tokenizer,
             peft_config=None if preset.lora_from else lora_config(preset.lora, model),
             train_dataset=token_rows(rows, explainer, args.max_length),
@@ -224,6 +232,31 @@ def _settings(preset, card, rows, eval_rows) -> dict: # JSON
     data = dict(features=len(rows), rows=rows_sha256(rows), eval_rows=rows_sha256(eval_rows) if eval_rows else None)
     return {**own, **card.settings(), **data}
 
+# %% ../nbs/01_sft.ipynb #7681ebc4
+@dataclass(frozen=True)
+class _Training: # what each of the processes that train needs
+    preset: Any
+    rows: Any # of `sft_dataset`
+    eval_rows: Any # likewise, or None
+    reader: Any # `FeatureReader`; None: it is loaded
+    card: ExplainerCard
+    out: Path
+    settings: dict
+    progress: bool
+    spent: float # seconds before it began
+
+    def __call__(self, checkpoint:str|None) -> None: # to go on from
+        start = time.monotonic()
+        preset = self.preset
+        reader = reader_of(self.card, preset, self.reader)
+        explainer = _begun(preset, reader, self.card, load_dictionary(self.out, self.card))
+        folder = self.out/'checkpoints'
+        trainer = sft_trainer(preset, self.rows, reader, explainer, folder, self.eval_rows, self.progress)
+        train_to_the_end(trainer, checkpoint)
+        log = training_log(trainer)
+        seconds = self.spent + time.monotonic() - start
+        finish_training(trainer, self.card, self.out, dict(settings=self.settings, seconds=seconds, log=log))
+
 # %% ../nbs/01_sft.ipynb #0ea84feb
 def train_sft( # noqa: PLR0913
               preset, # `Preset`
@@ -234,7 +267,8 @@ def train_sft( # noqa: PLR0913
               held_out=(), # `Feature`s or ids that must not be trained on
               like=None, # folder of a finished training: copied, if it is this one
               progress:bool=True, # with a bar
-              dictionary=None # file of the hints; None: the preset's, where it wants them; the folder gets a copy
+              dictionary=None, # file of the hints; None: the preset's, where it wants them; the folder gets a copy
+              executor:Executor=PlainExecutor() # whose workers train, each its share of a step
              ) -> SFTResult: # of this call, or of an earlier one that did the same
     "Fine-tune the explainer on labels (3.2); raise `ValueError` where features overlap or do not fit"
     out = Path(out)
@@ -255,10 +289,9 @@ def train_sft( # noqa: PLR0913
     if is_finished(out, settings): return SFTResult.load(out)
     checkpoints = out/'checkpoints'
     claim(checkpoints, settings)
-    explainer = _begun(preset, reader, card, tokens)
-    trainer = sft_trainer(preset, rows, reader, explainer, checkpoints, eval_rows, progress)
-    train_to_the_end(trainer, last_checkpoint(checkpoints))
-    log = training_log(trainer)
     if dictionary: shutil.copyfile(dictionary, out/WORDS)
-    finish_training(trainer, card, out, dict(settings=settings, seconds=time.monotonic() - start, log=log))
+    here = isinstance(executor, PlainExecutor)
+    job = _Training(preset, rows, eval_rows, reader if here else None, card, out, settings, progress,
+                    spent=time.monotonic() - start)
+    train_by(executor, job, checkpoints, preset.sft_schedule, 'sft')
     return SFTResult.load(out)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learned_bridge', 'restore_bridge', 'Checkpoints', 'last_checkpoint', 'TrainingBar', 'Finite', 'training_callbacks',
            'EarlyStop', 'same_settings', 'claim', 'rows_sha256', 'read_training', 'is_finished', 'copy_finished',
-           'row_length', 'trainer_settings', 'one_gpu', 'labels_only', 'quiet', 'writes', 'train_to_the_end',
+           'row_length', 'trainer_settings', 'one_device', 'labels_only', 'quiet', 'writes', 'train_to_the_end',
            'finish_training']
 
 # %% ../nbs/parts/training.ipynb #4f1ca9b0
@@ -23,6 +23,7 @@ from .explainer import CARD, ExplainerCard, save_adapter
 from .files import read_json, write_json
 from .lm.hooks import context_length
 from .presets import Schedule
+from .sharing import is_first, n_processes, share_of, wait_for_all
 from .show import progress_bar
 
 # %% ../nbs/parts/training.ipynb #ca0c106e
@@ -53,6 +54,7 @@ def _identity(file) -> list: # size and hash
 class Checkpoints(TrainerCallback):
     "Complete each checkpoint with the bridge that is learned, and list its files"
     def on_save(self, args, state, control, model=None, **kwargs):
+        if not is_first(): return
         folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
         bridge = model and learned_bridge(model)
         if bridge: save_bridge(bridge, folder)
@@ -127,7 +129,7 @@ def training_callbacks(setting:str, # name and value of the learning rate
                       ) -> list[TrainerCallback]: # for a trainer of trl
     "Return what watches a training: its checkpoints, its losses and, with `progress`, a bar"
     callbacks = [Checkpoints(), Finite(setting)]
-    if progress: callbacks.append(TrainingBar(description))
+    if progress and is_first(): callbacks.append(TrainingBar(description))
     return callbacks
 
 # %% ../nbs/parts/training.ipynb #c5547290
@@ -236,11 +238,12 @@ def trainer_settings(schedule:Schedule, # how long and how fast
                      evaluate:bool=False # with an eval set: keep the best eval loss
                     ) -> dict: # keywords of trl's SFTConfig and DPOConfig
     "Settings of a trainer that do not depend on the stage"
+    share = share_of(schedule, n_processes())
     settings = dict(
         output_dir=str(folder), report_to='none', disable_tqdm=True,
         seed=seed, data_seed=seed,
         learning_rate=schedule.lr, num_train_epochs=schedule.epochs,
-        per_device_train_batch_size=schedule.batch, gradient_accumulation_steps=schedule.accumulation,
+        per_device_train_batch_size=share.batch, gradient_accumulation_steps=share.accumulation,
         warmup_steps=schedule.warmup, weight_decay=schedule.weight_decay,
         max_length=row_length(max_length, model), remove_unused_columns=False, dataloader_pin_memory=False,
         use_cpu=model.device.type == 'cpu', bf16=True, activation_checkpointing=model.num_parameters() > 1e9,
@@ -252,9 +255,9 @@ def trainer_settings(schedule:Schedule, # how long and how fast
     return settings
 
 # %% ../nbs/parts/training.ipynb #474e9e7d
-def one_gpu(args:TrainingArguments # of a trainer
-           ) -> TrainingArguments: # the same, changed
-    "Keep a trainer to one GPU, where several are visible"
+def one_device(args:TrainingArguments # of a trainer
+              ) -> TrainingArguments: # the same, changed
+    "Give a process one device, where several are visible: several devices are for several processes"
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
@@ -300,10 +303,11 @@ def writes(what # the folder, as the message names it
         raise OSError(f'{what} could not be written ({reason}): is the disk full? '
                       'The same command goes on from what was finished before') from None
 
-def _explain_full_disks(trainer): # raise one line where a checkpoint cannot be written
+def _watch_saving(trainer): # one line where a checkpoint cannot be written; it is complete when all have written
     save = trainer._save_checkpoint
     def save_checkpoint(*args, **kwargs):
         with writes(f'a checkpoint in {trainer.args.output_dir}'): save(*args, **kwargs)
+        wait_for_all()
     trainer._save_checkpoint = save_checkpoint
 
 def _is_over(trainer, state:TrainerState) -> bool: # all steps are done, or it was ended early
@@ -323,7 +327,7 @@ def train_to_the_end(trainer, # of trl
         trainer.state = state
         return
     if checkpoint: restore_bridge(trainer.model, checkpoint)
-    _explain_full_disks(trainer)
+    _watch_saving(trainer)
     with quiet(), labels_only(): trainer.train(resume_from_checkpoint=checkpoint)
     best = trainer.state.best_model_checkpoint
     if best and trainer.args.load_best_model_at_end: restore_bridge(trainer.model, best)
@@ -335,6 +339,8 @@ def finish_training(trainer, # whose training is done
                     log:dict # JSON for training.json
                    ) -> None:
     "Save adapter and log, remove the checkpoints; raise `ValueError` where the adapter is not finite"
+    wait_for_all() # they may still read the best checkpoint
+    if not is_first(): return
     out = Path(out)
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     broken = [name for name, p in trained.items() if not p.isfinite().all()]

@@ -58,7 +58,7 @@ SLOW = {
     'test_cli', 'test_dictionaries', 'test_dpo', 'test_executor', 'test_explorer_browser', 'test_fuzz',
     'test_kills', 'test_leaks', 'test_llama_server', 'test_models', 'test_odd_servers', 'test_paper_presets',
     'test_ray', 'test_ray_runs', 'test_remote', 'test_run', 'test_run_begun', 'test_run_killed', 'test_run_like',
-    'test_sft', 'test_site', 'test_studies', 'test_tools', 'test_wheel'}
+    'test_bridge', 'test_sft', 'test_site', 'test_studies', 'test_tools', 'test_training_workers', 'test_wheel'}
 
 
 def pytest_collection_modifyitems(items):

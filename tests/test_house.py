@@ -15,6 +15,7 @@ MOST_NODES = 12 # a line
 MOST_LINES = 50 # exported in a row without a cell that runs something
 LONG = { # what is one class, in one cell
     '00_injection.ipynb': 59, # `Injector`: its hooks, and what they share
+    'parts/executor.ipynb': 54, # `RayExecutor`
     'parts/explainer.ipynb': 55, # `ExplainerCard`: a field a line
     'parts/presets.ipynb': 264, # the fields of a run, each with its help
     'parts/saes.ipynb': 64, # `FeatureReader`: what the rest of the project asks of a dictionary

@@ -18,6 +18,8 @@ TABLES = ('explanations', 'texts', 'pairs', 'steering', 'steered_texts', 'judgem
 REWARDS = {'texts': dict(reward='max'), 'own words': dict(reward='self')}
 SIZES = dict(n_candidates=4, n_texts=2, n_pref=3, baselines=['best', 'autointerp', 'untrained'],
              n_output=2, steering_kl=[.01], steering_tokens=4)
+SHARED = dict( # trainings that two processes share to the bit: no dropout, and a whole batch for each
+    lora_dropout=0., sft_batch=1, sft_accumulation=2, dpo_batch=1, dpo_accumulation=2)
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def preset_file(tmp_path, monkeypatch, ray_cluster):
     "A preset, beside a cluster"
     monkeypatch.setenv('SAEEXPLAINER_DATA', str(tmp_path/'data'))
     monkeypatch.setenv('SAEEXPLAINER_CACHE', str(tmp_path/'cache'))
-    return judged_preset(tmp_path, **SIZES)
+    return judged_preset(tmp_path, **SIZES | SHARED)
 
 
 def finished(folder, preset, executor):

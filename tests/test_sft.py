@@ -17,7 +17,7 @@ from saeexplainer.explainer import CARD, Explainer, ExplainerCard
 from saeexplainer.injection import explanation_prompt
 from saeexplainer.saes import FeatureReader
 from saeexplainer.sft import SFTResult, check_disjoint, sft_dataset, sft_trainer, train_sft
-from saeexplainer.training import TrainingBar, claim, labels_only, last_checkpoint, one_gpu, quiet
+from saeexplainer.training import TrainingBar, claim, labels_only, last_checkpoint, one_device, quiet
 
 LONG = dict(sft_epochs=60., sft_batch=12, lora_r=16, lora_alpha=32, lora_dropout=0.) # it learns its labels by heart
 
@@ -162,11 +162,11 @@ def test_scoring_labels_only_changes_nothing(here):
     assert all(torch.allclose(g, only_labels[n], atol=1e-3) for n, g in all_scored.items())
 
 
-def test_one_gpu_is_used(tmp_path):
+def test_one_device_is_used(tmp_path):
     args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert one_gpu(args).n_gpu <= 1
+    assert one_device(args).n_gpu <= 1
     args._n_gpu = 4 # as on a machine with four
-    assert one_gpu(args) is args
+    assert one_device(args) is args
     assert args.n_gpu == 1
 
 

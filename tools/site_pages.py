@@ -27,7 +27,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
     'parts': '''
         files show presets catalogue plan features sparsify dictionary_learning saes
         lm/models lm/places lm/hooks lm/heads lm/chat lm/sampling
-        target steering hints bridge explainer training joint grpo store replies
+        target steering hints bridge explainer sharing training crew joint grpo store replies
         writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
         writers/budget writers/traffic writers/parsing
         sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training
