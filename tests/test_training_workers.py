@@ -19,7 +19,7 @@ from saeexplainer.crew import train_by
 from saeexplainer.executor import PlainExecutor, RayExecutor
 from saeexplainer.presets import Schedule
 from saeexplainer.saes import FeatureReader
-from saeexplainer.sharing import is_first, n_processes, wait_for_all
+from saeexplainer.sharing import is_first, wait_for_all
 
 pytest.importorskip('ray', reason="ray is not installed: pip install 'saeexplainer[ray]'")
 
@@ -167,7 +167,7 @@ def die_behind_checkpoint(folder, step):
 
 def deadly(job, places, checkpoint):
     "Train; the first time processes at these places die"
-    marker = job.out.parent/f'begun {n_processes()} {int(is_first())}'
+    marker = job.out.parent/f'begun {int(is_first())}'
     if is_first() in places and not marker.exists():
         marker.touch()
         threading.Thread(target=die_behind_checkpoint, args=(job.out/'checkpoints', 4), daemon=True).start()
