@@ -912,7 +912,9 @@ _MODELS = {
 def sizes_of(name:str # a hub id or an embedded name
             ) -> ModelSize|None: # None: not known
     "Return the published sizes of a model"
-    return _MODELS.get(name.split('/')[-1].lower().removesuffix('-it').removesuffix('-instruct'))
+    bare = name.split('/')[-1].lower()
+    for suffix in ('-it', '-instruct', '-q4'): bare = bare.removesuffix(suffix)
+    return _MODELS.get(bare)
 
 def model_size(name:str # a hub id or an embedded name
               ) -> tuple|None: # (billions of parameters, width, layers); None: not known
