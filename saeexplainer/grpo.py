@@ -18,8 +18,7 @@ import pandas as pd
 import torch
 
 # %% ../nbs/parts/grpo.ipynb #e57ff0f9
-from .crew import reader_of, train_by
-from .executor import Executor, PlainExecutor
+from .crew import Executor, PlainExecutor, reader_of, train_by
 from .explainer import Explainer, ExplainerCard, copy_dictionary, prompts_of
 from .files import check_tensors
 from .lm.models import weights_sha256
