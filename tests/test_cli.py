@@ -124,8 +124,8 @@ def test_the_table_of_presets_fits(capsys, monkeypatch, width):
 
 
 def test_names_of_presets_are_completed():
-    assert cli._complete('smo') == ['smollm2-135m', 'smollm2-135m-mlp']
-    assert len(cli._complete('gemma-2-9b')) == 6
+    assert cli._complete('smo') == ['smollm2-135m', 'smollm2-135m-mlp', 'smollm2-135m-by-gemma']
+    assert len(cli._complete('gemma-2-9b')) == 7
 
 
 # ---- help, marks and lines

@@ -169,10 +169,11 @@ def test_rows_of_the_evaluation():
     assert more > 5*4*(1 + .5*2*6) + explained # candidates of the test features
 
 
-def test_training_is_not_shared():
-    stages = dict(sft=1., prefs1=4., dpo1=1., evaluate=4.)
-    assert cluster_hours(stages, 1) == (5, 20)
-    assert cluster_hours(stages, 4) == (2, 8)
+def test_workers_share_all_but_online_rl():
+    stages = dict(sft=1., prefs1=4., dpo1=1., grpo=2., evaluate=4.)
+    assert cluster_hours(stages, 1) == (6, 24)
+    training = 2/(1 + 3*.8) # each further process is assumed to add 80% of the first one's speed
+    assert cluster_hours(stages, 4) == pytest.approx(((2 + training + 2)/2, (2 + training + 2)*2))
 
 
 def test_a_worker_holds_one_model():

@@ -8,7 +8,7 @@ from saeexplainer.presets import (
     PUBLISHED, Preset, data_dir, diff, field_help, load_preset, preset_table, presets, rules_of,
 )
 
-OWN = ['smollm2-135m', 'smollm2-135m-mlp'] # of this machine's size
+OWN = ['smollm2-135m', 'smollm2-135m-mlp', 'smollm2-135m-by-gemma'] # of this machine's size
 PAPERS = [name for name in presets() if name not in OWN]
 ALL = [*((name, 'full') for name in presets()), *((name, 'demo') for name in OWN)]
 
@@ -23,7 +23,8 @@ def test_names_are_those_of_the_design():
     assert set(presets()) == {
         'gemma-2-9b-l20', 'gemma-2-9b-l31', 'llama3.1-8b-l15', 'llama3.1-8b-l25', 'gemma-2-27b-l10', 'gemma-2-27b-l22',
         'gemma-2-9b-l4', 'gemma-2-9b-l12', 'gemma-2-9b-l29', 'gemma-2-9b-l37', 'gemma-2-27b-l34',
-        'gemma-2-2b-l12', 'gemma-3-270m-l12', 'gpt2-small-l8', *OWN}
+        'gemma-2-2b-l12', 'gemma-3-270m-l12', 'gpt2-small-l8',
+        'gemma-2-9b-l20-by-llama3.1-8b', 'llama3.1-8b-l15-by-gemma-2-9b', *OWN}
 
 
 @pytest.mark.parametrize('name, size', ALL)
