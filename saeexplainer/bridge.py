@@ -110,6 +110,11 @@ def _ridge(here:torch.Tensor, there:torch.Tensor, penalty:float) -> torch.Tensor
     gram.diagonal().add_(penalty*gram.trace()/len(gram))
     return torch.linalg.solve(gram, here.T @ there).T
 
+def _check_enough(words:int) -> None: # raises `ValueError`
+    if words >= 20: return
+    raise ValueError(f'too few words that both models read, {words}: give more texts, or begin the bridge with '
+                     "'orthogonal'")
+
 @dataclass(frozen=True)
 class RidgeFit:
     "A map that was fitted on hidden states of two models"
@@ -122,9 +127,7 @@ def ridge_fit(
     there:torch.Tensor, # (n, width) states of the explainer, at the same words
 ) -> RidgeFit:
     "Fit a map from one model's states to another's; raise `ValueError` for too few"
-    if len(here) < 20:
-        raise ValueError(f'too few words that both models read, {len(here)}: give more texts, or begin the bridge with '
-                         "'orthogonal'")
+    _check_enough(len(here))
     here, there = _units(here), _units(there)
     n = len(here)*9//10 # the rest is not fitted
     cosines = {}
@@ -168,6 +171,7 @@ def ridge_bridge(
     here = _all_ends(preset.target, texts)
     there = _all_ends(preset.explainer, texts)
     shared = [sorted(a.ends.keys() & b.ends.keys()) for a, b in zip(here, there)]
+    _check_enough(sum(map(len, shared)))
     states = _read_alone(preset.target, preset.device, here, shared, layer)
     return ridge_fit(states, _read_alone(preset.explainer, preset.device, there, shared, preset.injection_layer))
 

@@ -127,18 +127,23 @@ def study_bench(
         contexts_sha256=contexts_sha256(features),
         chosen='SFT features of the recorded run, by a hash of their index; no evaluation has measured them')
 
+def _about(study, arms, bench:Bench) -> dict: # what made its tables
+    return dict(
+        command='saeexplainer.bridge_study.measure_study', commit=git_commit(), chosen=bench.chosen,
+        arms={arm: ARMS[arm] for arm in arms}, test=list(bench.features),
+        train=[feature.index for feature in study.features.train])
+
 def measure_study(
     study:BridgeStudy,
     arms:Sequence[str]=tuple(ARMS), # finished ones
 ) -> pd.DataFrame: # columns stage, feature, metric, value
     "Measure arms and controls; `explanations.parquet`, `metrics.parquet` and `study.json` lie in the study's root then"
-    texts = {arm: study.explain(arm) for arm in (*arms, SHUFFLED)} | {CHANCE: study.chance()}
+    controls = [SHUFFLED] if 'ridge' in arms else []
+    texts = {arm: study.explain(arm) for arm in (*arms, *controls)} | {CHANCE: study.chance()}
     rows = [(arm, feature, text) for arm, said in texts.items() for feature, text in said.items()]
     write_table(pd.DataFrame(rows, columns=['stage', 'feature', 'text']), study.root/'explanations.parquet')
     bench = study_bench(study)
     metrics = benchmark(bench, texts, study.root/'measured', study.progress)
     write_table(metrics, study.root/'metrics.parquet')
-    made = dict(command='saeexplainer.bridge_study.measure_study', commit=git_commit(), arms=ARMS, chosen=bench.chosen,
-                train=[feature.index for feature in study.features.train], test=list(bench.features))
-    write_json(made, study.root/'study.json')
+    write_json(_about(study, arms, bench), study.root/'study.json')
     return metrics

@@ -16,7 +16,9 @@ from typing import Any
 from uuid import uuid4
 
 # %% ../nbs/parts/crew.ipynb #b202718f
-from .executor import _portable, _settings, _settle, Executor, PlainExecutor, RayExecutor
+from saeexplainer.executor import (
+    _GLANCE, _head_of, _portable, _settings, _settle, Executor, PlainExecutor, RayExecutor,
+)
 from .explainer import ExplainerCard
 from .presets import Preset, Schedule
 from .saes import FeatureReader
@@ -41,7 +43,7 @@ def _join(place:_Place) -> None: # the others; one alone has none
     os.environ.update(
         RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK='0', LOCAL_WORLD_SIZE='1',
         MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
-    dist.init_process_group('nccl' if place.gpus else 'gloo', timeout=_LONGEST)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if place.gpus else 'gloo', timeout=_LONGEST)
 
 def _free_port() -> int:
     with socket.socket() as found:
@@ -56,6 +58,7 @@ class _Ear:
         self.parts.append(text)
         return len(text)
     def flush(self) -> None: pass
+    def isatty(self) -> bool: return False
     def take(self) -> str:
         n = len(self.parts)
         text = ''.join(self.parts[:n])
@@ -143,20 +146,20 @@ _PATIENCE = 60 # seconds without a place
 class _DiedError(Exception):
     "A process of the crew is gone"
 
-class _Crew:
+class _Trainees:
     "Processes that train together"
     def __init__(self, ray, size:int, gpus:int):
         bundle = dict(CPU=1, GPU=gpus) if gpus else dict(CPU=1)
         self.ray = ray
         self.gpus = gpus
+        self.head = _head_of(ray)
         self.group = ray.util.placement_group([bundle]*size)
         self.actors: list = []
         self.running: dict[Any, int] = {} # rank by reference
 
     def gather(self) -> None:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Within
-        if not self.group.wait(_PATIENCE): say('still waiting for room on the cluster, to train')
-        while not self.group.wait(_PATIENCE): pass
+        self._wait_for_room()
         kind = self.ray.remote(_Trainee)
         resources = dict(num_cpus=1, num_gpus=self.gpus, max_concurrency=2)
         for place in range(self.group.bundle_count):
@@ -164,6 +167,13 @@ class _Crew:
             self.actors.append(kind.options(**resources, scheduling_strategy=strategy).remote())
         begun = [actor.begin.remote(_settings(), os.getcwd(), self.gpus) for actor in self.actors]
         self.address, self.port = self._come(begun)[0]
+
+    def _wait_for_room(self) -> None: # raises `ClusterGone`
+        waited = 0
+        while not self.group.wait(_GLANCE):
+            self.head.check()
+            waited += _GLANCE
+            if waited == _PATIENCE: say('still waiting for room on the cluster, to train')
 
     def check_folder(self, folder:Path) -> None: # raises `ValueError` where one does not see it
         file = folder/'word'
@@ -190,20 +200,20 @@ class _Crew:
 # %% ../nbs/parts/crew.ipynb #64c37b1b
 _PULSE = .3 # seconds between two looks
 
-def _begin(crew:_Crew, job:Callable, checkpoint:str|None, asks:bool) -> None:
+def _begin(crew:_Trainees, job:Callable, checkpoint:str|None, asks:bool) -> None:
     work = crew.ray.put(crew.ray.cloudpickle.dumps((job, asks)))
     for rank, actor in enumerate(crew.actors):
         place = _Place(rank, len(crew.actors), crew.address, crew.port, crew.gpus)
         crew.running[actor.train.remote(place, work, checkpoint)] = rank
 
-def _listen(crew:_Crew, reward:Callable|None) -> None: # to what they write and ask; raises `_DiedError`
+def _listen(crew:_Trainees, reward:Callable|None) -> None: # to what they write and ask; raises `_DiedError`
     for actor, news in zip(crew.actors, crew._come([actor.news.remote() for actor in crew.actors])):
         if news.written:
             sys.stderr.write(news.written)
             sys.stderr.flush()
         if news.question is not None and reward: actor.answer.remote(reward(*news.question))
 
-def _check(crew:_Crew, reference) -> None: # raises what the process raised, or `_DiedError`
+def _check(crew:_Trainees, reference) -> None: # raises what the process raised, or `_DiedError`
     del crew.running[reference]
     error = crew._come([reference])[0]
     if error is None: return
@@ -212,13 +222,14 @@ def _check(crew:_Crew, reference) -> None: # raises what the process raised, or 
         crew._come(ended)
     raise error
 
-def _train_once(crew:_Crew, job:Callable, checkpoints:Path, reward:Callable|None) -> None:
+def _train_once(crew:_Trainees, job:Callable, checkpoints:Path, reward:Callable|None) -> None:
     try:
         crew.gather()
         crew.check_folder(checkpoints)
         _begin(crew, job, last_checkpoint(checkpoints), asks=reward is not None)
         while crew.running:
             ended, _ = crew.ray.wait([*crew.running], timeout=_PULSE)
+            crew.head.check()
             _listen(crew, reward)
             for reference in ended: _check(crew, reference)
     finally:
@@ -240,11 +251,11 @@ def train_by(
         _do(job, last_checkpoint(checkpoints), reward)
         return
     executor.make_room()
-    room = _room(executor)
-    size = crew_size(schedule, room.size, room.workers, what)
     deaths = 0
     while deaths <= _MOST_DEATHS:
-        try: return _train_once(_Crew(executor.ray, size, room.gpus), job, checkpoints, reward)
+        room = _room(executor) # a machine may be gone
+        size = crew_size(schedule, room.size, room.workers, what)
+        try: return _train_once(_Trainees(executor.ray, size, room.gpus), job, checkpoints, reward)
         except _DiedError: deaths += 1
         if deaths <= _MOST_DEATHS:
             say(f'a worker died while {what} was trained: all go on from the last checkpoint '

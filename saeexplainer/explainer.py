@@ -337,13 +337,12 @@ _SAME = ('base_model', 'template', 'placeholder', 'layer', 'coefficient', 'chat_
 def kept_lora(
     model, # causal LM
     preset:Preset, # its `lora_from` names another explainer
-    reader:FeatureReader,
+    card:ExplainerCard, # of the explainer that gets it
 ) -> Any: # PeftModel with a frozen adapter
     "Put the LoRA of another explainer on a model; raises `ValueError` where the two are asked in other ways"
     folder = _fetch(preset.lora_from)
     theirs = ExplainerCard.load(folder)
-    ours = ExplainerCard.from_preset(preset, reader)
-    ours = replace(ours, template=with_layer(preset.template, theirs.sae_layer)) # each layer has its own
+    ours = replace(card, template=with_layer(preset.template, theirs.sae_layer)) # each layer has its own
     for name in _SAME:
         there, here = getattr(theirs, name), getattr(ours, name)
         if there == here: continue

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 
 # %% ../nbs/parts/grpo.ipynb #e57ff0f9
-from .crew import Executor, PlainExecutor, reader_of, train_by
+from .crew import reader_of, train_by
+from .executor import Executor, PlainExecutor
 from .explainer import Explainer, ExplainerCard, copy_dictionary, prompts_of
 from .files import check_tensors
 from .lm.models import weights_sha256
@@ -29,10 +30,8 @@ from .presets import Sampling
 from .replies import Request
 from .self_activation import own_words
 from .writers.parsing import answers, texts_of
-from saeexplainer.training import (
-    claim, copy_finished, finish_training, is_finished, labels_only, one_device, quiet, read_training, rows_sha256,
-    train_to_the_end, trainer_settings, training_callbacks,
-)
+from .training import claim, copy_finished, finish_training, is_finished, labels_only, one_device, quiet
+from .training import read_training, rows_sha256, train_to_the_end, trainer_settings, training_callbacks
 
 # %% ../nbs/parts/grpo.ipynb #020d75dc
 def step_features(

@@ -9,7 +9,8 @@ __all__ = ['target_presets', 'JointTarget', 'JointReader', 'joint_rows', 'train_
 import shutil, time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ import torch
 
 # %% ../nbs/parts/joint.ipynb #deca6011
 from .bridge import BRIDGE, Bridge, begin_bridge, load_bridge, save_bridge
-from .explainer import CARD, Explainer, ExplainerCard
+from .explainer import Explainer, ExplainerCard
 from .features import Feature
 from .files import file_sha256
 from .lm.models import load_model
 from .lm.sampling import seed_for
-from .presets import STARTS, Preset, load_preset, presets
+from .presets import STARTS, Preset, load_preset
 from .saes import FeatureReader
 from .sft import SFT_SETTINGS, check_disjoint, sft_dataset, sft_trainer, training_log
 from saeexplainer.training import (
@@ -30,21 +31,20 @@ from saeexplainer.training import (
 )
 
 # %% ../nbs/parts/joint.ipynb #1e8a5f20
-_SHARED = (*SFT_SETTINGS, 'template', 'n_hints', 'placeholder', 'chat_template', 'injection_layer',
-           'injection_coefficient', 'explanation_tokens', 'bridge', 'device')
+_OWN = ('name', 'target', 'sae', 'sae_hook', 'sae_bos', 'sae_model', 'direction', 'source', 'layer', 'features',
+        'label_model', 'hold_out', 'corpus', 'corpus_tokens', 'targets') # fields of each dictionary
+_TAKEN = ('joint', 'explainers') # names of folders
 
 def target_presets(
     preset:Preset,
 ) -> list[Preset]: # without itself
-    "Return the presets of the dictionaries in its field `targets`, as they are learned beside its own"
-    shared = {name: getattr(preset, name) for name in _SHARED}
-    found = []
-    for name in preset.targets:
-        size = dict(size=preset.size) if name in presets() else {}
-        found.append(load_preset(name, **size, **shared, targets=()))
+    "Return the presets of the dictionaries in its field `targets`: all but the dictionary is as in `preset`"
+    shared = {field.name: getattr(preset, field.name) for field in fields(Preset) if field.name not in _OWN}
+    found = [load_preset(load_preset(name), **shared, targets=()) for name in preset.targets]
     names = [preset.name, *(other.name for other in found)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice: raise ValueError(f'targets: {twice} is named twice: each dictionary has a name of its own')
+    for name in names:
+        if names.count(name) == 1 and name not in _TAKEN: continue
+        raise ValueError(f'targets: a dictionary cannot be called {name} here: the name is taken')
     return found
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class JointTarget:
     reader: FeatureReader
     features: Sequence[Feature] # whose labels are learned
 
-    @property
+    @cached_property
     def card(self) -> ExplainerCard: # of its explainer, before it is trained
         return ExplainerCard.from_preset(self.preset, self.reader, 'sft')
 
@@ -140,7 +140,6 @@ def _save_parts(folder:Path, targets:Sequence[JointTarget], reader:JointReader) 
     for target, block in zip(targets, blocks):
         out = folder.parent/target.preset.name
         folders.append(out)
-        if (out/CARD).exists(): continue
         out.mkdir(exist_ok=True)
         for name in ('adapter_model.safetensors', 'adapter_config.json', 'training.json'):
             shutil.copyfile(folder/name, out/name)

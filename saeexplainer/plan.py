@@ -18,7 +18,7 @@ from .lookups import NEAREST, ONE_BY_ONE
 from .prefs import TEXT_LIST
 from saeexplainer.presets import (
     OWN_REWARDS, asked_writers, is_local, memory_parts, model_size, needs, on_cpu, sampling_memory, sizes_of,
-    validation_size,
+    training_memory, validation_size,
 )
 
 # %% ../nbs/parts/plan.ipynb #236294aa
@@ -393,7 +393,10 @@ def worker_memory(
     if not (target and parts) or len(sizes) < len(names): return None
     cpu = on_cpu(target)
     models = max(size.billions for size in sizes)*(4 if cpu else 2)
-    return parts['libraries'] + models + parts['SAE'] + max(sampling_memory(preset, size, cpu) for size in sizes)
+    work = [sampling_memory(preset, size, cpu) for size in sizes]
+    explainer = sizes_of(preset.explainer)
+    if explainer: work.append(training_memory(preset, explainer, cpu))
+    return parts['libraries'] + models + parts['SAE'] + max(work)
 
 # %% ../nbs/parts/plan.ipynb #125e9bf8
 def stored_rows(

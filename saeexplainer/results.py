@@ -19,6 +19,7 @@ from .executor import PlainExecutor
 from .features import card_of, features_file
 from .files import read_json, read_table, write_json, write_table
 from .prefs import candidate_rewards
+from .sft import LOG_COLUMNS
 from .presets import diff, evaluated_stages, explainer_stages, load_preset, no_data, presets
 
 # %% ../nbs/parts/results.ipynb #f7cea162
@@ -34,6 +35,7 @@ def training_log(
 ) -> pd.DataFrame: # loss per step; for DPO with accuracy and margin of the implicit reward
     "Return the log of a training"
     file = run.trained(stage)/'training.json'
+    if run.preset.sft_from and stage == 'sft' and not file.exists(): return pd.DataFrame(columns=LOG_COLUMNS)
     return pd.DataFrame(_log(file))
 
 def _with_round(frames:dict) -> pd.DataFrame: # round -> its rows

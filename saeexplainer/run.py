@@ -7,9 +7,9 @@ __all__ = ['STEERED_BY', 'REWARDS', 'BegunWith', 'check_model', 'features_identi
            'held_out', 'disjoint_splits', 'Models', 'check_adapters', 'check_target', 'check_explainer',
            'check_writers', 'check_local_weights', 'take_over', 'OpenFolder', 'check_run', 'pool_of', 'features_of',
            'on_cluster', 'target_of', 'evaluation_writer', 'Run', 'forget_empty_claim', 'taught_features', 'sft_stage',
-           'training_labels', 'reward_candidates', 'rewarded_candidates', 'forget_empty_round', 'prefs_stage',
-           'dpo_stage', 'grpo_features', 'text_reward', 'own_words_reward', 'named_words_reward', 'grpo_stage',
-           'greedy_explanations', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test',
+           'check_targets', 'training_labels', 'reward_candidates', 'rewarded_candidates', 'forget_empty_round',
+           'prefs_stage', 'dpo_stage', 'grpo_features', 'text_reward', 'own_words_reward', 'named_words_reward',
+           'grpo_stage', 'greedy_explanations', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test',
            'evaluate_stage', 'targets_stage', 'stage_functions', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
@@ -57,7 +57,7 @@ from .store import RunStore
 from .target import Target, check_model_name, check_weights
 from .writer import SharedWriter, writer_for
 from .writers.local import chat_ids
-from .show import first_line
+from .show import first_line, say
 
 # %% ../nbs/parts/run.ipynb #0fab8673
 # whose features these are: everything depends on it
@@ -590,6 +590,7 @@ def check_run(
     len(run.splits)
     check_target(run)
     check_explainer(run)
+    check_targets(run)
     check_writers(run)
     check_local_weights(run.preset, run.opened.begun)
 
@@ -703,6 +704,15 @@ def _known_labels(run, features, dictionary) -> dict[int, str]: # feature -> phr
     phrases = {feature.index: known_phrase(words, feature.contexts) for feature, words in zip(features, hints)}
     return {index: phrase for index, phrase in phrases.items() if phrase}
 
+def _with_texts(features, texts:dict[int, str], by:str) -> list[Feature]: # those that have one
+    if features and not texts:
+        raise ValueError(f'sft_labels: {by!r} has explained none of the {len(features)} features')
+    return [dataclasses.replace(feature, explanation=texts[feature.index])
+            for feature in features if feature.index in texts]
+
+def _as_labelled(features, by:str|None) -> list[Feature]: # None: with the labels that they have
+    return features if by is None else _with_texts(features, labels_of(features, by), by)
+
 def taught_features(
     run:Run,
     split:str, # 'sft' or 'validation'
@@ -711,12 +721,8 @@ def taught_features(
     "Return the features of a split that SFT learns from; raises `ValueError` where nobody has explained any"
     features = [run.features[i] for i in run.splits[split]]
     by = run.preset.sft_labels
-    if by is None: return features
-    texts = _known_labels(run, features, dictionary) if by == HINTED_WORDS else labels_of(features, by)
-    if features and not texts:
-        raise ValueError(f'sft_labels: {by!r} has explained none of the {len(features)} features')
-    return [dataclasses.replace(feature, explanation=texts[feature.index])
-            for feature in features if feature.index in texts]
+    if by == HINTED_WORDS: return _with_texts(features, _known_labels(run, features, dictionary), by)
+    return _as_labelled(features, by)
 
 def sft_stage(
     run:Run,
@@ -739,6 +745,9 @@ def sft_stage(
 # %% ../nbs/parts/run.ipynb #8faeae4e
 def _taken_explainer(run:Run, source:str) -> str: # its line
     card = copy_explainer(source, run.reader, run.adapter('sft'))
+    if card.base_model != run.preset.explainer:
+        raise ValueError(f'sft_from: {source} is an adapter of {card.base_model}, the preset says '
+                         f'{run.preset.explainer}: set explainer')
     return f'the explainer of {source} (stage {card.stage})'
 
 def _held_out(run:Run) -> list[Feature]: # what SFT must not learn
@@ -749,16 +758,29 @@ def _joint_target(preset:Preset) -> JointTarget: # of another dictionary
     features = {feature.index: feature for feature in load_features(preset)}
     reader = FeatureReader.load(preset)
     check_features_of(features_file(preset), reader)
-    return JointTarget(preset, reader, [features[i] for i in disjoint_splits(preset, features)['sft']])
+    taught = [features[i] for i in disjoint_splits(preset, features)['sft']]
+    return JointTarget(preset, reader, _as_labelled(taught, preset.sft_labels))
 
 def _joint_stage(run:Run) -> str: # its line
     own = JointTarget(run.preset, run.reader, taught_features(run, 'sft'))
     others = [_joint_target(preset) for preset in target_presets(run.preset)]
+    if on_cluster(run): say('several dictionaries are taught by this process: workers do not share that')
     run.make_room()
-    folders = train_joint([own, *others], run.folder/'targets'/'explainers', _held_out(run), run.progress)
+    folder = run.folder/'targets'/'explainers'
+    forget_empty_claim(folder/'joint')
+    folders = train_joint([own, *others], folder, _held_out(run), run.progress)
     copy_explainer(folders[0], run.reader, run.adapter('sft'))
     counts = [f'{len(target.features)} of {target.preset.name}' for target in (own, *others)]
     return f"features: {', '.join(counts)}"
+
+def check_targets(
+    run, # `Run`
+) -> None:
+    "Raise `ValueError` or `FileNotFoundError` where another dictionary of the preset has no features"
+    for other in target_presets(run.preset):
+        if features_file(other).exists(): continue
+        raise FileNotFoundError(f'targets: there are no features of {other.name} yet: '
+                                f'`saeexplainer features {other.called}` makes them')
 
 # %% ../nbs/parts/run.ipynb #22754a21
 def _stage_before(round:int) -> str: # whose explainer a round begins with
@@ -1044,9 +1066,11 @@ def targets_stage(
     run:Run,
 ) -> str: # what came out, in a line
     "All metrics on the test features of the other dictionaries, each in a run of its own below this one"
+    vars(run.models).pop('target', None) # each loads its own
+    free_memory()
     lines = []
     for other in target_presets(run.preset):
-        taught = run.folder/'targets'/'explainers'/other.name
+        taught = (run.folder/'targets'/'explainers'/other.name).resolve()
         preset = load_preset(other, sft_from=str(taught), dpo_rounds=0, grpo_steps=0)
         with Run(run.folder/'targets'/other.name, preset, run.progress, executor=run.executor) as below:
             execute(below, say=_in_silence)

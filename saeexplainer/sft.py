@@ -218,7 +218,7 @@ SFT_SETTINGS = ('explainer', 'lora_r', 'lora_alpha', 'lora_dropout', 'sft_lr', '
 def _begun(preset, reader, card, dictionary) -> Explainer: # before its training
     bridge = begin_bridge(preset, reader)
     model, tokenizer = load_model(preset.explainer, device=preset.device)
-    if preset.lora_from: model = kept_lora(model, preset, reader)
+    if preset.lora_from: model = kept_lora(model, preset, card)
     return Explainer(model, tokenizer, card, dictionary=dictionary, bridge=bridge)
 
 def _begun_with(preset) -> dict: # JSON: hashes of what is not in the card

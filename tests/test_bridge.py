@@ -16,7 +16,7 @@ from saeexplainer.bridge import BRIDGE, begin_bridge, context_texts, load_bridge
 from saeexplainer.explainer import CARD, Explainer, ExplainerCard
 from saeexplainer.features import load_features
 from saeexplainer.injection import Bridge, Injector
-from saeexplainer.joint import JointReader, JointTarget, joint_rows, train_joint
+from saeexplainer.joint import JointReader, JointTarget, joint_rows, target_presets, train_joint
 from saeexplainer.lm.hooks import residual_hook
 from saeexplainer.presets import AS_PAPER, load_preset
 from saeexplainer.run import execute
@@ -413,7 +413,52 @@ def test_what_does_not_go_together(pair, fields, says):
     with pytest.raises(ValueError, match=says): preset_in(pair, **fields)
 
 
+def test_all_but_the_dictionary_is_as_in_the_first_preset(joint_run):
+    with joint_run.in_use():
+        preset = joint_run.preset(targets=[str(joint_run.folder/'deep.yaml')], budget_requests=7, n_test=3,
+                                  evaluation_writer='local')
+        [other] = target_presets(preset)
+    assert (other.budget_requests, other.n_test, other.evaluation_writer) == (7, 3, 'local')
+    assert (other.sae, other.layer, other.source) == ('deep/sae', 2, 'tiny/2-res')
+
+
+def test_a_dictionary_without_features_is_missed_before_anything_begins(joint_run, tmp_path):
+    lost = joint_run.folder/'lost.yaml'
+    lost.write_text((joint_run.folder/'deep.yaml').read_text().replace('deep/features', 'lost/features'))
+    with joint_run.in_use(), joint_run.run(tmp_path/'run', targets=[str(lost)]) as run:
+        with pytest.raises(FileNotFoundError, match='there are no features of lost yet: `saeexplainer features'):
+            run.check()
+
+
+def test_parts_of_an_older_training_are_not_taken(pair, tmp_path):
+    reader = FeatureReader.load(str(pair/'sae'))
+    def teach(**fields):
+        presets = [preset_in(pair, name=name, sft_epochs=1., **fields) for name in ('one', 'two')]
+        targets = [JointTarget(preset, reader, features()[:4]) for preset in presets]
+        return train_joint(targets, tmp_path, progress=False)
+    before = adapter_in(teach()[0])
+    shutil.rmtree(tmp_path/'joint') # as the error says where a setting has changed
+    assert not same(adapter_in(teach(sft_lr=2e-2)[0]), before)
+
+
 # ---- an explainer in the place of SFT
+
+def test_a_given_explainer_may_lack_its_log(wide_lab, wide_run, tmp_path):
+    "As one that was saved or pushed does"
+    with wide_lab.in_use():
+        reader = FeatureReader.load(wide_lab.preset())
+        Explainer.from_pretrained(wide_run/'explainer'/'sft', reader).save(tmp_path/'saved')
+        fields = dict(sft_from=str(tmp_path/'saved'), dpo_rounds=0, grpo_steps=0)
+        with wide_lab.run(tmp_path/'run', **fields) as run: execute(run, say=silent)
+    assert (tmp_path/'run'/'report'/'summary.csv').exists()
+
+
+def test_a_given_explainer_of_another_model(wide_lab, wide_run, tmp_path):
+    given = dict(sft_from=str(wide_run/'explainer'/'sft'), explainer=str(wide_lab.model), bridge=None)
+    with wide_lab.in_use(), wide_lab.run(tmp_path/'run', **given) as run:
+        with pytest.raises(ValueError, match='is an adapter of .*explainer, the preset says .*model: set explainer'):
+            execute(run, say=silent)
+
 
 def test_a_run_begins_with_a_given_explainer(wide_lab, wide_run, tmp_path):
     given = str(wide_run/'explainer'/'sft')

@@ -39,7 +39,7 @@ ORDER = {  # of the pages on the site; those that are not named come last
         export cards graphs
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''
-        ranking your_own_sae writers paper_presets train_sae layer_saes train_transcoder circuit_graph
+        ranking your_own_sae writers paper_presets another_width train_sae layer_saes train_transcoder circuit_graph
         whole_model second_writer build_features benchmarks families'''.split()}
 CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/smollm2-135m-mlp/README.md': 'data-mlp.md',
          'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}

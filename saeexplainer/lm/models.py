@@ -74,7 +74,9 @@ WHEEL_MODELS = {
 
 def _gguf_of(package:str) -> Path: # raises `PackageNotFoundError`
     from importlib import metadata
-    return next(Path(file.locate()) for file in metadata.files(package) or () if '.gguf' in file.suffixes)
+    found = [Path(file.locate()) for file in metadata.files(package) or () if '.gguf' in file.suffixes]
+    if not found: raise FileNotFoundError(f'the package {package} has no .gguf file: install it anew')
+    return found[0]
 
 def gguf_parts(
     name:str, # of `WHEEL_MODELS`
