@@ -20,7 +20,7 @@ import torch
 from .bridge import BRIDGE, Bridge, begin_bridge, load_bridge, save_bridge
 from .explainer import Explainer, ExplainerCard
 from .features import Feature
-from .files import file_sha256
+from .files import file_sha256, whole
 from .lm.models import load_model
 from .lm.sampling import seed_for
 from .presets import STARTS, Preset, load_preset
@@ -142,7 +142,7 @@ def _save_parts(folder:Path, targets:Sequence[JointTarget], reader:JointReader) 
         folders.append(out)
         out.mkdir(exist_ok=True)
         for name in ('adapter_model.safetensors', 'adapter_config.json', 'training.json'):
-            shutil.copyfile(folder/name, out/name)
+            with whole(out/name) as part: shutil.copyfile(folder/name, part)
         own = save_bridge(Bridge(block.clone()), out)
         replace(target.card, adapter_sha256=trained.adapter_sha256, bridge_sha256=own).save(out)
     return folders
