@@ -152,7 +152,8 @@ def presets_of(
         wanted = graph['metadata']['scan'], source_set(graph)
         for preset in map(load_preset, presets()):
             own = SourceName.of(preset)
-            if (own.model, own.source_set) == wanted: chosen.append(preset)
+            known = preset.source in {other.source for other in chosen} # by another explainer
+            if (own.model, own.source_set) == wanted and not known: chosen.append(preset)
     if not chosen:
         raise ValueError(f"no built-in preset is sure to explain features of {graph['metadata']['scan'][:80]} "
                          f"({source_set(graph) or 'the graph names no source set'}): name one with --preset")
