@@ -25,7 +25,7 @@ from .lm.models import load_model
 from .lm.sampling import seed_for
 from .presets import STARTS, Preset, load_preset
 from .saes import FeatureReader
-from .sft import SFT_SETTINGS, check_disjoint, sft_dataset, sft_trainer, training_log
+from .sft import SFT_SETTINGS, check_disjoint, sft_dataset, sft_trainer, logged_losses
 from saeexplainer.training import (
     claim, finish_training, is_finished, last_checkpoint, rows_sha256, train_to_the_end,
 )
@@ -169,6 +169,6 @@ def train_joint(
     explainer = Explainer(model, tokenizer, _joint_card(targets, reader), bridge=bridge)
     trainer = sft_trainer(preset, rows, reader, explainer, checkpoints, progress=progress, in_order=True)
     train_to_the_end(trainer, last_checkpoint(checkpoints))
-    log = dict(settings=settings, seconds=time.monotonic() - start, log=training_log(trainer))
+    log = dict(settings=settings, seconds=time.monotonic() - start, log=logged_losses(trainer))
     finish_training(trainer, explainer.card, folder, log)
     return _save_parts(folder, targets, reader)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'SFT_SETTINGS', 'prompt_of', 'sft_dataset', 'check_disjoint', 'AnswerRow', 'answer_rows',
-           'warn_if_endless', 'token_rows', 'lora_config', 'sft_config', 'sft_trainer', 'SFTResult', 'training_log',
+           'warn_if_endless', 'token_rows', 'lora_config', 'sft_config', 'sft_trainer', 'SFTResult', 'logged_losses',
            'train_sft']
 
 # %% ../nbs/01_sft.ipynb #ddbf4c05
@@ -204,7 +204,7 @@ class SFTResult:
         saved = read_training(folder)
         return cls(Path(folder), pd.DataFrame(saved['log'], columns=LOG_COLUMNS), saved['seconds'])
 
-def training_log(
+def logged_losses(
     trainer, # of `sft_trainer`
 ) -> list[dict]: # with the keys `LOG_COLUMNS`
     "Return the losses of a training, without its summary"
@@ -253,7 +253,7 @@ class _Training: # what each of the processes that train needs
         folder = self.out/'checkpoints'
         trainer = sft_trainer(preset, self.rows, reader, explainer, folder, self.eval_rows, self.progress)
         train_to_the_end(trainer, checkpoint)
-        log = training_log(trainer)
+        log = logged_losses(trainer)
         seconds = self.spent + time.monotonic() - start
         finish_training(trainer, self.card, self.out, dict(settings=self.settings, seconds=seconds, log=log))
 
