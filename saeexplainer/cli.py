@@ -321,6 +321,7 @@ def presets_table(
     columns = [name for name in rows[0] if name not in left_out]
     table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_CAPTION)
     for column in table.columns: column.no_wrap = True
+    table.columns[0].min_width = max(len(row['preset']) for row in rows) # a name is typed: it is never cut
     for row in rows: table.add_row(*(row[name] for name in columns))
     return table
 

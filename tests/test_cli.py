@@ -109,7 +109,7 @@ def test_a_plan_shows_an_address_without_its_secrets(capsys, tmp_path, monkeypat
 
 def test_presets_table_has_memory_and_disk(capsys, monkeypatch):
     monkeypatch.setattr(cli, 'out', Console(width=200))
-    row = next(line for line in printed(capsys, 'presets').splitlines() if 'gemma-2-9b-l20' in line)
+    row = next(line for line in printed(capsys, 'presets').splitlines() if 'gemma-2-9b-l20 ' in line)
     for cell in ('42 GB', '39 GB', '10k/5k/300', 'gemma-2-9b-it', '20-gemmascope-res-16k'): assert cell in row
 
 

@@ -151,7 +151,7 @@ def embedded_model_dir() -> Path:
 def model_source(name:str # of `WHEEL_MODELS`, a hub id or a folder
                 ) -> str: # what transformers loads: a folder or a hub id
     "Return where a model comes from; raise `FileNotFoundError` where there is no such folder"
-    if name in WHEEL_MODELS: return str(wheel_model_dir(name))
+    if isinstance(name, str) and name in WHEEL_MODELS: return str(wheel_model_dir(name))
     if not isinstance(name, (str, os.PathLike)):
         raise FileNotFoundError(f'no model in {name!r}: give a folder with config.json and safetensors, or a hub id')
     folder = Path(name).expanduser()
