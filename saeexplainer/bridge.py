@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 # %% ../nbs/parts/bridge.ipynb #7822b5de
 from .features import load_features
-from .files import check_tensors, file_sha256, read_tensors, whole
+from .files import file_sha256, read_tensors, whole
 from .injection import Bridge
 from .lm.hooks import backbone, residual_stream
 from .lm.models import free_memory, load_model, load_tokenizer, model_source
@@ -196,7 +196,6 @@ def load_bridge(
     "Read a bridge; raise `FileNotFoundError` or `ValueError` where it is missing, damaged or another one"
     file = Path(file).expanduser()
     if not file.exists(): raise FileNotFoundError(f'there is no bridge {file}')
-    check_tensors(file)
     weight = read_tensors(file).get('weight')
     if weight is None or weight.ndim != 2 or not weight.isfinite().all():
         raise ValueError(f"{file} is no bridge: it needs a matrix of finite numbers, 'weight'")

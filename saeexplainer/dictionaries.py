@@ -20,7 +20,7 @@ import torch
 # %% ../nbs/parts/dictionaries.ipynb #8508e39d
 from .calibration import calibration_of, share_or_none
 from .evaluation.texts import verify
-from .executor import Executor, MakeWorker, PlainExecutor, Worker
+from .executor import Executor, MakeWorker, PlainExecutor, Worker, slices
 from .explainer import ExplainerCard, _fetch, adapter_of, adapter_sha256, load_explainer, model_sha256
 from .features import FeatureId, check_features_of, features_file, load_features
 from .files import clear_parts, hold, table_kind, table_rows, whole, write_table
@@ -258,10 +258,6 @@ class _Work:
         source = self.preset.source
         return f'{source}/{index}'
 
-def _batches(items:list, size:int) -> list[list]:
-    starts = range(0, len(items), size)
-    return [items[start:start + size] for start in starts]
-
 def _dead(directions) -> torch.Tensor: # which rows are no direction
     infinite = ~directions.isfinite().all(-1)
     zero = (directions == 0).all(-1)
@@ -315,7 +311,7 @@ def _explain_missing(work:_Work, rows:Rows, executor:Executor, explaining:MakeWo
         rows.add([_dead_row(work, index) for index in new_dead])
     n_done = len(done) + len(new_dead)
     alive = (~dead).nonzero().flatten().tolist()
-    batches = [batch for batch in _batches(alive, work.preset.batch_size) if not done.issuperset(batch)]
+    batches = [batch for batch in slices(alive, work.preset.batch_size) if not done.issuperset(batch)]
     with progress_bar(len(dead), 'explaining', work.progress, 'feature', n_done) as bar:
         _add_rows(executor.map(explaining, batches), rows, done, bar)
 
@@ -331,8 +327,8 @@ def _rank_batch(work:_Work, target, batch:list[tuple]) -> list[dict]: # batch: f
 def _ranking(work:_Work) -> Worker: # features and their candidates -> rows
     return partial(_rank_batch, work, Target.load(work.preset, work.dictionary()))
 
-def _without_rows(pairs:list[tuple], size:int, done:set[int]) -> list[list[tuple]]: # batches that lack a row
-    return [batch for batch in _batches(pairs, size) if not done.issuperset(dict(batch))]
+def _without_rows(pairs:list[tuple], size:int, done:set[int]) -> list: # batches that lack a row
+    return [batch for batch in slices(pairs, size) if not done.issuperset(dict(batch))]
 
 def _rank_missing(work:_Work, explained:Rows, ranked:Rows, executor:Executor) -> None:
     "Choose among the candidates of features where that is not done"

@@ -352,13 +352,17 @@ def kept_lora(
 
 def copy_explainer(
     source:str|Path, # folder or hub id
+    preset:Preset, # of the run that it is for
     reader:FeatureReader, # of the SAE whose directions it reads
     out:str|Path, # folder that gets its files
 ) -> ExplainerCard: # its card
-    "Copy an explainer into a folder; raises `ValueError` where it was trained for another SAE"
+    "Copy an explainer into a folder; raises `ValueError` where it was trained for another SAE, or is another model's"
     folder = _fetch(source)
     card = ExplainerCard.load(folder)
     card.check_reader(reader)
+    if card.base_model != preset.explainer:
+        raise ValueError(f'sft_from: {source} is an adapter of {card.base_model}, the preset says '
+                         f'{preset.explainer}: set explainer')
     out = Path(out)
     part = out.with_name(out.name + '.part')
     shutil.rmtree(part, ignore_errors=True)

@@ -415,7 +415,12 @@ class Models:
 
     def make_room(self) -> None:
         "Give back the memory of an explainer that was used before; where two models take turns, the target's too"
-        if self.preset.swap_models: vars(self).pop('target', None)
+        if self.preset.swap_models: self.forget_target()
+        else: free_memory()
+
+    def forget_target(self) -> None:
+        "Give back the target's memory; whoever asks for it next has it loaded anew"
+        vars(self).pop('target', None)
         free_memory()
 
     def writer(
@@ -744,10 +749,7 @@ def sft_stage(
 
 # %% ../nbs/parts/run.ipynb #8faeae4e
 def _taken_explainer(run:Run, source:str) -> str: # its line
-    card = copy_explainer(source, run.reader, run.adapter('sft'))
-    if card.base_model != run.preset.explainer:
-        raise ValueError(f'sft_from: {source} is an adapter of {card.base_model}, the preset says '
-                         f'{run.preset.explainer}: set explainer')
+    card = copy_explainer(source, run.preset, run.reader, run.adapter('sft'))
     return f'the explainer of {source} (stage {card.stage})'
 
 def _held_out(run:Run) -> list[Feature]: # what SFT must not learn
@@ -769,7 +771,7 @@ def _joint_stage(run:Run) -> str: # its line
     folder = run.folder/'targets'/'explainers'
     forget_empty_claim(folder/'joint')
     folders = train_joint([own, *others], folder, _held_out(run), run.progress)
-    copy_explainer(folders[0], run.reader, run.adapter('sft'))
+    copy_explainer(folders[0], run.preset, run.reader, run.adapter('sft'))
     counts = [f'{len(target.features)} of {target.preset.name}' for target in (own, *others)]
     return f"features: {', '.join(counts)}"
 
@@ -1066,8 +1068,7 @@ def targets_stage(
     run:Run,
 ) -> str: # what came out, in a line
     "All metrics on the test features of the other dictionaries, each in a run of its own below this one"
-    vars(run.models).pop('target', None) # each loads its own
-    free_memory()
+    run.models.forget_target() # each loads its own
     lines = []
     for other in target_presets(run.preset):
         taught = (run.folder/'targets'/'explainers'/other.name).resolve()

@@ -15,7 +15,7 @@ from itertools import islice
 # %% ../nbs/parts/writer.ipynb #58aa2a8e
 from .executor import Executor, Worker
 from .lm.models import load_model
-from .replies import Reply, Request, Writer # noqa: F401 (named in _all_)
+from .replies import Reply, Request, StreamingWriter, Writer # noqa: F401 (named in _all_)
 from .show import progress_bar
 from .target import Target
 from .writers.budget import Budget
@@ -69,7 +69,7 @@ def _in_order(found, given:deque) -> Iterator[list]: # rows of the batches, in t
         done[id(batch)] = rows
         while given and id(given[0]) in done: yield done.pop(id(given.popleft()))
 
-class SharedWriter:
+class SharedWriter(StreamingWriter):
     "A local writer that each worker of an executor loads"
     def __init__(
         self,
@@ -80,11 +80,6 @@ class SharedWriter:
         self.name = name
         self.preset = preset
         self.executor = executor
-
-    def write(self, requests:list, schema:dict|None=None, choices:list|None=None, stage:str='',
-              progress:bool=False) -> list[Reply]:
-        "Return replies in the order of the requests"
-        return list(self.stream(requests, schema, choices, stage, progress=progress))
 
     def stream(self, requests:Iterable, schema:dict|None=None, choices:list|None=None, stage:str='',
                total:int|None=None, progress:bool=False) -> Iterator[Reply]:

@@ -25,7 +25,7 @@ from saeexplainer.lm.sampling import (
     at_once, batches, can_share, check_vocabulary, end_ids, in_float32, new_tokens, pad, pad_rest, seed_for,
     shared_prefix,
 )
-from ..replies import Reply, Request, reply_key
+from ..replies import Reply, Request, StreamingWriter, reply_key
 from ..show import progress_bar
 from .parsing import list_sizes, parse_reply, whole_sentences, without_thinking
 
@@ -500,7 +500,7 @@ def in_order(
     return replies
 
 # %% ../../nbs/parts/writers/local.ipynb #2933e4cc
-class LocalWriter:
+class LocalWriter(StreamingWriter):
     "A writer and judge in this process, from a causal language model with a chat template"
     def __init__(self,
                  model, # a causal language model
@@ -524,11 +524,6 @@ class LocalWriter:
     def token_log_probs(self, context:str|list, continuations:list) -> list: # an array for each text
         "Return the log-probability of each token of texts behind one context; see `Likelihoods.token_log_probs`"
         return self.likelihoods.token_log_probs(context, continuations)
-
-    def write(self, requests:list, schema:dict|None=None, choices:list|None=None, stage:str='',
-              progress:bool=False) -> list[Reply]:
-        "Return replies in the order of the requests"
-        return list(self.stream(requests, schema, choices, stage, progress=progress))
 
     def stream(self, requests:Iterable, schema:dict|None=None, choices:list|None=None, stage:str='',
                total:int|None=None, progress:bool=False) -> Iterator[Reply]:

@@ -17,7 +17,7 @@ from typing import Any
 
 # %% ../../nbs/parts/writers/openai.ipynb #b085986d
 from ..files import hold
-from ..replies import Reply, Request, reply_key
+from ..replies import Reply, Request, StreamingWriter, reply_key
 from ..show import progress_bar, say
 from ..store import RunStore
 from .exchange import Attempts, Exchange, Line, Wanted, at_fault
@@ -335,7 +335,7 @@ def sole_use(
         held.release()
 
 # %% ../../nbs/parts/writers/openai.ipynb #5ae3daaa
-class OpenAIWriter:
+class OpenAIWriter(StreamingWriter):
     "A writer and judge behind an OpenAI-compatible server; raises one line where the server cannot be used"
     def __init__( # noqa: PLR0913
         self,
@@ -372,11 +372,6 @@ class OpenAIWriter:
     def client(self) -> Any: # openai.AsyncOpenAI
         "Return a client of the server"
         return open_client(self.base_url, self.secret, self.pace.timeout)
-
-    def write(self, requests:list, schema:dict|None=None, choices:list|None=None, stage:str='',
-              progress:bool=False) -> list[Reply]:
-        "Return replies in the order of the requests"
-        return list(self.stream(requests, schema, choices, stage, progress=progress))
 
     def stream(self, requests:Iterable, schema:dict|None=None, choices:list|None=None, stage:str='',
                total:int|None=None, progress:bool=False) -> Iterator[Reply]:
