@@ -81,7 +81,7 @@ def gallery_html(
 # %% ../nbs/parts/gallery.ipynb #4d021576
 _ORANGE = OKABE_ITO['orange']
 _COLUMNS = 80 # characters of a line
-_TITLE = 54 # of a line of the title
+_TITLE = 48 # of a line of the title
 _CHARACTER = .084 # its width in inches, at ten points
 _LINE = .23 # inches
 _SMALL = dict(size=9, color='.35')
