@@ -105,6 +105,7 @@ def _laid_out(context:Context, columns:int=_COLUMNS) -> list[_Piece]: # in lines
         column += len(text)
     return pieces
 
+# %% ../nbs/parts/gallery.ipynb #d3d3f596
 class _Page:
     "Lines of text in a figure, from top to bottom"
     def __init__(self, lines:float) -> None:
@@ -132,6 +133,7 @@ class _Page:
         blank = len(piece.text) - len(piece.text.lstrip())
         self.axes.barh(row, len(piece.text) - blank, .9, column + blank, color=_ORANGE, alpha=piece.share, lw=0)
 
+# %% ../nbs/parts/gallery.ipynb #d5f69307
 def exhibit_figure(
     exhibit:Exhibit,
     n:int=2, # contexts
