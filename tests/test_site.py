@@ -33,7 +33,7 @@ import site_index
 import site_nav
 import site_pages
 import site_search
-from site_hooks import interval, on_page_content
+from site_hooks import interval, on_page_content, without_strangers
 from site_tables import is_number, readable
 
 CODE = 'https://github.com/saeexplainer/saeexplainer'
@@ -569,6 +569,23 @@ def test_output_cannot_leave_its_block():
 def test_comments_with_braces_are_no_markdown():
     shown = "\\{folder: ''} of a\\|b, `x|y` &lt;b>"
     assert site_api.escaped("{folder: ''} of a|b, `x|y` <b>") == shown
+
+
+def test_what_is_folded_is_markdown_too():
+    text = site_pages.unfolded('1. Why?\n\n<details><summary>A hint</summary>\n\nIt is *this*.\n\n</details>')
+    shown = markdown(text, extensions=['md_in_html'])
+    assert '<p>It is <em>this</em>.</p>' in shown
+    assert 'markdown=' not in shown
+
+
+def test_folds_in_code_are_code():
+    assert site_pages.unfolded('```\n<details>\n```') == '```\n<details>\n```'
+
+
+def test_a_badge_asks_no_other_server():
+    shown = markdown('[![Binder](https://mybinder.org/badge.svg)](https://mybinder.org/x) ![a figure](figures/a.png)')
+    assert without_strangers(shown) == ('<p><a href="https://mybinder.org/x"><span class="badge">Binder</span></a> '
+                                        '<img alt="a figure" src="figures/a.png" /></p>')
 
 
 # ---- notebooks

@@ -13,8 +13,14 @@ from site_tables import with_readable_tables
 
 NOT_SEARCHED = re.compile(  # code, and tables that a cell shows
     r'<details(?= class="quote"|>)|<div class="(?:output )?highlight"|<table class="dataframe"')
+STRANGER = re.compile(r'<img alt="([^"]*)" src="https?://[^"]*" ?/?>')
 TABLE_CELL = re.compile(r'<td[^>]*>[^<]*\[[^<]*</td>')
 INTERVAL = re.compile(r'([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\]')  # '49.3 [45.9, 52.6]'
+
+
+def without_strangers(text):
+    "Return HTML in which a picture of another server, such as a badge, is its own text: pages need no network"
+    return STRANGER.sub(lambda match: f'<span class="badge">{match[1]}</span>', text)
 
 
 def interval(cell):
@@ -30,7 +36,7 @@ def on_page_markdown(text, page, config, **_):
 
 def on_page_content(text, page, **_):
     "Return the HTML of a page with its formulas, tables, intervals, and marks for the search"
-    text = with_readable_tables(with_formulas(text, page.file.src_path))
+    text = without_strangers(with_readable_tables(with_formulas(text, page.file.src_path)))
     text = NOT_SEARCHED.sub(r'\g<0> data-search-exclude', text)
     return TABLE_CELL.sub(lambda match: interval(match[0]), text)
 

@@ -60,9 +60,16 @@ def spaced(text):
     return '\n'.join(out)
 
 
+def unfolded(text):
+    "Return Markdown in which what a `<details>` folds is Markdown too, as it is in Jupyter"
+    parts = CODE_BLOCK.split(text)
+    for i in range(0, len(parts), 2): parts[i] = parts[i].replace('<details>', '<details markdown="1">')
+    return ''.join(parts)
+
+
 def prose(source, links):
     "Return the Markdown of a cell of text"
-    return links(spaced(PRIVATE_NAME.sub(r'\1', lookup().linkify(source))))
+    return links(unfolded(spaced(PRIVATE_NAME.sub(r'\1', lookup().linkify(source)))))
 
 
 def directives(cell):
