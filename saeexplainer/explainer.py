@@ -532,8 +532,9 @@ class Explainer:
 
     @classmethod
     def from_pretrained(cls, source:str|Path, # folder or hub id
-                        reader:FeatureReader|None=None, trainable:bool=False, # to check it against; with gradients
-                        dtype:Any=None, device:Any=None) -> 'Explainer': # with its adapter merged, unless trainable
+                        reader:FeatureReader|None=None, # to check it against
+                        trainable:bool=False, # its adapter has gradients, and is not merged
+                        dtype:Any=None, device:Any=None) -> 'Explainer': # ready to explain
         "Load an explainer (as `load_model`); raises `ValueError` where model, layer, SAE or width are not the card's"
         return cls(*_pretrained(source, reader, trainable, dtype, device))
 
@@ -552,10 +553,12 @@ class Explainer:
         return _texts(self, _questions(self, directions, encoders), None, sampling, batch_size, progress)
 
     def sample( # noqa: PLR0913
-        self, directions:Any, k:int, # (n, d_model), and candidates for each
-        temperature:float=.9, top_p:float=.9, seed:int=0, seeds:Any=None, # (n, k) ints; default: from `seed`, row and k
+        self, directions:Any, # (n, d_model)
+        k:int, # candidates for each
+        temperature:float=.9, top_p:float=.9, seed:int=0,
+        seeds:Any=None, # (n, k) ints; default: from `seed`, row and k
         max_new_tokens:int|None=None, batch_size:int=64, progress:bool=False,
-        encoders:Any=None) -> list[list[str]]: # as of `explain`; (n, k)
+        encoders:Any=None) -> list[list[str]]: # (n, k)
         "Return k sampled explanations of each direction (3.3)"
         sampling = _sampling(self.card, temperature, top_p, max_new_tokens)
         questions = _questions(self, directions, encoders)

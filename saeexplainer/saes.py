@@ -595,7 +595,8 @@ class SAERows:
         if hasattr(self.sae, 'W_skip'): found = found + x @ self.sae.W_skip.T
         return found + x.mean(-1, keepdim=True) if self.centred else found
 
-    def clamp(self, x:torch.Tensor, features:torch.Tensor, values, # (n,), one per row
+    def clamp(self, x:torch.Tensor, features:torch.Tensor,
+              values:Any, # (n,), one per row
               spliced:bool=False,
               written:torch.Tensor|None=None # what the model has where the dictionary writes; None: x
              ) -> torch.Tensor: # like what is written
@@ -636,8 +637,8 @@ def encoder_rows(
 # %% ../nbs/parts/saes.ipynb #9ed5b49e
 class FeatureReader:
     "Read single features of a dictionary: directions, activations and clamping, all in fp32"
-    def __init__(self, sae:Any, card:dict|None=None, sha256:str|None=None, # as the fields of `LoadedSAE`
-                 heads:torch.Tensor|None=None,
+    def __init__(self, sae:Any, # this, card, sha256 and heads: as the fields of `LoadedSAE`
+                 card:dict|None=None, sha256:str|None=None, heads:torch.Tensor|None=None,
                  direction:str='decoder'): # or 'encoder': which one `directions` returns
         self.sae = sae
         self.card = card or {}
@@ -654,10 +655,10 @@ class FeatureReader:
 
     @classmethod
     def load(
-        cls,
-        source, # a `Preset`; or as `find_sae` takes it
+        cls, source, # a `Preset`; or as `find_sae` takes it
         device='cpu', # as torch takes it
-        hook:str|None=None, bos:bool|None=None, model:str|None=None, # instead of what the metadata says
+        hook:str|None=None, # where it reads; this, bos and model: instead of what the metadata says
+        bos:bool|None=None, model:str|None=None,
         target:str|None=None, # model whose heads the dictionary reads; None: the preset's
     ) -> 'FeatureReader':
         "Load the SAE and the `card.json` beside it; raise `FileNotFoundError` or `ValueError` with what is wrong"
@@ -698,8 +699,8 @@ class FeatureReader:
         "Return what the dictionary makes of what it reads: decode(encode(x))"
         return self._rows.reconstruct(self._rows.vectors(resid)).to(resid)
 
-    def clamp(self, resid:torch.Tensor, features:Features, values, # (n, t, d); a feature and a value for each row
-              spliced:bool=False,
+    def clamp(self, resid:torch.Tensor, # (n, t, d)
+              features:Features, values:Any, spliced:bool=False,
               written:torch.Tensor|None=None # (n, t, d') what the model has where the dictionary writes; None: resid
              ) -> torch.Tensor: # like what is written
         "Return what the model has where the dictionary writes, feature i forced to `values[i]` on every token of row i"

@@ -148,7 +148,8 @@ class EarlyStop(TrainerCallback):
         later = [row for row in state.log_history if 'eval_loss' in row and row['step'] > best]
         return len(later) >= self.patience
 
-    def on_save(self, args, state, control, **kwargs): # by then it is known which checkpoint is the best
+    def on_save(self, args, state, control, **kwargs):
+        "Stop behind a checkpoint, when it is known which one is the best"
         if self.is_over(state): control.should_training_stop = True
 
 # %% ../nbs/parts/training.ipynb #215f2628

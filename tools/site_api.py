@@ -15,7 +15,7 @@ EMPTY = inspect.Parameter.empty
 STARS = {inspect.Parameter.VAR_POSITIONAL: '*', inspect.Parameter.VAR_KEYWORD: '**'}
 LONGEST_DEFAULT = 120  # characters, in a table
 LONGEST_ARGUMENT = 30  # in a signature
-HEAD = [('parameter', 'type', 'default', ' '), ('---',)*4]
+HEAD = [('parameter', 'type', 'default', 'meaning'), ('---',)*4]
 
 
 def escaped(text):

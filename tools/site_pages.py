@@ -19,30 +19,14 @@ from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 from nbdev.process import NBProcessor
 
+import saeexplainer.cli
 from nbmarkdown import LINK, fenced, output_markdown
 from site_api import CODE, api
+from site_cli import command_line
+from site_index import api_index
+from site_nav import CHECKED_IN, COMMANDS, NAMES, boost, navigation, parts_by_group, title_of
 
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
-ORDER = {  # of the pages on the site; those that are not named come last
-    'parts': '''
-        files show presets catalogue plan features sparsify dictionary_learning saes
-        lm/models lm/places lm/hooks lm/heads lm/chat lm/sampling
-        target steering hints bridge explainer sharing training crew joint grpo store replies
-        writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
-        writers/budget writers/traffic writers/parsing
-        sources/neuronpedia sources/corpus sources/reading sources/contexts sources/sae_training
-        sources/transcoder_training labels lookups self_activation reranking
-        evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
-        evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
-        evaluation/readings reading_sheets calibration
-        executor run results report plots studies bridge_study dictionaries selection verdicts measuring benchmark
-        export cards graphs
-        lab pages explorer doctor cli main saeexplainer'''.split(),
-    'recipes': '''
-        ranking your_own_sae writers paper_presets another_width train_sae layer_saes train_transcoder circuit_graph
-        whole_model second_writer build_features benchmarks families'''.split()}
-CARDS = {'data/smollm2-135m/README.md': 'data-embedded.md', 'data/smollm2-135m-mlp/README.md': 'data-mlp.md',
-         'data/paper/README.md': 'data-paper.md', 'CONTRIBUTING.md': 'contributing.md'}
 cfg = get_config()
 BASE = cfg.doc_host + cfg.doc_baseurl.rstrip('/') + '/'
 ITEM = re.compile(r'(\s*)([-*]|\d+\.) ')  # of a list
@@ -76,9 +60,16 @@ def spaced(text):
     return '\n'.join(out)
 
 
+def unfolded(text):
+    "Return Markdown in which what a `<details>` folds is Markdown too, as it is in Jupyter"
+    parts = CODE_BLOCK.split(text)
+    for i in range(0, len(parts), 2): parts[i] = parts[i].replace('<details>', '<details markdown="1">')
+    return ''.join(parts)
+
+
 def prose(source, links):
     "Return the Markdown of a cell of text"
-    return links(spaced(PRIVATE_NAME.sub(r'\1', lookup().linkify(source))))
+    return links(unfolded(spaced(PRIVATE_NAME.sub(r'\1', lookup().linkify(source)))))
 
 
 def directives(cell):
@@ -146,12 +137,15 @@ def page(file, to, links):
     return '\n\n'.join(part for part in parts if part)
 
 
-def front_matter(source, name=''):
-    "Return what the hook and the search are told: which file a page is made from, and that a way in counts most"
-    boost = 1
-    if name.startswith(('index', 'glossary')): boost = 2
-    if name.startswith('recipes/'): boost = 4
-    return f'---\nsource: {source}\nsearch: {{boost: {boost}}}\n---\n\n'
+def front_matter(source, page=''):
+    "Return what the hooks and the search are told: which file a page is made from, and how much it counts"
+    return f'---\nsource: {source}\nsearch: {{boost: {boost(page)}}}\n---\n\n'
+
+
+def with_title(text, title, module):
+    "Return a part's page under its title in words, and below it the module's name"
+    head = f'# {title}\n\n`{cfg.lib_name}.{module}`\n{{ .module }}'
+    return re.sub(r'^# .+$', lambda _: head, text, count=1, flags=re.M)
 
 
 class Links:
@@ -185,10 +179,10 @@ class Links:
         "Return the page of a notebook, card or page, or None"
         file = path.removeprefix('../')  # from the root of the repository
         notebook = file.removeprefix('nbs/').replace('.html', '.ipynb')
-        found = self.to.get(notebook) or CARDS.get(file)
+        found = self.to.get(notebook) or CHECKED_IN.get(file)
         if found: return found
         name = path.replace('.html', '.md')
-        return name if name in self.to.values() else None
+        return name if name in (COMMANDS, NAMES, *self.to.values()) else None
 
     def copied(self, file):
         "Copy a picture of the repository to the site"
@@ -200,7 +194,7 @@ class Links:
         return posixpath.relpath(where, posixpath.dirname(self.to.get(self.name, '')) or '.')
 
 
-# --- the site
+# --- all pages
 
 def notebooks():
     "Return the notebooks: name within nbs/ -> file"
@@ -208,10 +202,16 @@ def notebooks():
     return {file.relative_to(cfg.nbs_path).as_posix(): file for file in files}
 
 
+def module_in(file):
+    "Return the name of the module that a notebook exports to, or None"
+    found = re.search(r'#\| default_exp ([a-z_.]+)', file.read_text(encoding='utf-8'))
+    return found[1] if found else None
+
+
 def page_name(name, file):
     "Return the path of a notebook's page: a module's page is called as the module is"
-    modules = [module.split('.')[-1] for module in re.findall(r'#\| default_exp ([a-z_.]+)', file.read_text())]
-    return posixpath.join(posixpath.dirname(name), f'{[*modules, Path(name).stem][0]}.md')
+    last = (module_in(file) or '').split('.')[-1]
+    return posixpath.join(posixpath.dirname(name), f'{last or Path(name).stem}.md')
 
 
 def write_page(where, text):
@@ -220,67 +220,49 @@ def write_page(where, text):
 
 
 def write_pages(files, to, pages):
-    "Write the pages of the notebooks; return their titles"
+    "Write the pages of the notebooks; return their titles in the navigation"
     titles = {}
     for name, file in files.items():
         text = page(file, pages/to[name], Links(name, to, pages))
-        titles[name] = re.search(r'^# (.+)$', text, re.M)[1]
+        titles[name] = title_of(name.removesuffix('.ipynb'), re.search(r'^# (.+)$', text, re.M)[1])
+        if name.startswith('parts/'): text = with_title(text, titles[name], module_in(file))
         source = file.relative_to(cfg.config_path).as_posix()
-        write_page(pages/to[name], front_matter(source, name) + text + '\n')
+        write_page(pages/to[name], front_matter(source, to[name]) + text + '\n')
     return titles
 
 
-def write_cards(to, pages):
+def write_checked_in(to, pages):
     "Write the pages of files that are no notebooks"
-    for card, where in CARDS.items():
-        text = spaced((cfg.config_path/card).read_text(encoding='utf-8'))
-        write_page(pages/where, front_matter(card) + Links(f'../{card}', to, pages)(text))
+    for file, where in CHECKED_IN.items():
+        text = spaced((cfg.config_path/file).read_text(encoding='utf-8'))
+        write_page(pages/where, front_matter(file, where) + Links(f'../{file}', to, pages)(text))
 
 
-def in_order(folder, files):
-    "Return the notebooks of a folder, those that `ORDER` names first"
-    named = [f'{folder}/{name}.ipynb' for name in ORDER[folder]]
-    others = [name for name in files if name.startswith(f'{folder}/') and name not in named]
-    return [name for name in named + others if name in files]
+def modules_by_group(files):
+    "Return the modules of the chapters and of each group of parts, in the order of the sidebar"
+    modules = {name.removesuffix('.ipynb'): module_in(file) for name, file in files.items()}
+    groups = {'Chapters': [name for name in modules if '/' not in name]} | parts_by_group(modules)
+    found = {group: [modules[name] for name in names if modules[name]] for group, names in groups.items()}
+    return {group: names for group, names in found.items() if names}
 
 
-def entries_of(names, titles, to):
-    "Return entries of the navigation; pages of a folder within `parts/` stand together"
-    entries = []
-    rooms = {}
-    for name in names:
-        entry = {titles[name]: to[name]}
-        if name.count('/') != 2:
-            entries.append(entry)
-            continue
-        room = name.split('/')[1]
-        if room not in rooms:
-            rooms[room] = []
-            entries.append({room: rooms[room]})
-        rooms[room].append(entry)
-    return entries
+def write_reference(files, to, pages):
+    "Write the pages that no file holds: commands and names"
+    of_module = {module_in(file): to[name] for name, file in files.items()}
+    write_page(pages/COMMANDS, front_matter('nbs/parts/cli.ipynb', COMMANDS) + command_line(saeexplainer.cli.app))
+    write_page(pages/NAMES, front_matter('tools/site_index.py', NAMES) + api_index(modules_by_group(files), of_module))
 
 
-def navigation(files, titles, to):
-    "Return the sidebar, as mkdocs takes it"
-    chapters = [name for name in files if '/' not in name and name[0].isdigit()]
-    data = [{'Embedded model, SAE, labels': 'data-embedded.md'}, {'Its transcoder': 'data-mlp.md'},
-            {"The paper's numbers": 'data-paper.md'}]
-    return [{'Home': 'index.md'},
-            {'Chapters': entries_of(chapters, titles, to)},
-            {'Parts': entries_of(in_order('parts', files), titles, to)},
-            {'Recipes': entries_of(in_order('recipes', files), titles, to)},
-            {'Data': data},
-            {'Glossary': 'glossary.md'},
-            {'Contributing': 'contributing.md'}]
-
+# --- the site
 
 def build_site(pages, out, nav):
     "Make the site from its Markdown"
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
     settings = dict(docs_dir=str(pages), site_dir=str(cfg.config_path/out), nav=nav, strict=True)
-    build(load_config(str(cfg.config_path/'mkdocs.yml'), **settings))
+    config = load_config(str(cfg.config_path/'mkdocs.yml'), **settings)
+    config.extra['release'] = cfg.version
+    build(config)
 
 
 def main(out='_docs'):
@@ -291,9 +273,10 @@ def main(out='_docs'):
     files = notebooks()
     to = {name: page_name(name, file) for name, file in files.items()}
     titles = write_pages(files, to, pages)
-    write_cards(to, pages)
+    write_checked_in(to, pages)
+    write_reference(files, to, pages)
     shutil.copytree(cfg.config_path/'tools/site_assets', pages/'assets')
-    build_site(pages, out, navigation(files, titles, to))
+    build_site(pages, out, navigation(titles, to))
 
 
 if __name__ == '__main__': main(*sys.argv[1:])
