@@ -12,7 +12,9 @@ import pandas as pd
 # %% ../nbs/05_ablations.ipynb #a1e0ce0c
 from .evaluation.stats import bootstrap_ci
 from .evaluation.tables import screen_table
-from .plots import Figure, MARKS, PANELS, WIDTH, color, named, scale_of, stage_figure, style
+from saeexplainer.plots import (
+    CHANCE, Figure, MARKS, PANELS, WIDTH, color, from_zero, named, scale_of, stage_figure, style,
+)
 
 # %% ../nbs/05_ablations.ipynb #71b8e352
 _all_ = ['screen_table', 'stage_figure']
@@ -57,24 +59,26 @@ def arms_figure(arms, # rows arm, stage, feature, metric, value
                 xlabel:str,
                 stages=('label', 'sft', 'dpo1'), # from left to right
                 panels=('generative', 'input', 'output', 'gap'), # metrics
-                chance:float=1/3 # of the output score
+                chance:float=1/3, # of the output score
+                title:str='' # what the figure shows
                ) -> Figure: # a panel for each metric
     "Draw the metrics of several arms, with intervals"
     n_arms = len(names)
     dotted = []
     with style():
-        fig = Figure(figsize=(WIDTH, 2.3))
+        fig = Figure(figsize=(WIDTH, 2.6))
         axes = fig.subplots(1, len(panels), squeeze=False)[0]
         for ax, metric in zip(axes, panels):
             rows = arms[arms['metric'] == metric]
             _draw_metric(ax, rows, list(names), stages, scale_of(metric))
             if metric == 'output':
-                line = ax.axhline(100*chance, color='k', ls=':', lw=1, label='chance')
+                line = ax.axhline(100*chance, label='chance', **CHANCE)
                 dotted.append(line)
             ax.set_title(PANELS[metric])
             ax.set_xlim(-.5, n_arms - .5)
             ax.set_xticks(range(n_arms), names.values())
-            if metric != 'gap': ax.set_ylim(bottom=0)
+            from_zero(ax, 'y')
+        if title: fig.suptitle(f'{title}; means over features, with 95% intervals', fontsize=11)
         fig.supxlabel(xlabel, fontsize=9)
         marks, _ = fig.axes[0].get_legend_handles_labels()
         fig.legend(handles=[*marks, *dotted], loc='outside right center')

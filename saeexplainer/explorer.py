@@ -441,6 +441,7 @@ class TextPanel:
         "Forget the colours of another feature"
         self.coloured.value = self.status.value = ''
 
+_SEED = 'Another seed, another draw; the same seed draws the same'
 _KL = ('How far steering moves the next-token distribution: 0 not at all, 2 very far; '
        'negative: the feature is clamped below zero')
 
@@ -456,8 +457,8 @@ class SteerPanel:
         self.prompt = w.Text(value=first, description='Prompt', layout=w.Layout(width='auto'))
         self.kl = w.FloatSlider(value=.5, min=-2, max=2, step=.25, description='KL (nats)', tooltip=_KL,
                                 style=dict(description_width='initial'), continuous_update=False)
-        self.seed = w.IntText(value=0, description='Seed', layout=w.Layout(width='12em'))
-        self.button = w.Button(description='Continue')
+        self.seed = w.IntText(value=0, description='Seed', tooltip=_SEED, layout=w.Layout(width='12em'))
+        self.button = w.Button(description='Continue', tooltip='Write on, as the model is and with the feature clamped')
         self.status = status_widget()
         self.steered = html_widget()
         self.button.on_click(turns.handler(self.steer, self.status, 'steering', ['target']))
@@ -471,6 +472,9 @@ class SteerPanel:
         self.steered.value = self.status.value = ''
 
 # %% ../nbs/parts/explorer.ipynb #dccf6cc6
+_DRAW = 'Four explanations at a high temperature, as the candidates of a round are drawn'
+_VERIFY = 'Let a writer write six texts from the explanation, and see on which the feature fires'
+
 class TestPanel:
     "Other explanations, and one that is put to the test"
     __test__ = False # pytest collects classes of this name
@@ -483,15 +487,16 @@ class TestPanel:
     ):
         self.x = x
         self.tell = tell
-        self.seed = w.IntText(value=0, description='Seed', layout=w.Layout(width='12em'))
-        self.draw_button = w.Button(description='Draw four')
+        self.seed = w.IntText(value=0, description='Seed', tooltip=_SEED, layout=w.Layout(width='12em'))
+        self.draw_button = w.Button(description='Draw four', tooltip=_DRAW)
         self.claim = w.Combobox(
             description='To test', ensure_option=False, layout=w.Layout(flex='1'),
             placeholder="empty: the explainer's explanation; or choose one, or write your own")
-        self.verify_button = w.Button(description='Verify')
+        self.verify_button = w.Button(description='Verify', tooltip=_VERIFY)
+        self.draw_status = status_widget()
         self.status = status_widget()
         self.verdict = html_widget()
-        self.draw_button.on_click(turns.handler(self.draw, self.status, 'drawing', ['explainer']))
+        self.draw_button.on_click(turns.handler(self.draw, self.draw_status, 'drawing', ['explainer']))
         self.verify_button.on_click(turns.handler(self.verify, self.status, 'writing', ['target', 'writer']))
 
     def draw(self):
@@ -507,9 +512,12 @@ class TestPanel:
 
     def clear(self):
         "Forget the verdict on another feature"
-        self.verdict.value = self.claim.value = self.status.value = ''
+        self.verdict.value = self.claim.value = ''
+        self.draw_status.value = self.status.value = ''
 
 # %% ../nbs/parts/explorer.ipynb #4f183935
+_EXPLAIN = 'What the trained explainer says of this feature, greedy as the command has it'
+
 class ExplorerView:
     "Widgets of an explorer, wired to its methods"
     def __init__(
@@ -528,7 +536,7 @@ class ExplorerView:
         self.contexts = html_widget()
         self.status = status_widget()
         self.explain_status = status_widget()
-        self.explain_button = w.Button(description='Explain', tooltip='What the explainer says of this feature')
+        self.explain_button = w.Button(description='Explain', tooltip=_EXPLAIN)
         explain = self.turns.handler(self.explain, self.explain_status, 'explaining', ['explainer'])
         self.explain_button.on_click(explain)
 
@@ -591,17 +599,16 @@ def wire(
 def tabs_of(
     view:ExplorerView
 ) -> w.Tab:
-    "Return contexts and the three panels, in tabs"
+    "Return contexts and the three panels, in tabs; each button has its status beside it"
     text = view.text
     steer = view.steer
     test = view.test
-    legend = w.HTML(boxed(legend_html()), layout=w.Layout(width='auto'))
     tabs = {
-        'Contexts': [legend, view.contexts],
-        'Your text': [text.text, text.status, legend, text.coloured],
-        'Steer': [steer.prompt, w.HBox([steer.kl, steer.seed, steer.button]), steer.status, steer.steered],
-        'Draw and verify': [w.HBox([test.seed, test.draw_button]), w.HBox([test.claim, test.verify_button]),
-                            test.status, test.verdict],
+        'Contexts': [view.contexts],
+        'Your text': [text.text, text.status, text.coloured],
+        'Steer': [steer.prompt, w.HBox([steer.kl, steer.seed]), w.HBox([steer.button, steer.status]), steer.steered],
+        'Draw and verify': [w.HBox([test.seed, test.draw_button, test.draw_status]), w.HBox([test.claim]),
+                            w.HBox([test.verify_button, test.status]), test.verdict],
     }
     return w.Tab([w.VBox(widgets) for widgets in tabs.values()], titles=list(tabs))
 
@@ -618,5 +625,6 @@ def explorer_view(
     finder = view.finder
     search = w.HBox([finder.query, finder.back, finder.on, finder.any_one])
     explain = w.HBox([view.explain_button, view.explain_status])
-    rows = [w.HTML(STYLE), search, view.status, finder.found, view.head, view.said, explain, tabs_of(view)]
+    legend = w.HTML(boxed(legend_html()), layout=w.Layout(width='auto')) # of the colours in all tabs
+    rows = [w.HTML(STYLE), search, view.status, finder.found, view.head, view.said, explain, legend, tabs_of(view)]
     return w.VBox(rows, layout=w.Layout(width='100%', max_width='70em'))

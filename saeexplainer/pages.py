@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAINT', 'STRONG', 'STYLE', 'WHO', 'token_html', 'tokens_html', 'legend_html', 'boxed', 'page', 'rows_html',
-           'explanations_html', 'labels_said', 'contexts_html', 'heading_html', 'feature_html']
+           'who_html', 'explanations_html', 'labels_said', 'contexts_html', 'heading_html', 'feature_html']
 
 # %% ../nbs/parts/pages.ipynb #248a62a3
+import re
 from collections.abc import Iterable, Mapping
 import numpy as np
 
@@ -90,7 +91,19 @@ WHO = { # shown where the pointer rests on a name
     'best of K': 'of several draws, the one on whose texts the feature fires most',
     'peak words': 'the words at which the feature fires most',
     'Activation Oracle': 'a general model that was trained to read activations',
+    'GRPO': 'the explainer after online RL',
+    'label': 'what SFT learns from',
+    'explained here': 'the trained explainer, greedy: at each place its likeliest token',
+    'drawn': 'the trained explainer, drawn at random as the candidates of a round are',
 }
+
+def who_html(
+    who:str # may begin with a name of `WHO`, such as 'drawn, seed 0, 1' or 'label (mini)'
+) -> str: # a cell that heads a row
+    "Return the name of who said something; a resting pointer shows who that is"
+    name = who if who in WHO else re.split(r',| \(', who)[0]
+    title = f' title="{WHO[name]}"' if name in WHO else ''
+    return f'<th scope="row"{title}>{escape(who)}</th>'
 
 def explanations_html(
     explanations:Mapping[str, str|None] # who -> text
@@ -99,10 +112,9 @@ def explanations_html(
     if not explanations: return '<p class="note">Nothing has been said of it yet.</p>'
     rows = ''
     for who, text in explanations.items():
-        title = f' title="{WHO[who]}"' if who in WHO else ''
         missing = text is None or text != text or not str(text).strip() # NaN is not itself
         shown = '<i>nothing</i>' if missing else escape(text)
-        rows += f'<tr><th scope="row"{title}>{escape(who)}</th><td>{shown}</td></tr>'
+        rows += f'<tr>{who_html(who)}<td>{shown}</td></tr>'
     return f'<table>{rows}</table>'
 
 # %% ../nbs/parts/pages.ipynb #df71e081

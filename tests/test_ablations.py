@@ -164,6 +164,16 @@ def test_the_arms_figure_draws_the_panels_it_is_asked_for(arms):
     assert [ax.get_title() for ax in fig.axes] == [PANELS['input'], PANELS['gap']]
 
 
+def test_all_panels_of_arms_begin_at_zero(arms):
+    fig = arms_figure(arms, {'pool-2': '2'}, 'candidates', stages=('sft', 'dpo1'))
+    assert [ax.get_ylim()[0] for ax in fig.axes] == [0]*len(fig.axes)
+
+
+def test_the_arms_figure_has_a_title(arms):
+    fig = arms_figure(arms, {'pool-2': '2'}, 'candidates', title='By the pool')
+    assert fig.get_suptitle().startswith('By the pool; ')
+
+
 def test_the_legend_names_stages_and_chance(arms):
     fig = arms_figure(arms, {'pool-2': '2'}, 'candidates', stages=('sft', 'dpo1'))
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ['SFT', 'DPO 1', 'chance']

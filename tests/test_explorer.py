@@ -14,7 +14,7 @@ from saeexplainer.explainer import shipped_explainer
 from saeexplainer.explorer import FeatureExplorer, labels_said, search, searchable
 from saeexplainer.features import Context, Explanation, save_features
 from saeexplainer.lab import Lab
-from saeexplainer.pages import explanations_html, tokens_html
+from saeexplainer.pages import explanations_html, tokens_html, who_html
 from saeexplainer.presets import data_dir, load_preset
 from saeexplainer.replies import Reply
 from saeexplainer.results import Results
@@ -275,12 +275,51 @@ def test_a_search_for_nothing_is_a_line(explorer):
 
 
 def test_nothing_moves_and_nothing_is_cut_off(explorer):
-    "The room of five lines is kept"
+    "The room of six lines is kept"
     view = another(explorer).view
     assert the(view, 'Select').style.description_width == 'initial'
     assert the(view, 'FloatSlider').tooltip
-    assert sum(w.layout.min_height is not None for w in widgets(view) if type(w).__name__ == 'HTML') == 5
+    assert sum(w.layout.min_height is not None for w in widgets(view) if type(w).__name__ == 'HTML') == 6
     assert 'Colour: the activation as a share' in shown(view)
+
+
+def rows_of(view): # boxes whose widgets stand side by side
+    return [w.children for w in widgets(view) if type(w).__name__ == 'HBox']
+
+
+@pytest.mark.parametrize('name', ['Explain', 'Draw four', 'Verify', 'Continue'])
+def test_a_button_has_its_status_beside_it_and_says_what_it_does(explorer, name):
+    [row] = [row for row in rows_of(another(explorer).view) if name in [w.description for w in row]]
+    assert [w.layout.min_height is not None for w in row][-1]
+    assert type(row[-1]).__name__ == 'HTML'
+    assert next(w for w in row if w.description == name).tooltip
+
+
+def test_what_a_button_does_is_said_beside_it(explorer):
+    x = another(explorer)
+    view = x.view
+    def fail(*_, **__): raise ValueError('nothing is drawn today')
+    x.draw = fail
+    click(view, 'Draw four')
+    [row] = [row for row in rows_of(view) if 'Draw four' in [w.description for w in row]]
+    assert 'nothing is drawn today' in row[-1].value
+    others = [row[-1].value for row in rows_of(view) if 'Verify' in [w.description for w in row]]
+    assert others == ['']
+
+
+def test_the_colours_are_explained_once_above_all_tabs(explorer):
+    view = another(explorer).view
+    kinds = [type(w).__name__ for w in view.children]
+    [legend] = [i for i, w in enumerate(view.children) if 'Colour: the activation' in str(getattr(w, 'value', ''))]
+    assert legend == kinds.index('Tab') - 1
+
+
+def test_whoever_said_something_is_explained(explorer):
+    "In the order of the table: labels, stages of the run, what is made here"
+    x = another(explorer)
+    x.drawn = {x.feature.index: {0: ['rain']}}
+    x.explained = {x.feature.index: 'rain'}
+    assert all(' title="' in who_html(who) for who in x.said())
 
 
 def test_depth_of_colour():

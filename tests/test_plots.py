@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from saeexplainer.plots import (
-    COLORS, MARKS, NAMES, PANELS, Figure, color, interval_plot, named, save_figure, scale_of, stage_figure, style,
+    CHANCE, COLORS, CONTROLS, MARKS, NAMES, PANELS, WITH_INTERVALS, Figure, color, from_zero, interval_plot, key, named,
+    ranking_figure, save_figure, scale_of, stage_figure, style,
 )
 
 
@@ -78,6 +79,43 @@ def test_the_stage_figure_marks_chance_in_the_output_score_alone():
 def test_a_stage_without_values_keeps_its_row():
     fig = stage_figure(metrics_of(['sft']), ('sft', 'dpo1'))
     assert len(fig.axes[0].get_yticks()) == 2
+
+
+def told(fig): # texts of its keys
+    return [text.get_text() for legend in fig.legends for text in legend.get_texts()]
+
+
+def test_a_key_says_what_lines_and_marks_are():
+    with style(): fig = Figure(figsize=(4, 2))
+    key(fig, {'chance': CHANCE, 'the judge': CONTROLS})
+    assert told(fig) == ['chance', 'the judge']
+    dotted, star = fig.legends[0].get_lines()
+    assert (dotted.get_linestyle(), star.get_marker()) == (':', '*')
+
+
+@pytest.mark.parametrize('direction', ['x', 'y'])
+def test_an_axis_begins_at_zero(axis, direction):
+    axis.plot([7, 8], [7, 8])
+    from_zero(axis, direction)
+    assert getattr(axis, f'get_{direction}lim')()[0] == 0
+
+
+def test_an_axis_shows_what_lies_below_zero(axis):
+    axis.plot([-1, 8], [0, 0])
+    from_zero(axis)
+    assert axis.get_xlim()[0] <= -1
+
+
+def test_the_figures_of_methods_name_their_dotted_lines():
+    metrics = metrics_of(['sft', 'random label'])
+    assert told(stage_figure(metrics, ['sft'])) == [WITH_INTERVALS, 'chance']
+    assert told(ranking_figure(metrics, ['sft', 'random label'])) == [WITH_INTERVALS, 'chance: random label']
+    assert told(ranking_figure(metrics, ['sft'])) == [WITH_INTERVALS]
+
+
+def test_the_panels_of_stages_begin_at_zero():
+    fig = stage_figure(metrics_of(['sft']), ['sft'])
+    assert [ax.get_xlim()[0] for ax in fig.axes] == [0]*len(PANELS)
 
 
 def test_pyplot_does_not_know_our_figures():
