@@ -25,7 +25,7 @@ from site_api import CODE, api
 PROCESSORS = 'strip_ansi hide_line filter_stream_ rm_header_dash clean_magics'.split()
 ORDER = {  # of the pages on the site; those that are not named come last
     'parts': '''
-        files show presets catalogue plan features sparsify dictionary_learning saes
+        files show presets names catalogue plan features sparsify dictionary_learning saes
         lm/models lm/places lm/hooks lm/heads lm/chat lm/sampling
         target steering hints bridge explainer sharing training crew joint grpo store replies
         writer writers/local writers/openai writers/exchange writers/server writers/keys writers/errors
@@ -35,8 +35,8 @@ ORDER = {  # of the pages on the site; those that are not named come last
         evaluation/texts evaluation/steering evaluation/judge evaluation/stats evaluation/tables
         evaluation/words evaluation/detection evaluation/retrieval evaluation/paraphrase evaluation/beyond
         evaluation/readings reading_sheets calibration
-        executor run results report plots studies bridge_study dictionaries selection verdicts measuring benchmark
-        export cards graphs
+        executor run results report plots studies bridge_study dictionaries explanation_files selection verdicts
+        measuring benchmark export cards graphs
         lab pages explorer doctor cli main saeexplainer'''.split(),
     'recipes': '''
         ranking your_own_sae writers paper_presets another_width train_sae layer_saes train_transcoder circuit_graph
