@@ -6,20 +6,20 @@
 __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Size', 'Setting', 'WriterKind', 'BaseURL', 'Model',
            'OnRay', 'Workers', 'GPUs', 'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell',
            'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of', 'resolve',
-           'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table',
-           'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table',
-           'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
-           'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines', 'show_plan', 'begun_before',
-           'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
-           'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
-           'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
-           'explain_directions', 'explain_all', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
-           'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
-           'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read',
-           'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
-           'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights',
-           'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments',
-           'main']
+           'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'columns_that_fit',
+           'presets_table', 'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked',
+           'summary_table', 'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server',
+           'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines',
+           'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished',
+           'report_command', 'number', 'feature_fields', 'show_feature', 'show_counts', 'ensure_features',
+           'features_just_made', 'judging_contexts', 'features_command', 'beside_greedy', 'judged', 'beside_count',
+           'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_files', 'check_explained',
+           'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file',
+           'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'ranked_with',
+           'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
+           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
+           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
+           'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, math, os, re, shlex, signal, sys, traceback, zlib
@@ -50,19 +50,39 @@ if TYPE_CHECKING: # commands import what they use, or `--help` would be slow
     from saeexplainer.verdicts import Verdict
 
 # %% ../nbs/parts/cli.ipynb #fcccac5f
-def _bare_flags(params):
+_METAVARS = { # parameter -> what stands for its value, where neither its name nor its type says it
+    'names': 'FEATURE', 'sources': 'SOURCE', 'what': 'SOURCE',
+    'folder': 'FOLDER', 'root': 'FOLDER', 'out_folder': 'FOLDER', 'measured': 'FOLDER',
+    'model': 'NAME', 'like': 'NAME', 'reader': 'NAME', 'scan': 'NAME', 'repo': 'OWNER/NAME',
+    'settings': 'FIELD=VALUE', 'base_url': 'URL', 'find': 'WORDS', 'licence': 'LICENSE',
+}
+
+def _metavar(param, ctx) -> str: # '' for a flag
+    if getattr(param, 'is_flag', False): return ''
+    kind = str(param.display_type(ctx))
+    found = _METAVARS.get(param.name)
+    if found is None and ('int' in kind or 'float' in kind): found = 'N'
+    if found is None and 'path' in kind.lower(): found = 'FILE'
+    return found or param.name.upper()
+
+def _nothing(ctx=None) -> None: return None
+
+def _plain(params, ctx):
     for param in params:
-        if getattr(param, 'is_flag', False): param.metavar = ''
+        if param.metavar is None: param.metavar = _metavar(param, ctx)
+        param._get_number_range_help_str = _nothing # '[x>=1]'
+        if isinstance(param, typer.core.TyperArgument): param.display_type_rich = _nothing # '<str>'
     return params
 
 class _Command(typer.core.TyperCommand):
-    "A command in whose help a flag takes no value"
-    def get_params(self, ctx): return _bare_flags(super().get_params(ctx))
+    "A command whose help has FILE, NAME and N, no types of Python"
+    def get_params(self, ctx): return _plain(super().get_params(ctx), ctx)
 
 class _Group(typer.core.TyperGroup):
     "The command itself, likewise"
-    def get_params(self, ctx): return _bare_flags(super().get_params(ctx))
+    def get_params(self, ctx): return _plain(super().get_params(ctx), ctx)
 
+# %% ../nbs/parts/cli.ipynb #9d8715fc
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
@@ -76,8 +96,15 @@ app = typer.Typer(
 def _examples(*lines): # below a command's help
     return 'Examples:\n\n' + '\n\n'.join(f'[b]{line}[/b]' for line in lines)
 
+# %% ../nbs/parts/cli.ipynb #1ee1ff18
+_IN_NOTEBOOK = 'ipykernel' in sys.modules
+
+def _width() -> int|None: # None: that of the terminal, or of COLUMNS
+    in_pipe = not (_IN_NOTEBOOK or sys.stdout is None or sys.stdout.isatty())
+    return 200 if in_pipe and 'COLUMNS' not in os.environ else None # a table's rows are whole for grep and cut
+
 # in a notebook, whose kernel asks for colours: text as in a file, and not a page for each line
-out = Console(highlight=False, force_jupyter=False, force_terminal=False if 'ipykernel' in sys.modules else None)
+out = Console(width=_width(), highlight=False, force_jupyter=False, force_terminal=False if _IN_NOTEBOOK else None)
 
 def tell(
     text:str|Text
@@ -309,19 +336,28 @@ def preset_row(
         'disk': gigabytes(takes.get('disk_gb')),
     }
 
+_LESS_WANTED = ('labels', 'explainer', 'target', 'rules', 'features', 'SAE') # columns, in the order in which they go
+
+def columns_that_fit(
+    rows:list[dict[str, str]], # of `preset_row`
+    width:int # characters
+) -> list[str]: # names; preset, memory and disk always are among them
+    "Return the columns of a table that there is room for, with no cell cut"
+    columns = list(rows[0])
+    widths = {name: 1 + max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    for name in _LESS_WANTED:
+        if 1 + sum(widths[column] for column in columns) <= width: break
+        columns.remove(name)
+    return columns
+
 def presets_table(
     found:Iterable[tuple] # (preset, what it needs)
 ) -> Table: # with as many columns as the terminal has room for
     "Return presets side by side"
-    left_out = set()
-    if out.width < 120: left_out |= {'target', 'explainer', 'labels'}
-    if out.width < 90: left_out |= {'rules'}
-    if out.width < 76: left_out |= {'features'}
     rows = [preset_row(preset, takes) for preset, takes in found]
-    columns = [name for name in rows[0] if name not in left_out]
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_CAPTION)
+    columns = columns_that_fit(rows, out.width)
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns: column.no_wrap = True
-    table.columns[0].min_width = max(len(row['preset']) for row in rows) # a name is typed: it is never cut
     for row in rows: table.add_row(*(row[name] for name in columns))
     return table
 
@@ -373,7 +409,9 @@ def presets_command(
         return preset.name != 'smollm2-135m', preset.corpus != 'embedded', needed.get('memory_gb', math.inf)
     found.sort(key=place)
     if as_json: print(json.dumps([preset.name for preset, _ in found]))
-    else: out.print(presets_table(found))
+    else:
+        out.print(presets_table(found))
+        tell(_CAPTION)
 
 # %% ../nbs/parts/cli.ipynb #78173eb9
 class _Action(StrEnum):
@@ -691,9 +729,7 @@ def run_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Run the closed loop, or go on with it: SFT, preferences and DPO in rounds, metrics, report"
-    from saeexplainer.measuring import check_size
     from saeexplainer.presets import asked_writers
-    from saeexplainer.run import Run, execute
     chosen = resolve(preset, size, settings, writer, base_url, model)
     folder = root/check_name(name or f'{chosen.name}-{chosen.size}')
     if like and not (root/check_name(like, '--like')/'store.sqlite').exists():
@@ -701,6 +737,8 @@ def run_command( # noqa: PLR0913
     check_cluster(on_ray, workers, gpus)
     if dry: return show_plan(chosen, folder, as_json, (workers or 1) if on_ray else 0)
     check_keys(chosen, *asked_writers(chosen))
+    from saeexplainer.measuring import check_size
+    from saeexplainer.run import Run, execute
     check_size(folder, chosen)
     say = _to_stderr if as_json else tell
     taken = root/like if like else None
@@ -758,18 +796,19 @@ def report_command(
     "Write the report anew, of a run from its store or of a folder from its tables, and show it"
     import shutil
     from saeexplainer.presets import load_preset
+    folder = root/name
+    is_run = (folder/'preset.yaml').exists()
+    if not (is_run or Path(name).is_dir()): raise ValueError(f'there is no run {folder}, and no folder {name}')
     from saeexplainer.report import write_report
     from saeexplainer.results import write_results
     from saeexplainer.run import Run
-    folder = root/name
-    if (folder/'preset.yaml').exists():
+    if is_run:
         with Run(folder, load_preset(folder/'preset.yaml')) as run:
             if not len(run.store.progress()): return show_evaluation(run, out_folder)
             check_finished(run, f'saeexplainer run {folder}/preset.yaml --name {name} --root {root}')
             folder = write_results(run)
     else:
         folder = Path(name)
-        if not folder.is_dir(): raise ValueError(f'there is no run {root/name}, and no folder {name}')
     report = write_report(folder)
     if out_folder: shutil.copytree(report, out_folder, dirs_exist_ok=True)
     show_report(out_folder or report)
@@ -895,14 +934,17 @@ def features_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Show what is known of features; fetch it from Neuronpedia or read a corpus where there is nothing yet"
-    from saeexplainer.selection import chosen_features, known_features, preset_and_names
+    from saeexplainer.names import check_names, preset_and_names
+    if unchecked and not test_contexts: raise ValueError('--unchecked is for --test-contexts, which is not given')
+    check_cluster(on_ray, workers, gpus)
     name, names = preset_and_names(names, preset)
     given = {'corpus': corpus, 'corpus_tokens': tokens}
     read: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     chosen = resolve(name, settings=settings, **read)
+    check_names(chosen, names)
+    from saeexplainer.selection import chosen_features, known_features
     executor = executor_for(on_ray, workers, gpus)
     made = ensure_features(chosen, names, bool(read) and not test_contexts, anew, executor)
-    if unchecked and not test_contexts: raise ValueError('--unchecked is for --test-contexts, which is not given')
     if test_contexts: print(judging_contexts(chosen, corpus, tokens, not unchecked), file=sys.stderr)
     features = features_just_made(chosen, names) if made else known_features(chosen, names)
     shown = chosen_features(chosen, names, random, seed, features)
@@ -1017,6 +1059,14 @@ def explain_all(
     if as_json: return print(json.dumps(done))
     tell(', '.join(f'{count:,} {what}' for what, count in done.items() if what != 'file') + f': {to}')
 
+# %% ../nbs/parts/cli.ipynb #bce9cabd
+def check_files(
+    *files:Path
+) -> None:
+    "Raise `FileNotFoundError` for the first file that is not there"
+    for file in files:
+        if not file.exists(): raise FileNotFoundError(f'no file {file}')
+
 # %% ../nbs/parts/cli.ipynb #cec9c155
 def check_explained( # noqa: PLR0913
     names:list[str], # of features
@@ -1038,6 +1088,9 @@ def check_explained( # noqa: PLR0913
         raise ValueError('--out is the file of --all; --json prints what some features are')
     if everything and to is None:
         raise ValueError('--all needs --out FILE.jsonl or FILE.parquet')
+    if direction: check_files(direction)
+    if not (names or random or everything or direction):
+        raise ValueError('no feature given: name some, or use --random 5')
 
 # %% ../nbs/parts/cli.ipynb #a4311113
 def explain_some( # noqa: PLR0913
@@ -1104,19 +1157,21 @@ def explain_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Explain features in words: some, all of a dictionary, or directions that belong to no SAE"
-    from saeexplainer.explainer import explainer_of
-    from saeexplainer.selection import chosen_features, known_features, preset_and_names
+    from saeexplainer.names import check_names, preset_and_names
     name, names = preset_and_names(names, preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
     check_explained(names, random, everything, to, direction, verified, candidates)
     if on_ray and not everything: raise ValueError('--ray is for --all: some features are explained in this process')
-    executor = executor_for(on_ray, workers, gpus)
+    check_cluster(on_ray, workers, gpus)
+    check_names(chosen, names)
     if verified: check_keys(chosen, 'evaluation_writer')
+    from saeexplainer.explainer import explainer_of
+    from saeexplainer.selection import chosen_features, known_features
+    executor = executor_for(on_ray, workers, gpus)
     if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
     if to: return explain_all(chosen, explainer_of(chosen, explainer), to, verified, as_json, candidates, executor)
     known = known_features(chosen, names)
     features = chosen_features(chosen, names, random, seed, known)
-    if not features: raise ValueError('no feature given: name some, or use --random 5')
     explain_some(chosen, explainer_of(chosen, explainer), features, verified, as_json, candidates, known)
 
 # %% ../nbs/parts/cli.ipynb #31802967
@@ -1135,15 +1190,17 @@ def verify_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Judge an explanation of your own, as explain --verify judges the explainer's"
-    from saeexplainer.saes import FeatureReader
-    from saeexplainer.selection import chosen_features, known_features, preset_and_names
-    from saeexplainer.verdicts import verdicts_on
+    from saeexplainer.names import check_names, preset_and_names
     name, names = preset_and_names([feature], preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
     if len(names) != 1:
         raise ValueError(f'{feature!r} is not one feature: give model/source/index, or an index and --preset')
     if not explanation.strip(): raise ValueError('the explanation is empty: say in words what the feature stands for')
+    check_names(chosen, names)
     check_keys(chosen, 'evaluation_writer')
+    from saeexplainer.saes import FeatureReader
+    from saeexplainer.selection import chosen_features, known_features
+    from saeexplainer.verdicts import verdicts_on
     [found] = chosen_features(chosen, names, 0, 0, known_features(chosen, names))
     [verdict] = verdicts_on(chosen, FeatureReader.load(chosen), [found], [explanation], n)
     if as_json: return print(json.dumps(explained_fields(found, explanation, verdict), indent=1))
@@ -1156,7 +1213,7 @@ def rows_to_measure(
     file:Path
 ) -> 'pd.DataFrame': # feature and explanation
     "Return the rows of a file that have an explanation, and say how many have none"
-    from saeexplainer.dictionaries import read_explanations
+    from saeexplainer.explanation_files import read_explanations
     rows = read_explanations(file)
     empty = int(rows['explanation'].isna().sum())
     if empty: print(f'{empty} of {len(rows)} rows have no explanation and are left out', file=sys.stderr)
@@ -1177,7 +1234,7 @@ def preset_of_file(
     preset:str|None # of --preset
 ) -> str: # name of a preset
     "Return the preset that a file's features belong to; raise `ValueError` where its first feature has no name"
-    from saeexplainer.selection import preset_and_names
+    from saeexplainer.names import preset_and_names
     first = next(iter(names), '0')
     if not preset and not first.isdecimal() and '/' not in first:
         raise ValueError(f'{file}: {first!r} is no feature, which is an index or model/source/index')
@@ -1263,8 +1320,7 @@ def evaluate_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Measure explanations from whatever method with the four metrics"
-    from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
-    from saeexplainer.run import Run
+    check_cluster(on_ray, workers, gpus)
     rows = rows_to_measure(file)
     stage = stage_of(file)
     which = preset_of_file(file, rows['feature'], preset)
@@ -1272,6 +1328,8 @@ def evaluate_command( # noqa: PLR0913
     chosen = resolve(which, size or usual, settings, writer, base_url, model)
     folder = root/check_name(name or stage)
     check_keys(chosen, 'evaluation_writer')
+    from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
+    from saeexplainer.run import Run
     if (folder/'store.sqlite').exists(): check_training(folder)
     check_size(folder, chosen)
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:
@@ -1339,10 +1397,12 @@ def benchmark_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Rank explanations from whatever method among those that are built in"
-    from saeexplainer.benchmark import Bench, benchmark, measure_built_in, ranking, ranking_table
-    from saeexplainer.features import load_features
     if files and built_in: raise ValueError('--built-in measures the methods that are built in: give no files with it')
     if on_ray and not (files or built_in): raise ValueError('--ray measures: give a file, or --built-in')
+    check_cluster(on_ray, workers, gpus)
+    check_files(*files or ())
+    from saeexplainer.benchmark import Bench, benchmark, measure_built_in, ranking, ranking_table
+    from saeexplainer.features import load_features
     chosen = Bench.load(bench)
     values = None
     methods: dict[str, dict[int, str]] = {}
@@ -1505,7 +1565,7 @@ _OF_FILE = 'the preset whose features a file names by index alone'
     'saeexplainer export demo --to hub --repo me/explanations'))
 def export_command( # noqa: PLR0913
     what: Annotated[str, typer.Argument(help=_TO_EXPORT)],
-    to: Annotated[str, typer.Option(help=_TO)],
+    to: Annotated[str, typer.Option(help=_TO, metavar='FORMAT')],
     stage: Annotated[Optional[str], typer.Option(help='of a run; default: its last explainer')] = None,
     preset: Annotated[Optional[str], typer.Option(help=_OF_FILE, autocompletion=_complete)] = None,
     out_file: Annotated[Optional[Path], typer.Option('--out', help=_OUT)] = None,
@@ -1549,15 +1609,17 @@ def label_graph_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Fill in the labels of an attribution graph, for features that a preset knows"
+    if explainer and not explain: raise ValueError('--explainer goes with --explain: without it, labels are of a table')
+    if peaks and explain: raise ValueError('--peaks completes the labels of a table, and --explain takes none of them')
+    check_files(graph)
+    chosen = [resolve(name) for name in preset or ()]
+    if verified:
+        for one in chosen: check_keys(one, 'evaluation_writer')
     import dataclasses
     from functools import partial
     from saeexplainer.explainer import explainer_of
     from saeexplainer.graphs import label_graph, labelled_file
-    if explainer and not explain: raise ValueError('--explainer goes with --explain: without it, labels are of a table')
     to = out_file or labelled_file(graph)
-    if peaks and explain: raise ValueError('--peaks completes the labels of a table, and --explain takes none of them')
-    if verified:
-        for name in preset or (): check_keys(resolve(name), 'evaluation_writer')
     by = partial(explainer_of, given=explainer) if explain else None
     counts = dataclasses.asdict(label_graph(graph, to, preset or (), by, scan, replace, peaks, verified))
     if as_json: return print(json.dumps(counts | dict(file=str(to))))
@@ -1626,9 +1688,9 @@ def about_cache(
     error:OSError
 ) -> str: # '' where the error is not about the cache
     "Return what helps where the cache cannot be written"
-    from saeexplainer.lm.models import cache_dir
     kinds = (PermissionError, FileExistsError, NotADirectoryError, FileNotFoundError)
     if not isinstance(error, kinds) or not isinstance(error.filename, (str, os.PathLike)): return ''
+    from saeexplainer.lm.models import cache_dir
     at = Path(error.filename).absolute()
     cache = cache_dir().absolute()
     if not (at.is_relative_to(cache) or cache.is_relative_to(at)): return ''

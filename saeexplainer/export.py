@@ -19,7 +19,7 @@ import pandas as pd
 from saeexplainer.cards import (
     code_span, facts_table, front_matter, licence_fields, licence_of, metrics_section, public_name,
 )
-from .dictionaries import read_explanations
+from .explanation_files import read_explanations
 from .evaluation.tables import BEYOND, METRICS, summary
 from .features import FeatureId
 from .files import valid_text, whole, write_table

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_PATTERN', 'MOST_HALF', 'EXPLANATION_TYPE', 'CONTEXTS_TYPE', 'TEST_CONTEXTS_TYPE', 'OPTIONAL', 'FEATURES_SCHEMA',
-           'STATUSES', 'LARGEST', 'DENSE', 'BEFORE', 'LENGTH', 'FeatureId', 'Explanation', 'Context', 'Contexts',
-           'Feature', 'split_features', 'number_fault', 'arrow_table', 'save_features', 'table_notes', 'stored_source',
+           'STATUSES', 'LARGEST', 'DENSE', 'BEFORE', 'LENGTH', 'Explanation', 'Context', 'Contexts', 'Feature',
+           'split_features', 'number_fault', 'arrow_table', 'save_features', 'table_notes', 'stored_source',
            'cache_folder', 'features_file', 'card_of', 'check_features_of', 'check_sae_of', 'open_table',
            'replace_column', 'explainers_of', 'first_text', 'counted', 'require_explainer', 'labels_of', 'more_labels',
            'load_features', 'unused']
@@ -28,32 +28,11 @@ import pyarrow.parquet as pq
 from .files import open_parquet, read_json, valid, whole
 from .lm.models import cache_dir, weights_sha256
 from .lm.sampling import seed_for
+from .names import FeatureId
 from .pages import feature_html, labels_said
 from .presets import data_dir, no_data
 from .saes import WEIGHTS, find_sae
 from .show import first_line
-
-# %% ../nbs/parts/features.ipynb #a5f47a3f
-@dataclass(frozen=True, order=True, slots=True)
-class FeatureId:
-    "Name of a feature: `model/source/index`, as on Neuronpedia"
-    model: str
-    source: str
-    index: int
-
-    def __str__(self): return f'{self.model}/{self.source}/{self.index}'
-
-    @classmethod
-    def parse(
-        cls,
-        text:str, # 'model/source/index'
-    ) -> 'FeatureId':
-        "Return the `FeatureId` of a name; raises `ValueError` where it is none"
-        parts = str(text).strip().split('/')
-        if len(parts) != 3 or not all(parts) or not parts[2].isdecimal() or len(parts[2]) > 10:
-            raise ValueError(f'{text!r} is not a feature: write model/source/index, such as '
-                             "'smollm2-135m/9-res-4k/123'")
-        return cls(parts[0], parts[1], int(parts[2]))
 
 # %% ../nbs/parts/features.ipynb #31e9bfac
 NO_PATTERN = 'no clear pattern' # said of a feature whose contexts have nothing in common: kept, but no label

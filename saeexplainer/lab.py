@@ -28,11 +28,11 @@ from .lm.sampling import seed_for
 from .measuring import check_training, write_evaluation
 from .metrics import Evaluation, evaluate
 from .pages import page, rows_html, tokens_html
+from .names import feature_of
 from .presets import Preset, is_local, load_preset, presets
 from .replies import Writer
 from .reranking import draw_candidates, rank_candidates
 from .saes import FeatureReader
-from .selection import feature_of
 from .self_activation import known_maxima
 from .show import escape, visible
 from .steering import SteeringValue

@@ -120,7 +120,10 @@ def test_the_table_of_presets_fits(capsys, monkeypatch, width):
     names = [line.split()[0] for line in lines if line.strip() and line.split()[0] in presets()]
     assert sorted(names) == sorted(presets())
     assert names[0] == 'smollm2-135m'
-    assert max(map(len, lines)) <= width
+    rows = [line for line in lines if line.startswith(' gemma-2-27b')]
+    assert [row.split()[-4:] for row in rows] == [['66', 'GB', '117', 'GB']]*3
+    assert max(map(len, rows)) <= width
+    assert '\u2026' not in ''.join(lines)
 
 
 def test_names_of_presets_are_completed():
@@ -137,9 +140,43 @@ def test_version_and_help(capsys):
         assert f'saeexplainer {command}' in examples
 
 
-@pytest.mark.parametrize('args', [['-h'], ['explain', '-h'], ['run', '--help']])
-def test_flags_take_no_value_in_help(capsys, args):
-    assert '<bool>' not in printed(capsys, *args)
+COMMANDS = ('run', 'explain', 'verify', 'evaluate', 'benchmark', 'read-blind', 'export', 'label-graph', 'features',
+            'presets', 'preset', 'report', 'doctor')
+
+def test_all_commands_are_known():
+    names = [command.name for command in cli.app.registered_commands]
+    assert sorted(names) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize('command', ['', *COMMANDS])
+def test_help_speaks_of_files_names_and_numbers(capsys, command):
+    "And not of Python's types, as in '<bool>' and '<int range> [x>=1]'"
+    shown = printed(capsys, *command.split(), '-h')
+    assert not re.search(r'<\w|[(]?\[x[<>]', shown)
+
+
+@pytest.mark.parametrize('command, shown', [
+    ('run', r'\{PRESET\}'),
+    ('run', r'--workers +N '),
+    ('run', r'--set +-s +FIELD=VALUE '),
+    ('run', r'--json +print'),
+    ('explain', r'\[FEATURE\]\.\.\.'),
+    ('explain', r'--out +FILE '),
+    ('evaluate', r'\{FILE\}'),
+    ('evaluate', r'--root +FOLDER '),
+    ('export', r'--to +FORMAT ')])
+def test_what_stands_for_a_value_in_help(capsys, command, shown):
+    assert re.search(shown, printed(capsys, command, '--help'))
+
+
+def test_rows_of_a_table_are_whole_in_a_pipe():
+    "Where COLUMNS does not say otherwise"
+    environment = {name: value for name, value in os.environ.items() if name != 'COLUMNS'}
+    command = [sys.executable, '-m', 'saeexplainer', 'presets']
+    lines = subprocess.run(command, capture_output=True, text=True, env=environment).stdout.splitlines()
+    row = next(line for line in lines if line.startswith(' gemma-2-9b-l20 '))
+    assert row.split() == ('gemma-2-9b-l20 20-gemmascope-res-16k gemma-2-9b gemma-2-9b-it gpt-4o-mini '
+                           '10k/5k/300 paper 42 GB 39 GB').split()
 
 
 def test_nothing_drives_the_terminal():

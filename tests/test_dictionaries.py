@@ -20,10 +20,10 @@ from saeexplainer import dictionaries
 from saeexplainer.cli import main
 from saeexplainer.dictionaries import (
     Rows, _explained_with, _finish, _paid_store, _verdict, _verified_with, _Work, explain_dictionary, read_directions,
-    read_explanations,
 )
 from saeexplainer.executor import PlainExecutor
 from saeexplainer.evaluation.texts import Verified
+from saeexplainer.explanation_files import read_explanations
 from saeexplainer.explainer import Explainer, ExplainerCard, adapter_sha256
 from saeexplainer.presets import Preset
 from saeexplainer.replies import Reply, Request

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeexplainer.dictionaries import read_explanations
+from saeexplainer.explanation_files import read_explanations
 
 
 def columns_of(file): return read_explanations(file).to_dict('list')

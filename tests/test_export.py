@@ -10,7 +10,7 @@ from hub_server import Hub, send_json
 from neuronpedia_server import Neuronpedia, stats
 from saeexplainer.cards import code_span, model_card
 from saeexplainer.cli import main
-from saeexplainer.dictionaries import read_explanations
+from saeexplainer.explanation_files import read_explanations
 from saeexplainer.explainer import ExplainerCard
 from saeexplainer.export import (
     BATCH, LONGEST, Exported, dataset_card, export, find, last_explainer, neuronpedia_rows, of_file, of_run,

@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from helpers import PLACEHOLDER, tiny_model, tiny_sae, tiny_tokenizer
-from saeexplainer.dictionaries import read_explanations
+from saeexplainer.explanation_files import read_explanations
 from saeexplainer.explainer import Explainer, ExplainerCard, save_adapter
 from saeexplainer.features import load_features, save_features
 from saeexplainer.lm.models import load_model

@@ -3,8 +3,9 @@ import pytest
 
 from saeexplainer.features import Feature, FeatureId
 from saeexplainer.measuring import beside_labels, measurable
+from saeexplainer.names import check_names, feature_of, listed, preset_and_names
 from saeexplainer.presets import load_preset
-from saeexplainer.selection import chosen_features, feature_of, listed, preset_and_names
+from saeexplainer.selection import chosen_features
 
 PRESET = load_preset('smollm2-135m')
 FEATURES = [Feature(FeatureId('smollm2-135m', '9-res-4k', i), 'x', 1., .1, status='dead' if i == 2 else 'ok')
@@ -24,6 +25,27 @@ def test_a_draw_at_random_is_repeated_and_leaves_out_the_dead():
 
 def test_the_draw_of_a_seed_stays_as_it_was():
     assert [f.index for f in chosen_features(PRESET, [], 3, 0, FEATURES)] == [3, 0, 1]
+
+
+@pytest.mark.parametrize('preset, name', [
+    ('smollm2-135m', '4095'),
+    ('gpt2-small-l8', '24575'),
+    ('llama3.1-8b-l15', '32767'),
+    ('gemma-2-27b-l10', '131071')])
+def test_the_last_feature_has_a_name(preset, name):
+    "Whether `k` is 1,000 or 1,024 in the name of its source"
+    check_names(load_preset(preset), [name])
+
+
+@pytest.mark.parametrize('preset, name, last', [
+    ('smollm2-135m', '4096', 4095),
+    ('gpt2-small-l8', 'gpt2-small/8-res-jb/24576', 24575)])
+def test_a_feature_that_a_built_in_source_cannot_have(preset, name, last):
+    with pytest.raises(ValueError, match=f'features 0 to {last}'): check_names(load_preset(preset), [name])
+
+
+def test_a_source_of_ones_own_may_be_called_otherwise():
+    check_names(load_preset('smollm2-135m', source='mine/9-res-4k'), ['4096'])
 
 
 def test_a_feature_of_another_preset():

@@ -20,6 +20,7 @@ PARTS = {  # group -> notebook of parts/ -> its title in words
     },
     'Dictionaries and features': {
         'features': 'Features and their file',
+        'names': 'How features are named',
         'selection': 'Which features are meant',
         'saes': 'Reading a dictionary',
         'catalogue': 'All dictionaries of sae-lens',
@@ -72,6 +73,7 @@ PARTS = {  # group -> notebook of parts/ -> its title in words
     },
     'Measuring': {
         'verdicts': 'Verdicts of the target',
+        'explanation_files': 'Files of explanations',
         'measuring': 'Explanations from anywhere',
         'evaluation/texts': 'Texts to measure by',
         'evaluation/steering': 'Texts of a steered target',
