@@ -103,6 +103,7 @@ PARTS = {  # group -> notebook of parts/ -> its title in words
     },
     'Looking and sharing': {
         'explorer': 'The explorer',
+        'gallery': 'Features on show',
         'pages': 'A feature as a page',
         'show': 'Text that is safe to show',
         'plots': 'Figures',
