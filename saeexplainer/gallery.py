@@ -151,5 +151,5 @@ def exhibit_figure(
         page.write('Texts on which this feature fires most; the explainer has not seen them:', **_SMALL)
         page.top += .2
         for context in contexts: page.light(context)
-        page.write(f'Blind readers call that {exhibit.verdict}.', **_SMALL)
+        page.write(f'Blind readers (a language model) call that {exhibit.verdict}.', **_SMALL)
     return page.figure
