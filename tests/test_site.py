@@ -440,7 +440,8 @@ def test_dollars_in_code_are_no_formula():
 
 
 def test_a_mean_and_its_interval_stay_on_one_line():
-    assert interval('+5.0 [1.7, -8.1], p 0.003') == '+5.0&nbsp;[1.7,&nbsp;-8.1], p 0.003'
+    assert interval('+5.0 [1.7, -8.1], p 0.003') == '+5.0&nbsp;[1.7,&nbsp;-8.1], p&nbsp;0.003'
+    assert interval('+5.0 [1, 8], p &lt; 0.001') == '+5.0&nbsp;[1,&nbsp;8], p&nbsp;&lt;&nbsp;0.001'
     assert interval('array [1, 2]') == 'array [1, 2]'
 
 
