@@ -535,6 +535,13 @@ def test_a_search_from_disk_shows_first_where_a_reader_would_go(entries, from_di
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_words_that_lead_to_a_page_are_not_shown(from_disk):
+    assert first_found(from_disk, 'quickstart')
+    tags = from_disk.locator('.md-search-result .md-tags')
+    assert tags.count() and not tags.first.is_visible()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_a_method_is_found_by_its_own_name(from_disk):
     assert 'parts/explorer.html#featureexplorer.to_html' in first_found(from_disk, 'to_html')
 
