@@ -440,7 +440,8 @@ def test_dollars_in_code_are_no_formula():
 
 
 def test_a_mean_and_its_interval_stay_on_one_line():
-    assert interval('+5.0 [1.7, -8.1], p 0.003') == '+5.0&nbsp;[1.7,&nbsp;-8.1], p 0.003'
+    assert interval('+5.0 [1.7, -8.1], p 0.003') == '+5.0&nbsp;[1.7,&nbsp;-8.1], p&nbsp;0.003'
+    assert interval('+5.0 [1, 8], p &lt; 0.001') == '+5.0&nbsp;[1,&nbsp;8], p&nbsp;&lt;&nbsp;0.001'
     assert interval('array [1, 2]') == 'array [1, 2]'
 
 
@@ -531,6 +532,13 @@ def test_a_search_from_disk_shows_first_where_a_reader_would_go(entries, from_di
         found = first_found(from_disk, words)
         if site_search.way_in(places, locations) not in found: wrong[words] = found
     assert wrong == {}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_words_that_lead_to_a_page_are_not_shown(from_disk):
+    assert first_found(from_disk, 'quickstart')
+    tags = from_disk.locator('.md-search-result .md-tags')
+    assert tags.count() and not tags.first.is_visible()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)

@@ -15,6 +15,7 @@ NOT_SEARCHED = re.compile(  # code, and tables that a cell shows
     r'<details(?= class="quote"|>)|<div class="(?:output )?highlight"|<table class="dataframe"')
 STRANGER = re.compile(r'<img alt="([^"]*)" src="https?://[^"]*" ?/?>')
 TABLE_CELL = re.compile(r'<td[^>]*>[^<]*\[[^<]*</td>')
+P_VALUE = re.compile(r', p (&lt; )?([\d.]+)')
 INTERVAL = re.compile(r'([-+]?[\d.]+) \[([-+]?[\d.]+), ([-+]?[\d.]+)\]')  # '49.3 [45.9, 52.6]'
 
 
@@ -25,7 +26,8 @@ def without_strangers(text):
 
 def interval(cell):
     "Return a cell of a table in which '49.3 [45.9, 52.6], p 0.003' may break before the p, and only there"
-    return INTERVAL.sub(r'\1&nbsp;[\2,&nbsp;\3]', cell)
+    def p_value(match): return f", p&nbsp;{'&lt;&nbsp;' if match[1] else ''}{match[2]}"
+    return P_VALUE.sub(p_value, INTERVAL.sub(r'\1&nbsp;[\2,&nbsp;\3]', cell))
 
 
 def on_page_markdown(text, page, config, **_):

@@ -8,7 +8,7 @@ from nbdev.config import get_config
 from site_api import escaped
 
 cfg = get_config()
-HEAD = '''# All names
+HEAD = '''# API index
 
 Every function and class of the package with the first line of what it says of itself; methods stand on the page of
 their class. {n} names in {n_modules} modules, in the order of the sidebar.

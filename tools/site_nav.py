@@ -210,7 +210,7 @@ def navigation(titles, to):
             *entries([HOW_RIGHT]),
             *section('Chapters', entries(chapters)),
             *section('Recipes', entries(arranged('recipes', RECIPES, files))),
-            *section('Reference', [{'Command line': COMMANDS}, {'All names': NAMES}, *groups]),
+            *section('Reference', [{'Command line': COMMANDS}, {'API index': NAMES}, *groups]),
             *section('Data', [{title: page} for title, page in DATA.items()]),
             *entries(['glossary']),
             {'Changelog': 'changelog.md'},
