@@ -8,18 +8,18 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of', 'resolve',
            'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'presets_table',
            'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked', 'summary_table',
-           'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line',
-           'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines', 'show_plan', 'begun_before',
-           'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
-           'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
-           'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
-           'explain_directions', 'explain_all', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
-           'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
-           'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read',
-           'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
-           'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights',
-           'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'kept', 'arguments',
-           'main']
+           'show_summary', 'show_case', 'show_report', 'show_page', 'span', 'memory_of', 'has_server', 'writer_line',
+           'key_line', 'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines', 'show_plan',
+           'begun_before', 'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished',
+           'report_command', 'number', 'feature_fields', 'show_feature', 'show_counts', 'ensure_features',
+           'features_just_made', 'judging_contexts', 'features_command', 'beside_greedy', 'judged', 'beside_count',
+           'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_explained', 'explain_some',
+           'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out',
+           'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'ranked_with',
+           'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
+           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
+           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
+           'format_line', 'library_line', 'one_line', 'given_command', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, math, os, re, shlex, signal, sys, traceback, zlib
@@ -472,8 +472,15 @@ def show_report(
     from saeexplainer.results import Results, read_cases
     table = pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric'])
     show_summary(table, Results(folder).chance)
+    if not (folder/'examples.json').exists(): return # of an evaluation
     for case in read_cases(folder): show_case(case)
-    tell(f"report: {folder/'report.md'} (with its tables and figure in {folder})")
+
+def show_page(
+    folder:Path # of results
+) -> None:
+    "Print, as the last line, which file to open; a terminal that knows links makes it one"
+    page = folder/'index.html'
+    tell(Text.assemble('open ', (str(page), f'link {page.absolute().as_uri()}')))
 
 # %% ../nbs/parts/cli.ipynb #39dfe46a
 def span(
@@ -706,12 +713,14 @@ def run_command( # noqa: PLR0913
     taken = root/like if like else None
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, like=taken, executor=those) as run:
         if there := begun_before(run): say(there)
+        if command := given_command(): run.store.note('given', command)
         report = execute(run, say=say)
     if as_json:
-        print(json.dumps(dict(report=str(report))))
+        print(json.dumps(dict(report=str(report), page=str(report/'index.html'))))
     else:
         show_report(report)
         tell(f'next: {next_command(chosen, folder)}')
+        show_page(report)
 
 # %% ../nbs/parts/cli.ipynb #cbda4b90
 def chance_of(
@@ -727,15 +736,19 @@ def show_evaluation(
     "Print what `evaluate` has measured in a folder; raise `ValueError` where it has measured nothing yet"
     import shutil
     from saeexplainer.measuring import EVALUATION_FILES, write_evaluation
+    from saeexplainer.report import evaluation_report
     if not len(run.store.metrics()):
         raise ValueError(f'{run.folder} holds no results yet: neither a run nor an evaluation was finished there')
     table = write_evaluation(run.store, run.folder)
+    report = evaluation_report(run)
     if out_folder:
         out_folder.mkdir(parents=True, exist_ok=True)
         for file in EVALUATION_FILES: shutil.copy(run.folder/file, out_folder)
+        report = Path(shutil.copytree(report, out_folder/'report', dirs_exist_ok=True))
     show_summary(table, chance_of(run.preset))
     shown = out_folder or run.folder
     tell(f"measured: {', '.join(f'{shown}/{file}' for file in EVALUATION_FILES)}")
+    show_page(report)
 
 def check_finished(
     run:'Run',
@@ -770,9 +783,9 @@ def report_command(
     else:
         folder = Path(name)
         if not folder.is_dir(): raise ValueError(f'there is no run {root/name}, and no folder {name}')
-    report = write_report(folder)
-    if out_folder: shutil.copytree(report, out_folder, dirs_exist_ok=True)
-    show_report(out_folder or report)
+    report = write_report(shutil.copytree(folder, out_folder, dirs_exist_ok=True) if out_folder else folder)
+    show_report(report)
+    show_page(report)
 
 # %% ../nbs/parts/cli.ipynb #cd5bcd0a
 def number(
@@ -1222,6 +1235,7 @@ def measure(
     from saeexplainer.features import check_features_of, features_file
     from saeexplainer.measuring import beside_labels, check_same, measurable, write_evaluation
     from saeexplainer.metrics import evaluate
+    from saeexplainer.results import note_measuring
     from saeexplainer.selection import chosen_features
     preset = run.preset
     check_features_of(features_file(preset), run.reader)
@@ -1236,6 +1250,7 @@ def measure(
     check_same(run.store, run.folder, stage, stages[stage])
     show_measuring(preset, stages)
     evaluate(run, stages)
+    note_measuring(run, given_command())
     return write_evaluation(run.store, run.folder)
 
 # %% ../nbs/parts/cli.ipynb #a9768913
@@ -1264,6 +1279,7 @@ def evaluate_command( # noqa: PLR0913
 ) -> None:
     "Measure explanations from whatever method with the four metrics"
     from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
+    from saeexplainer.report import evaluation_report
     from saeexplainer.run import Run
     rows = rows_to_measure(file)
     stage = stage_of(file)
@@ -1276,9 +1292,11 @@ def evaluate_command( # noqa: PLR0913
     check_size(folder, chosen)
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:
         table = measure(run, stage, rows, file)
+        report = evaluation_report(run)
     if as_json: return print(table.reset_index().to_json(orient='records'))
     show_summary(table, chance_of(chosen))
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
+    show_page(report)
 
 # %% ../nbs/parts/cli.ipynb #2e2ceb47
 _BENCH = 'the frozen features, excerpts and settings to measure on'
@@ -1733,6 +1751,12 @@ def one_line(
             'with what the command says with --debug')
 
 # %% ../nbs/parts/cli.ipynb #e4ed348c
+_typed: list[str] = [] # the words behind `saeexplainer`
+
+def given_command() -> str|None: # None: nobody has typed it
+    "Return the command that is under way, as it was typed"
+    return shlex.join(['saeexplainer', *_typed]) if _typed else None
+
 def kept(
     args:list[str] # of an interrupted command
 ) -> str: # what follows 'interrupted'
@@ -1796,6 +1820,7 @@ def main(
     args = arguments(sys.argv[1:] if args is None else args)
     debug = '--debug' in args
     args = [a for a in args if a != '--debug']
+    _typed[:] = args
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     for stream in (sys.stdout, sys.stderr): # what the terminal's encoding lacks must not end a command
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')

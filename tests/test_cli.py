@@ -8,8 +8,10 @@ import saeexplainer
 from saeexplainer import cli
 from saeexplainer.cli import main, marked, resolve, safe_text, span
 from saeexplainer.presets import data_dir, load_preset, presets
+from saeexplainer.report import next_steps
+from saeexplainer.results import Results
 from saeexplainer.store import RunStore
-from commands import ends, printed, printed_json
+from commands import ends, parsed, printed, printed_json
 from helpers import SENTENCES, tiny_sae
 from judged import judged_preset
 from neuronpedia_server import Neuronpedia, activation, label, stats
@@ -171,10 +173,12 @@ def test_times_are_in_minutes_where_they_are_short():
 
 def test_the_shipped_results_give_the_shipped_report(tmp_path, capsys):
     shutil.copytree(SHIPPED, tmp_path/'results')
-    made = ('report.md', 'summary.csv')
-    for name in made: (tmp_path/'results'/name).unlink()
-    assert 'generative' in printed(capsys, 'report', str(tmp_path/'results'), '--out', str(tmp_path/'report'))
-    for name in made: assert (tmp_path/'report'/name).read_bytes() == (SHIPPED/name).read_bytes()
+    (tmp_path/'results'/'summary.csv').unlink()
+    told = printed(capsys, 'report', str(tmp_path/'results'), '--out', str(tmp_path/'report'))
+    assert 'generative' in told
+    assert told.splitlines()[-1] == f"open {tmp_path/'report'/'index.html'}"
+    assert (tmp_path/'report'/'summary.csv').read_bytes() == (SHIPPED/'summary.csv').read_bytes()
+    assert not (tmp_path/'results'/'index.html').exists() # with --out, the folder stays as it was
 
 
 def test_explanations_are_measured_at_the_papers_counts(capsys, tmp_path):
@@ -437,6 +441,42 @@ def test_evaluations_keep_each_explanation_and_text(measured):
     assert each.columns[:4].tolist() == ['stage', 'feature', 'explanation', 'generative']
     assert each.query("stage == 'one'")['explanation'].tolist() == ['the word cat', 'the word rain']
     assert {'feature', 'kind', 'text', 'activation'} <= set(pd.read_csv(runs/'one'/'texts.csv'))
+
+
+def test_evaluations_have_a_page(measured):
+    runs, _, (out, _) = measured
+    report = runs/'one'/'report'
+    assert out.splitlines()[-1] == f"open {report/'index.html'}"
+    page = (report/'index.html').read_text()
+    assert '<code>one</code></th><td>the explanations of the file of this name' in page
+    assert re.findall('<section id="([a-z]+)"', page) == ['metrics', 'differences', 'failures', 'features', 'next',
+                                                           'provenance']
+    for text in ('the word cat', 'the word rain'): assert f'<td>{text}</td>' in page
+    assert '<mark>' in page or 'activation 0.0' in page
+
+
+def test_an_evaluation_says_how_it_was_made(measured):
+    runs, _, _ = measured
+    made = Results(runs/'one'/'report').made
+    assert made['given'].startswith('saeexplainer evaluate ')
+    assert made['given'].endswith(f'--root {runs}')
+    assert made['device'] == 'cpu'
+    assert made['begun']
+
+
+def test_the_commands_of_an_evaluations_page_are_there(measured):
+    runs, _, _ = measured
+    steps = next_steps(Results(runs/'one'/'report'))
+    for step in steps:
+        for line in step.code.splitlines(): parsed(shlex.split(line))
+    assert any(' verify ' in step.code for step in steps)
+
+
+def test_the_report_of_an_evaluation_is_made_from_its_tables(measured, capsys, tmp_path):
+    runs, _, _ = measured
+    told = printed(capsys, 'report', str(runs/'one'/'report'), '--out', str(tmp_path/'copy'))
+    assert told.splitlines()[-1] == f"open {tmp_path/'copy'/'index.html'}"
+    assert (tmp_path/'copy'/'index.html').read_text() == (runs/'one'/'report'/'index.html').read_text()
 
 
 def test_a_second_file_is_measured_beside_the_first(measured, tiny, capsys):
