@@ -504,8 +504,8 @@ def test_a_run_without_results_has_no_report(tiny, tmp_path, capsys):
 
 # ---- interrupted
 
-def interrupt_training(args, log) -> int:
-    "Ctrl-C in a real process, as soon as it trains; its exit code"
+def interrupt_training(args, log, number) -> int:
+    "A signal to a real process, as soon as it trains; its exit code"
     command = [sys.executable, '-c', 'from saeexplainer.cli import main; main()', *args]
     env = {name: value for name, value in os.environ.items() if name != 'TQDM_DISABLE'} # the bar says when it trains
     def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell's background jobs ignore it
@@ -516,17 +516,18 @@ def interrupt_training(args, log) -> int:
         while not re.search(r'sft:.* [1-9]\d*/', log.read_text()) and time.time() < deadline:
             assert process.poll() is None
             time.sleep(.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         return process.wait(60)
     finally: process.kill()
 
 
 def test_interrupted_runs_keep_what_was_made(tiny, tmp_path):
     args = ['run', tiny[1], '--size', 'demo', '--root', str(tmp_path), '--name', 'a b', '-s', 'sft_epochs=2000']
-    interrupted = 'saeexplainer: interrupted; what was finished is kept, and the same command goes on from there: '
-    for _ in range(2): # the same command goes on with the same run
-        assert interrupt_training(args, tmp_path/'log') == 130
-        assert interrupted + shlex.join(['saeexplainer', *args]) in (tmp_path/'log').read_text()
+    kept = 'what was finished is kept, and the same command goes on from there: ' + shlex.join(['saeexplainer', *args])
+    ends = [(signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'ended by SIGTERM')]
+    for number, code, how in ends: # the same command goes on with the same run
+        assert interrupt_training(args, tmp_path/'log', number) == code
+        assert f'saeexplainer: {how}; {kept}' in (tmp_path/'log').read_text()
         assert (tmp_path/'a b'/'preset.yaml').exists()
         assert (tmp_path/'a b'/'store.sqlite').exists()
     with RunStore(tmp_path/'a b'/'store.sqlite') as store:
