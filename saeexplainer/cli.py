@@ -740,7 +740,7 @@ def show_evaluation(
     if not len(run.store.metrics()):
         raise ValueError(f'{run.folder} holds no results yet: neither a run nor an evaluation was finished there')
     table = write_evaluation(run.store, run.folder)
-    report = evaluation_report(run)
+    report = evaluation_report(run, marks=False)
     if out_folder:
         out_folder.mkdir(parents=True, exist_ok=True)
         for file in EVALUATION_FILES: shutil.copy(run.folder/file, out_folder)

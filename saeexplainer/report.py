@@ -392,8 +392,8 @@ def _how_well(results:Results, table:pd.DataFrame, figure) -> str: # HTML
     stages = list(table.index.get_level_values('stage').unique())
     who = {f'`{stage}`': method_text(stage, results.made) for stage in stages}
     what = {f'`{metric}`': sentence for metric, _, sentence in meanings(table, results.chance)}
-    caption = ('The same as a picture: the mean of each method with its 95% interval. The dotted line is chance in the '
-               f'output score, {results.chance:.1%}.')
+    dotted = f' The dotted line is chance in the output score, {results.chance:.1%}.' if '`output`' in what else ''
+    caption = f'The same as a picture: the mean of each method with its 95% interval.{dotted}'
     return section(
         'How well each method does',
         '<h3>Who explains</h3>', facts_html(who),
@@ -764,6 +764,7 @@ def write_report(
 
 def evaluation_report(
     run, # `Run` that holds an evaluation
+    marks:bool=True, # whether the target marks words anew; it is loaded where it is not at hand
 ) -> Path: # the folder
     "Write tables and page of an evaluation"
-    return write_report(write_evaluation_results(run))
+    return write_report(write_evaluation_results(run, marks))

@@ -616,8 +616,9 @@ def evaluation_record(
 # %% ../nbs/parts/results.ipynb #eb4de1ec
 def write_evaluation_results(
     run, # `Run` that holds an evaluation
+    marks:bool=True, # whether the target marks words anew; it is loaded where it is not at hand
 ) -> Path: # the folder
-    "Write tables and record of an evaluation; words are marked where this process reads the target itself"
+    "Write tables and record of an evaluation; workers of a cluster mark no words"
     store = run.store
     folder = run.folder/'report'
     folder.mkdir(exist_ok=True)
@@ -629,7 +630,7 @@ def write_evaluation_results(
         'judgements': store.judgements(),
         'texts': store.texts().astype({'score': 'float32'}),
     }
-    if isinstance(run.executor, PlainExecutor): tables['marked'] = marked_texts(run, stages[:1])
+    if marks and isinstance(run.executor, PlainExecutor): tables['marked'] = marked_texts(run, stages[:1])
     for name, frame in tables.items(): write_table(frame, folder/f'{name}.parquet')
     write_json(evaluation_record(run, stages), folder/'provenance.json')
     return folder

@@ -11,6 +11,7 @@ from saeexplainer.presets import data_dir, load_preset, presets
 from saeexplainer.report import next_steps
 from saeexplainer.results import Results
 from saeexplainer.store import RunStore
+from saeexplainer.target import Target
 from commands import ends, parsed, printed, printed_json
 from helpers import SENTENCES, tiny_sae
 from judged import judged_preset
@@ -477,6 +478,16 @@ def test_the_report_of_an_evaluation_is_made_from_its_tables(measured, capsys, t
     told = printed(capsys, 'report', str(runs/'one'/'report'), '--out', str(tmp_path/'copy'))
     assert told.splitlines()[-1] == f"open {tmp_path/'copy'/'index.html'}"
     assert (tmp_path/'copy'/'index.html').read_text() == (runs/'one'/'report'/'index.html').read_text()
+
+
+def test_the_report_of_an_evaluation_needs_no_model(measured, capsys, monkeypatch):
+    def never(*_, **__): raise AssertionError('a model was loaded')
+    runs, _, _ = measured
+    monkeypatch.setattr(Target, 'load', never)
+    marked_before = (runs/'one'/'report'/'marked.parquet').read_bytes()
+    told = printed(capsys, 'report', 'one', '--root', str(runs))
+    assert told.splitlines()[-1] == f"open {runs/'one'/'report'/'index.html'}"
+    assert (runs/'one'/'report'/'marked.parquet').read_bytes() == marked_before
 
 
 def test_a_second_file_is_measured_beside_the_first(measured, tiny, capsys):
