@@ -156,6 +156,7 @@ body { margin: 0 auto; max-width: 66rem; padding: 1rem 1rem 4rem; background: Ca
 .saex .lead { font-size: 17px; } .saex p { max-width: 46rem; }
 .saex .wide { overflow-x: auto; margin: .8em 0; }
 .saex .wide > table { width: auto; min-width: 100%; }
+.saex .words td:first-of-type { min-width: 11em; }
 .saex .numbers td { white-space: nowrap; } .saex .numbers :is(td, thead th) { text-align: right; }
 .saex table { font-variant-numeric: tabular-nums; font-size: 14px; }
 .saex tbody th { opacity: 1; font-weight: 600; white-space: normal; }
