@@ -187,7 +187,7 @@ def test_what_would_fail_hours_later_is_said_before_anything_is_trained(
 def pairless(tiny_lab, tmp_path_factory):
     "Folder of a run whose threshold was too high for any pair"
     folder = tmp_path_factory.mktemp('pairless')/'none'
-    says = r'round 1: none of 4 features gave a pair \(4 below_threshold\)'
+    says = r'round 1: none of 4 features gave a pair \(4 below_threshold: no explanation set it off enough\)'
     with tiny_lab.in_use(), tiny_lab.run(folder, threshold=1e9, sft_epochs=.5) as run:
         with pytest.raises(ValueError, match=says): finish(run)
         assert not len(run.store.pairs()) # no finished stage depends on the threshold
