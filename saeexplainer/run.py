@@ -10,7 +10,7 @@ __all__ = ['STEERED_BY', 'REWARDS', 'BegunWith', 'check_model', 'features_identi
            'check_targets', 'training_labels', 'reward_candidates', 'rewarded_candidates', 'forget_empty_round',
            'prefs_stage', 'dpo_stage', 'grpo_features', 'text_reward', 'own_words_reward', 'named_words_reward',
            'grpo_stage', 'greedy_explanations', 'best_candidates', 'silent_of', 'explain_by_contexts', 'explain_test',
-           'evaluate_stage', 'targets_stage', 'stage_functions', 'execute']
+           'evaluate_stage', 'targets_stage', 'stage_functions', 'opening_lines', 'Share', 'there_already', 'execute']
 
 # %% ../nbs/parts/run.ipynb #a243bfa0
 import dataclasses, hashlib, json, re, shutil
@@ -39,16 +39,17 @@ from .lm.models import WHEEL_MODELS, free_memory, load_tokenizer, model_device, 
 from .hints import WORDS, TokenDictionary, check_dictionary, place_of, words_near
 from .lookups import IN_DICTIONARY, dictionary_file, known_phrase, look_up
 from .metrics import Evaluation, evaluate
+from .evaluation.texts import KINDS
 from saeexplainer.prefs import (
-    add_lookups, build_preferences, candidate_rewards, choose_pairs, sample_candidates, score_both_sides,
-    score_candidates, score_named_words, score_own_words, threshold_of, write_texts,
+    add_lookups, build_preferences, candidate_rewards, choose_pairs, distinct_candidates, sample_candidates,
+    score_both_sides, score_candidates, score_named_words, score_own_words, stage_of, threshold_of, write_texts,
 )
 from saeexplainer.presets import (
     HINTED_WORDS, LOOKUPS, OWN_REWARDS, SELFIE, STARTS, Preset, asked_writers, bench_folder, evaluated_stages,
     explainer_stages, is_local, load_preset, validation_size,
 )
 from .replies import Request
-from .report import write_report
+from .report import DROPPED, splits_text, stage_text, write_report
 from .results import git_commit, machine, write_results
 from .saes import FeatureReader
 from .self_activation import known_maxima, rivals_of
@@ -855,7 +856,8 @@ def prefs_stage(
     threshold = threshold_of(run.preset, [run.features[i] for i in run.splits['sft']])
     forget_empty_round(run.store, round)
     pairs = choose_pairs(run.store, run.preset, round, threshold)
-    reasons = ', '.join(f'{n} {reason}' for reason, n in pairs['dropped'].value_counts().items())
+    counts = pairs['dropped'].value_counts().items()
+    reasons = ', '.join(f'{n} {reason}: {DROPPED[reason]}' for reason, n in counts)
     kept = pairs['dropped'].isna().sum()
     if not kept:
         none = f'round {round}: none of {len(pairs)} features gave a pair ({reasons})'
@@ -1093,6 +1095,62 @@ def stage_functions(
     others = dict(targets=targets_stage) if preset.targets else {}
     return dict(sft=sft_stage, **rounds, **online, evaluate=evaluate_stage, **others)
 
+# %% ../nbs/parts/run.ipynb #61c37cfb
+def opening_lines(
+    run:Run,
+) -> list[str]:
+    "Return what a run begins with, each word explained"
+    preset = run.preset
+    used = splits_text({split: len(part) for split, part in run.splits.items()})
+    stages:dict[str, list[str]] = {} # what they do -> their names
+    for name in stage_functions(preset): stages.setdefault(stage_text(name), []).append(name)
+    does = [f"  {', '.join(names)}: {what}" for what, names in stages.items()]
+    return [f'{preset.name} ({preset.size}): {len(run.features):,} features, {used}; the stages:', *does]
+
+class Share(NamedTuple):
+    "How much of something is there"
+    what: str
+    there: int
+    wanted: int
+
+def _of_round(run:Run, round:int) -> list[Share]: # candidates and their texts
+    preset = run.preset
+    stage = stage_of(round)
+    drawn = len(run.store.explanations(stage))
+    shares = [Share('candidates', drawn, preset.n_candidates*len(run.preference_features(round)))]
+    if preset.reward in OWN_REWARDS: return shares
+    texts = run.store.texts(stage, 'preference')
+    asked = preset.n_texts*len(distinct_candidates(run.store, round))
+    return [*shares, Share('texts', len(texts), asked), Share('texts read', int(texts['score'].notna().sum()), asked)]
+
+def _of_evaluation(run:Run) -> list[Share]: # texts of the explanations that are there
+    preset = run.preset
+    stages = evaluated_stages(preset)
+    explained = run.store.explanations(stages).query("k == 0 and text != ''")
+    texts = run.store.texts(stages, KINDS)
+    wanted = len(explained)*(preset.n_generative + preset.n_activating + preset.n_neutral)
+    shares = [Share('explanations', len(explained), len(stages)*len(run.splits['test']))]
+    return [*shares, Share('texts', len(texts), wanted), Share('texts read', int(texts['score'].notna().sum()), wanted)]
+
+def _last_step(adapter:Path) -> int: # of a training that was interrupted; 0: no checkpoint
+    steps = [int(folder.name.rpartition('-')[2]) for folder in adapter.glob('checkpoints/checkpoint-*')]
+    return max(steps, default=0)
+
+# %% ../nbs/parts/run.ipynb #1bb17ef4
+def there_already(
+    run:Run,
+    stage:str, # that is about to go on
+) -> str: # a line; '' where nothing is there
+    "Return how much of a stage is there from before"
+    if stage not in set(run.store.progress()['stage']): return ''
+    if stage.startswith('prefs'): shares = _of_round(run, int(stage.removeprefix('prefs')))
+    elif stage == 'evaluate': shares = _of_evaluation(run)
+    else:
+        step = _last_step(run.adapter(stage))
+        return f'{stage} goes on from step {step}' if step else ''
+    known = [f'{share.there:,} of {share.wanted:,} {share.what}' for share in shares if share.there]
+    return f"{stage} goes on, there are {', '.join(known)}" if known else ''
+
 # %% ../nbs/parts/run.ipynb #0f93dc4c
 def _note_commit(store:RunStore, stage:str, commit:str|None) -> None: # of each sitting
     before = (store.meta(f'commit_{stage}', kind=str) or '').split(' + ')
@@ -1116,8 +1174,7 @@ def execute(
     run.check()
     run.keep_preset()
     if run.changed: say(f'corrected, as nothing depended on it yet: {_difference(run.changed)}')
-    parts = ', '.join(f'{len(part)} {name}' for name, part in run.splits.items())
-    say(f'{run.preset.name} ({run.preset.size}): {len(run.features)} features, {parts}')
+    for line in opening_lines(run): say(line)
     commit = git_commit()
     run.store.note('template', run.preset.template)
     run.store.note('placeholder', run.preset.placeholder)
@@ -1125,5 +1182,7 @@ def execute(
     if run.like: run.take_over()
     for name, stage in stage_functions(run.preset).items():
         finished = run.store.finished(name)
+        goes_on = '' if finished else there_already(run, name)
+        if goes_on: say(goes_on)
         say(f'{name}: done before' if finished else _run_stage(run, name, stage, commit))
     return write_report(write_results(run))

@@ -1,7 +1,8 @@
 "Commands of the command line as a test gives them: what they print, and how they end"
 import json
 import pytest
-from saeexplainer.cli import main
+import typer
+from saeexplainer.cli import app, arguments, main
 
 
 def printed(capsys, *args) -> str:
@@ -20,3 +21,11 @@ def ends(capsys, *args) -> tuple:
     assert len(lines) == 1
     assert 'Traceback' not in lines[0]
     return e.value.code, lines[0]
+
+
+def parsed(words):
+    "Read a command with its options, and do nothing; raises an error for one that does not exist"
+    program, name, *options = words
+    assert program == 'saeexplainer'
+    command = typer.main.get_command(app).commands[name]
+    return command.make_context(name, arguments([name, *options])[1:])

@@ -8,8 +8,11 @@ import saeexplainer
 from saeexplainer import cli
 from saeexplainer.cli import main, marked, resolve, safe_text, span
 from saeexplainer.presets import data_dir, load_preset, presets
+from saeexplainer.report import next_steps
+from saeexplainer.results import Results
 from saeexplainer.store import RunStore
-from commands import ends, printed, printed_json
+from saeexplainer.target import Target
+from commands import ends, parsed, printed, printed_json
 from helpers import SENTENCES, tiny_sae
 from judged import judged_preset
 from neuronpedia_server import Neuronpedia, activation, label, stats
@@ -208,10 +211,12 @@ def test_times_are_in_minutes_where_they_are_short():
 
 def test_the_shipped_results_give_the_shipped_report(tmp_path, capsys):
     shutil.copytree(SHIPPED, tmp_path/'results')
-    made = ('report.md', 'summary.csv')
-    for name in made: (tmp_path/'results'/name).unlink()
-    assert 'generative' in printed(capsys, 'report', str(tmp_path/'results'), '--out', str(tmp_path/'report'))
-    for name in made: assert (tmp_path/'report'/name).read_bytes() == (SHIPPED/name).read_bytes()
+    (tmp_path/'results'/'summary.csv').unlink()
+    told = printed(capsys, 'report', str(tmp_path/'results'), '--out', str(tmp_path/'report'))
+    assert 'generative' in told
+    assert told.splitlines()[-1] == f"open {tmp_path/'report'/'index.html'}"
+    assert (tmp_path/'report'/'summary.csv').read_bytes() == (SHIPPED/'summary.csv').read_bytes()
+    assert not (tmp_path/'results'/'index.html').exists() # with --out, the folder stays as it was
 
 
 def test_explanations_are_measured_at_the_papers_counts(capsys, tmp_path):
@@ -476,6 +481,52 @@ def test_evaluations_keep_each_explanation_and_text(measured):
     assert {'feature', 'kind', 'text', 'activation'} <= set(pd.read_csv(runs/'one'/'texts.csv'))
 
 
+def test_evaluations_have_a_page(measured):
+    runs, _, (out, _) = measured
+    report = runs/'one'/'report'
+    assert out.splitlines()[-1] == f"open {report/'index.html'}"
+    page = (report/'index.html').read_text()
+    assert '<code>one</code></th><td>the explanations of the file of this name' in page
+    assert re.findall('<section id="([a-z]+)"', page) == ['metrics', 'differences', 'failures', 'features', 'next',
+                                                           'provenance']
+    for text in ('the word cat', 'the word rain'): assert f'<td>{text}</td>' in page
+    assert '<mark>' in page or 'activation 0.0' in page
+
+
+def test_an_evaluation_says_how_it_was_made(measured):
+    runs, _, _ = measured
+    made = Results(runs/'one'/'report').made
+    assert made['given'].startswith('saeexplainer evaluate ')
+    assert made['given'].endswith(f'--root {runs}')
+    assert made['device'] == 'cpu'
+    assert made['begun']
+
+
+def test_the_commands_of_an_evaluations_page_are_there(measured):
+    runs, _, _ = measured
+    steps = next_steps(Results(runs/'one'/'report'))
+    for step in steps:
+        for line in step.code.splitlines(): parsed(shlex.split(line))
+    assert any(' verify ' in step.code for step in steps)
+
+
+def test_the_report_of_an_evaluation_is_made_from_its_tables(measured, capsys, tmp_path):
+    runs, _, _ = measured
+    told = printed(capsys, 'report', str(runs/'one'/'report'), '--out', str(tmp_path/'copy'))
+    assert told.splitlines()[-1] == f"open {tmp_path/'copy'/'index.html'}"
+    assert (tmp_path/'copy'/'index.html').read_text() == (runs/'one'/'report'/'index.html').read_text()
+
+
+def test_the_report_of_an_evaluation_needs_no_model(measured, capsys, monkeypatch):
+    def never(*_, **__): raise AssertionError('a model was loaded')
+    runs, _, _ = measured
+    monkeypatch.setattr(Target, 'load', never)
+    marked_before = (runs/'one'/'report'/'marked.parquet').read_bytes()
+    told = printed(capsys, 'report', 'one', '--root', str(runs))
+    assert told.splitlines()[-1] == f"open {runs/'one'/'report'/'index.html'}"
+    assert (runs/'one'/'report'/'marked.parquet').read_bytes() == marked_before
+
+
 def test_a_second_file_is_measured_beside_the_first(measured, tiny, capsys):
     runs, write, _ = measured
     two = write('two', '3,words of the sea')
@@ -501,8 +552,8 @@ def test_a_run_without_results_has_no_report(tiny, tmp_path, capsys):
 
 # ---- interrupted
 
-def interrupt_training(args, log) -> int:
-    "Ctrl-C in a real process, as soon as it trains; its exit code"
+def interrupt_training(args, log, number) -> int:
+    "A signal to a real process, as soon as it trains; its exit code"
     command = [sys.executable, '-c', 'from saeexplainer.cli import main; main()', *args]
     env = {name: value for name, value in os.environ.items() if name != 'TQDM_DISABLE'} # the bar says when it trains
     def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell's background jobs ignore it
@@ -513,17 +564,18 @@ def interrupt_training(args, log) -> int:
         while not re.search(r'sft:.* [1-9]\d*/', log.read_text()) and time.time() < deadline:
             assert process.poll() is None
             time.sleep(.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         return process.wait(60)
     finally: process.kill()
 
 
 def test_interrupted_runs_keep_what_was_made(tiny, tmp_path):
     args = ['run', tiny[1], '--size', 'demo', '--root', str(tmp_path), '--name', 'a b', '-s', 'sft_epochs=2000']
-    interrupted = 'saeexplainer: interrupted; what was finished is kept, and the same command goes on from there: '
-    for _ in range(2): # the same command goes on with the same run
-        assert interrupt_training(args, tmp_path/'log') == 130
-        assert interrupted + shlex.join(['saeexplainer', *args]) in (tmp_path/'log').read_text()
+    kept = 'what was finished is kept, and the same command goes on from there: ' + shlex.join(['saeexplainer', *args])
+    ends = [(signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'ended by SIGTERM')]
+    for number, code, how in ends: # the same command goes on with the same run
+        assert interrupt_training(args, tmp_path/'log', number) == code
+        assert f'saeexplainer: {how}; {kept}' in (tmp_path/'log').read_text()
         assert (tmp_path/'a b'/'preset.yaml').exists()
         assert (tmp_path/'a b'/'store.sqlite').exists()
     with RunStore(tmp_path/'a b'/'store.sqlite') as store:

@@ -496,7 +496,7 @@ def test_online_rl_is_evaluated_and_reported(online_run):
     results = Results(folder/'report')
     assert results.stages == ['label', 'autointerp', 'untrained', 'sft', 'dpo1', 'dpo2', 'grpo', 'best']
     assert results['grpo_log'].step.tolist() == [1, 2]
-    assert 'grpo - dpo2' in (folder/'report'/'report.md').read_text(encoding='utf-8')
+    assert 'grpo - dpo2' in (folder/'report'/'index.html').read_text(encoding='utf-8')
 
 
 def test_the_settings_of_online_rl_are_kept(tiny_lab, online_run):

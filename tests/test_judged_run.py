@@ -56,7 +56,7 @@ def test_labels_are_those_of_training_features(world, finished):
 
 def test_the_report_names_every_baseline(finished):
     folder = finished[0]
-    text = (folder/'report'/'report.md').read_text()
+    text = (folder/'report'/'index.html').read_text()
     for name in WITHOUT_TRAINING: assert name in text
     Results(folder/'report') # can be read
 

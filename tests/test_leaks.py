@@ -84,7 +84,7 @@ def test_no_test_feature_has_a_label(tmp_path):
             assert run.splits['test'] == test
             report = finish(run)
     assert Results(report).stages == ['sft', 'dpo1', 'dpo2']
-    assert '0 of 4 test features have a label' in (report/'report.md').read_text()
+    assert '0 of 4 test features have a label' in (report/'index.html').read_text()
 
 
 def test_a_leaking_split_is_refused(trained, monkeypatch):

@@ -351,13 +351,13 @@ def test_what_a_run_lacks_is_noted(world, finished):
              '0 of 4 test features have a label by claude-4-5-sonnet',
              f'ao: layer {finished.run.preset.layer} is off the grid that the oracle was trained on (layers {grid})']
     assert finished.store.meta('notes') == notes[odd == 4:]
-    page = (finished.report/'report.md').read_text()
+    page = (finished.report/'index.html').read_text()
     assert 'is off the grid that the oracle was trained on' in page
 
 
 def test_the_files_of_the_report(finished):
     tables = {f'{name}.parquet' for name in 'metrics pairs candidates judgements steering'.split()}
-    pages = {'report.md', 'summary.csv', 'provenance.json', 'examples.json', 'stages.png'}
+    pages = {'index.html', 'summary.csv', 'provenance.json', 'examples.json', 'stages.png'}
     assert tables | pages <= {file.name for file in finished.report.iterdir()}
 
 
@@ -605,7 +605,7 @@ def test_command_keeps_its_preset(world, commanded):
     oracle = world.as_shipped.ao_adapter
     wanted = world.preset(dpo_rounds=1, n_output=1, ao_adapter=oracle)
     assert load_preset(commanded[0]/'preset.yaml') == wanted
-    page = (commanded[0]/'report'/'report.md').read_text()
+    page = (commanded[0]/'report'/'index.html').read_text()
     assert 'ao: not measured' in page # the public oracle cannot be had here
 
 
@@ -613,7 +613,7 @@ def test_command_keeps_its_preset(world, commanded):
 def test_command_writes_a_report(world, commanded, runs, capsys):
     copy = world.folder/'copy'
     main(['report', 'command', '--root', str(runs), '--out', str(copy)])
-    assert (copy/'report.md').exists()
+    assert (copy/'index.html').exists()
     assert 'control' in capsys.readouterr().out
 
 

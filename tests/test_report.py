@@ -1,29 +1,29 @@
-"The page of a run: nothing of it is taken for markup, its numbers have their n and their chance, damage is named"
+"The page of a run: it opens by itself, nothing of it is taken for markup, its numbers have their n and their chance"
+import html
 import json
 import re
+import shlex
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from commands import parsed
 
-from saeexplainer.evaluation.tables import summary
+from saeexplainer.document import document, paragraph
+from saeexplainer.evaluation.tables import BEYOND, METRICS, summary
 from saeexplainer.presets import data_dir, load_preset
-from saeexplainer.report import comparisons, measured, studies, write_report
+from saeexplainer.report import MEANINGS, comparisons, measured, next_steps, studies, write_report
 from saeexplainer.results import Results, command_of, read_cases
-from saeexplainer.show import code_span, escape_markdown
+from saeexplainer.show import code_span, escape
 
-HOSTILE = '<img src=x onerror=alert(1)>`|*_[a](javascript:b)$x^2$ {: onclick=c }'
+HOSTILE = '<img src=x onerror=alert(1)>`|*_[a](javascript:b)$x^2$ {: onclick=c }</script><script>d()</script>'
 ANEW = 'writes it anew'
 
 
 def shipped(): return data_dir()/'smollm2-135m'/'results'
-
-
-def shipped_page():
-    "As it is in the package; test_cli holds that it is what is written today"
-    return (shipped()/'report.md').read_text()
 
 
 @pytest.fixture
@@ -32,31 +32,125 @@ def folder(tmp_path):
     return Path(shutil.copytree(shipped(), tmp_path/'results'))
 
 
+def without_studies(to):
+    "A copy of the results without studies, whose tables take long"
+    folder = Path(shutil.copytree(shipped(), to/'results'))
+    for name in ('arms', 'second_writer', 'screening'): (folder/f'{name}.parquet').unlink()
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path): return without_studies(tmp_path)
+
+
+def page_of(folder): return (write_report(folder)/'index.html').read_text()
+
+
+@pytest.fixture(scope='module')
+def shipped_page(tmp_path_factory):
+    "The page of the recorded run"
+    folder = Path(shutil.copytree(shipped(), tmp_path_factory.mktemp('shipped')/'results'))
+    return page_of(folder)
+
+
 def change(file, **fields): file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-# ---- the page
+def text_of(page):
+    "What a reader sees of a page, on one line"
+    return ' '.join(html.unescape(re.sub('<[^>]*>', ' ', page)).split())
 
-@pytest.fixture
-def hostile_page(folder):
-    "A page whose preset, notes and examples are hostile, without its provenance"
-    change(folder/'provenance.json', preset=HOSTILE, size=HOSTILE, notes=[HOSTILE], sittings={HOSTILE: 2})
+
+# ---- the page opens by itself
+
+VOID = {'meta', 'br'} # elements that are not closed
+FETCHED = {'src', 'srcset', 'poster', 'data', 'action', 'background', 'srcdoc'}
+
+
+class Elements(HTMLParser):
+    "Elements and attributes of a page, and those that were left open"
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.open = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID: self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs): self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file(shipped_page):
+    found = Elements(shipped_page).found
+    assert not [tag for tag, _ in found if tag in ('script', 'link', 'iframe', 'object', 'embed', 'img', 'base')]
+    assert not [attrs for _, attrs in found if FETCHED & set(attrs)]
+    links = [value for _, attrs in found for name, value in attrs.items() if name.endswith('href')]
+    assert [link for link in links if not link.startswith('#')] == []
+    assert not re.search(r'url\((?!#)|@import', shipped_page)
+
+
+def test_the_page_runs_nothing(shipped_page):
+    found = Elements(shipped_page).found
+    assert not [name for _, attrs in found for name in attrs if name.startswith('on')]
+    policy = next(attrs for tag, attrs in found if attrs.get('http-equiv') == 'Content-Security-Policy')
+    assert policy['content'].startswith("default-src 'none'")
+
+
+def test_every_element_is_closed(shipped_page):
+    assert Elements(shipped_page).open == []
+
+
+def test_the_page_has_its_figure_inside(shipped_page):
+    assert shipped_page.count('<svg role="img"') == 1
+    assert '>chance</text>' in shipped_page or '<!-- chance -->' in shipped_page
+    assert shipped_page.count('<svg class="curve"') == 5 # losses of three trainings, margins of two
+
+
+def test_the_links_of_a_page_lead_somewhere(shipped_page):
+    found = Elements(shipped_page).found
+    names = {attrs['id'] for _, attrs in found if 'id' in attrs}
+    links = {attrs['href'].removeprefix('#') for tag, attrs in found if tag == 'a'}
+    assert links == {'metrics', 'differences', 'stages', 'failures', 'features', 'next', 'provenance'}
+    assert links <= names
+
+
+def test_the_same_tables_give_the_same_page(small, shipped_page):
+    page = page_of(small)
+    assert [part for part in page.split('<section') if part not in shipped_page] == [] # it lacks the studies alone
+
+
+# ---- nothing is markup
+
+@pytest.fixture(scope='module')
+def hostile_page(tmp_path_factory):
+    "A page whose preset, notes, examples, explanations and texts are hostile"
+    folder = without_studies(tmp_path_factory.mktemp('hostile'))
+    change(folder/'provenance.json', preset=HOSTILE, size=HOSTILE, notes=[HOSTILE], source=HOSTILE, given=HOSTILE)
     case = json.loads((folder/'examples.json').read_text())[0]
     case |= {'feature': HOSTILE, HOSTILE: HOSTILE}
     case['texts'] = {HOSTILE: {'pieces': [[HOSTILE, True], [HOSTILE, False]], 'score': 1.}}
     (folder/'examples.json').write_text(json.dumps([case]))
-    write_report(folder)
-    return (folder/'report.md').read_text().split('## Provenance')[0]
+    for name in ('explanations', 'texts', 'marked'):
+        table = pd.read_parquet(folder/f'{name}.parquet')
+        table.assign(text=HOSTILE).to_parquet(folder/f'{name}.parquet')
+    return page_of(folder)
 
 
-def test_nothing_of_a_preset_or_a_feature_is_markup(hostile_page):
-    assert '<img' not in hostile_page
-    assert not re.search(r'(?<!\\)[${}]', hostile_page)
-    assert '`<' not in hostile_page
+def test_nothing_of_a_model_or_a_preset_is_markup(hostile_page):
+    elements = Elements(hostile_page)
+    assert elements.open == []
+    assert not {'img', 'script'} & {tag for tag, _ in elements.found}
+    assert not [name for _, attrs in elements.found for name in attrs if name.startswith('on')]
 
 
 def test_what_is_hostile_is_shown_all_the_same(hostile_page):
-    assert hostile_page.count(escape_markdown(HOSTILE)) == 10
+    for place in ('<h1>', '<h3>', '<mark>', '<td>'): assert f'{place}{escape(HOSTILE)}' in hostile_page
+    assert hostile_page.count(escape(HOSTILE)) > 300 # explanations and texts of 300 features
 
 
 def test_names_stay_code_where_they_can():
@@ -64,16 +158,57 @@ def test_names_stay_code_where_they_can():
     assert '`' not in code_span('a`b').replace('\\`', '')
 
 
-def test_the_page_says_chance_and_shows_the_figure():
-    assert '](stages.png)' in shipped_page()
-    assert 'chance is 33.3%' in shipped_page()
+def test_a_document_escapes_its_title():
+    page = document(HOSTILE, paragraph(HOSTILE))
+    assert '<img' not in page
+    assert page.count(escape(HOSTILE)) == 3 # in its head, above its text and in it
 
 
-def test_the_page_says_n():
-    page = shipped_page()
-    assert re.search(r'- output \(n = \d+-\d+\): ', page)
-    for metric in ('generative', 'input', 'high', 'low', 'gap', r'names\_word', r'names\_other'):
-        assert f'- {metric} (n = ' in page
+# ---- numbers, and the words that explain them
+
+def test_every_metric_has_its_words_before_its_numbers(shipped_page):
+    numbers = shipped_page.index('>The numbers<')
+    for metric in METRICS: assert 0 < shipped_page.index(f'<code>{metric}</code>') < numbers
+    assert set(MEANINGS) == {*METRICS, *BEYOND}
+
+
+def test_every_method_has_its_words_before_its_numbers(shipped_page):
+    numbers = shipped_page.index('>The numbers<')
+    for stage in [*Results(shipped()).stages, 'control']:
+        assert 0 < shipped_page.index(f'<code>{stage}</code></th><td>') < numbers
+
+
+def metrics_rows(page):
+    "Rows of the table of metrics: name -> cells"
+    table = page.split('>The numbers<')[1].split('</table>')[0]
+    rows = re.findall('<tr><th scope="row">(.*?)</th>(.*?)</tr>', table)
+    return {name: re.findall('<td>(.*?)</td>', cells) for name, cells in rows}
+
+
+def test_the_page_says_chance(shipped_page):
+    "As it was measured with explanations of other features, or as it is known"
+    rows = metrics_rows(shipped_page)
+    assert rows['chance'][:3] == ['0.9<br>[0.8, 0.9]', '17.7<br>[16.9, 18.5]', '33.3']
+    assert rows['chance'][6] == rows['dpo2'][7] # of names_word: names_other
+
+
+def test_chance_that_was_not_measured_is_said_in_words(small):
+    (small/'chance.parquet').unlink()
+    rows = metrics_rows(page_of(small))
+    assert rows['chance'][:3] == ['near 0', 'below 50', '33.3']
+
+
+def test_the_page_says_n_and_intervals(shipped_page):
+    table = shipped_page.split('>The numbers<')[1].split('</table>')[0]
+    heads = re.findall(r'<th scope="col" title="[^"]+">(\w+)<br>n = ([\d-]+)</th>', table)
+    assert dict(heads) == measured(summary(Results(shipped())['metrics']))
+    assert metrics_rows(shipped_page)['dpo2'][0] == '37.2<br>[32.9, 41.3]'
+
+
+def test_the_page_says_what_was_found_first(shipped_page):
+    found = re.search('<p class="lead">(.*?)</p>', shipped_page)[1]
+    assert '<code>dpo2</code>, 37.2% [32.9, 41.3]' in found
+    assert '2.4% [1.1, 3.9] for <code>untrained</code>' in found
 
 
 def test_n_is_a_range_where_stages_differ():
@@ -82,6 +217,47 @@ def test_n_is_a_range_where_stages_differ():
     rows += [('a', 0, 'output', 1.), ('control', 0, 'output', 1.), ('control', 1, 'output', 1.)]
     metrics = pd.DataFrame(rows, columns=['stage', 'feature', 'metric', 'value'])
     assert measured(summary(metrics)) == {'input': '3-4', 'output': '1'}
+
+
+def test_the_page_says_what_each_stage_did(shipped_page):
+    part = text_of(shipped_page.split('<section id="stages">')[1].split('</section>')[0])
+    assert '300 to test, 2,350 for SFT' in part
+    assert '979 pairs of 1200 features' in part
+    assert 'round 1 1200 979 220 1' in part # features, pairs, and why the others gave none
+    assert 'no explanation set it off enough' in part
+    assert '42 min 6 s since its last start, of 2' in part
+
+
+def test_failures_are_counted(small):
+    metrics = pd.read_parquet(small/'metrics.parquet')
+    is_lost = (metrics['metric'] == 'unparsed_generative') & (metrics['stage'] == 'sft')
+    metrics.loc[is_lost, 'value'] = 2.
+    metrics.to_parquet(small/'metrics.parquet')
+    part = page_of(small).split('<section id="failures">')[1].split('</section>')[0]
+    assert 'texts for <code>generative</code> that were not written' in part
+    assert '<th scope="row">sft</th><td>7</td><td>600</td>' in part # strengths that were missed, then texts
+
+
+def test_every_feature_is_there_with_its_marked_text(shipped_page):
+    part = shipped_page.split('<section id="features">')[1].split('</section>')[0]
+    assert part.count('<details>') == 300
+    one = part.split('<b>smollm2-135m/9-res-4k/142</b>')[1].split('</details>')[0]
+    assert one.count('<tr><th scope="row">') == 8 # methods
+    assert 'insert a<mark> table</mark> with different content' in one
+
+
+def test_texts_are_shown_where_nothing_says_which_words_fired(small):
+    (small/'marked.parquet').unlink()
+    page = page_of(small)
+    one = page.split('<b>smollm2-135m/9-res-4k/142</b>')[1].split('</details>')[0]
+    assert 'insert a table with different content' in one
+
+
+def test_the_page_says_where_it_comes_from(shipped_page):
+    part = text_of(shipped_page.split('<section id="provenance">')[1].split('</section>')[0])
+    for fact in ('saeexplainer run smollm2-135m --size full', '41374af23bb6', 'torch 2.13.0+cpu', 'seed 0',
+                 'dpo1 1424.4'):
+        assert fact in part
 
 
 @pytest.mark.parametrize('root, name, fields, says', [
@@ -96,17 +272,53 @@ def test_the_command_of_a_run_is_the_one_that_made_it(root, name, fields, says):
 
 def p_values(page):
     "Cells of the table of screening whose column is one of p, row by row"
-    table = page.split('## Screening')[1].split('##')[0].strip().splitlines()
-    header, _, *rows = [line.strip('| ').split(' | ') for line in table]
-    named = header[-len(rows[0]) + 1:] # the first column has no name
-    columns = [i for i, name in enumerate(named, 1) if name.endswith(' p')]
+    table = page.split('<summary>Screening</summary>')[1].split('</table>')[0]
+    head, body = table.split('</thead>')
+    columns = [i for i, name in enumerate(re.findall('<th scope="col">(.*?)</th>', head)) if name.endswith(' p')]
+    rows = [re.findall('<td>(.*?)</td>', row) for row in body.split('</tr>') if '<td>' in row]
     return [[row[i] for i in columns] for row in rows]
 
 
-def test_p_is_shown_with_three_decimals():
-    cells = [cell for row in p_values(shipped_page()) for cell in row]
+def test_p_is_shown_with_three_decimals(shipped_page):
+    cells = [cell for row in p_values(shipped_page) for cell in row]
     assert cells
     assert [cell for cell in cells if not re.fullmatch(r'-|&lt; 0\.001|[01]\.\d{3}', cell)] == []
+
+
+# ---- what next
+
+OF_A_RUN = dict(run='runs/a b', called='runs/a b/preset.yaml', explainers=['sft', 'dpo1'])
+OF_AN_EVALUATION = dict(run='runs/mine', called='smollm2-135m', given='saeexplainer evaluate mine.csv --size demo')
+
+
+@pytest.mark.parametrize('made', [
+    {},
+    OF_A_RUN,
+    OF_A_RUN | dict(run='/tmp/elsewhere/mine', called='smollm2-135m'),
+    OF_AN_EVALUATION])
+def test_every_command_of_a_page_is_one(folder, made):
+    "test_run runs them"
+    change(folder/'provenance.json', **made)
+    steps = next_steps(Results(folder))
+    commands = [line for step in steps if step.language == 'shell' for line in step.code.splitlines()]
+    assert len(commands) >= 3
+    for command in commands: parsed(shlex.split(command))
+    for step in steps:
+        if step.language == 'python': compile(step.code, step.what, 'exec')
+
+
+def test_a_command_that_is_none_is_found():
+    with pytest.raises(Exception, match='No such option'): parsed(['saeexplainer', 'report', 'demo', '--rot', 'runs'])
+    with pytest.raises(KeyError): parsed(['saeexplainer', 'reports', 'demo'])
+
+
+def test_what_comes_next_has_the_names_of_its_run(folder):
+    change(folder/'provenance.json', **OF_A_RUN)
+    codes = [step.code for step in next_steps(Results(folder))]
+    assert codes[0].startswith('saeexplainer explain ')
+    assert codes[0].endswith(" --explainer 'runs/a b/explainer/dpo1' --verify 10")
+    assert "FeatureExplorer('runs/a b/preset.yaml', results='runs/a b/report'" in codes[2]
+    assert "push_to_hub('OWNER/a-b-dpo1')" in codes[4]
 
 
 # ---- damaged results
@@ -141,6 +353,7 @@ def rewrite(file, changed): changed(pd.read_parquet(file)).to_parquet(file)
 
 
 READ = {
+    'marked': ['stage', 'feature', 'piece', 'text', 'lit', 'score'],
     'metrics': ['stage', 'feature', 'metric', 'value'],
     'explanations': ['stage', 'feature', 'k', 'text'],
     'steering': ['control'],
@@ -148,7 +361,7 @@ READ = {
     'second_writer': ['stage', 'feature', 'metric', 'value'],
     'screening': ['variant', 'feature', 'k', 'text', 'score']}
 COLUMNS = [(name, column) for name, columns in READ.items() for column in columns]
-MAY_BE_EMPTY = ('value', 'text', 'score', 'control')
+MAY_BE_EMPTY = ('value', 'text', 'score', 'control', 'lit')
 
 
 def said_of(folder, name, table):

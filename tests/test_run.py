@@ -1,6 +1,10 @@
 "The closed loop at its smallest, on a tiny real model: its splits, its models, its paid writer and its report"
 import dataclasses
+import html
 import re
+import shlex
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,7 @@ from transformers import Trainer
 from writer_server import capable
 
 from saeexplainer.benchmark import Bench
+from saeexplainer.cli import main
 from saeexplainer.dpo import validation_features
 from saeexplainer.explainer import Explainer
 from saeexplainer.features import Explanation, Feature, FeatureId, load_features
@@ -22,13 +27,15 @@ from saeexplainer.metrics import evaluate
 from saeexplainer.presets import load_preset
 from saeexplainer.report import write_report
 from saeexplainer.results import Results, check_measured, provenance
-from saeexplainer.run import check_target, disjoint_splits, execute, held_out, prefs_stage, taught_features
+from saeexplainer.run import (
+    check_target, disjoint_splits, execute, held_out, opening_lines, prefs_stage, taught_features, there_already,
+)
 from saeexplainer.sft import train_sft
 from saeexplainer.target import Target
 from saeexplainer.writers.budget import BudgetSpent
 
 HINTED = str(Path(__file__).parents[1]/'data/smollm2-135m/hinted.yaml')
-TABLES = ('sft_log dpo_log candidates pairs explanations metrics steering judgements texts '
+TABLES = ('marked sft_log dpo_log candidates pairs explanations metrics steering judgements texts '
           'features stages').split()
 
 
@@ -180,7 +187,7 @@ def test_what_would_fail_hours_later_is_said_before_anything_is_trained(
 def pairless(tiny_lab, tmp_path_factory):
     "Folder of a run whose threshold was too high for any pair"
     folder = tmp_path_factory.mktemp('pairless')/'none'
-    says = r'round 1: none of 4 features gave a pair \(4 below_threshold\)'
+    says = r'round 1: none of 4 features gave a pair \(4 below_threshold: no explanation set it off enough\)'
     with tiny_lab.in_use(), tiny_lab.run(folder, threshold=1e9, sft_epochs=.5) as run:
         with pytest.raises(ValueError, match=says): finish(run)
         assert not len(run.store.pairs()) # no finished stage depends on the threshold
@@ -264,9 +271,9 @@ def test_no_reply_is_paid_twice(paid):
 
 def test_what_it_cost_is_in_the_report(paid):
     assert paid.made['writer_cost'] == pytest.approx(paid.log.cost(PRICES))
-    page = (paid.stopped/'report'/'report.md').read_text()
-    assert '## Writers' in page
-    assert 'round1' in page
+    page = (paid.stopped/'report'/'index.html').read_text()
+    assert '<summary>Writers</summary>' in page
+    assert ' / round1</th>' in page
 
 
 def test_the_report_counts_attempts_and_outcomes(paid):
@@ -294,7 +301,7 @@ def report(finished_run): return finished_run/'report'
 
 
 def test_the_files_of_a_report(report):
-    pages = {'report.md', 'summary.csv', 'provenance.json', 'examples.json', 'stages.png'}
+    pages = {'index.html', 'summary.csv', 'provenance.json', 'examples.json', 'stages.png'}
     assert pages | {f'{table}.parquet' for table in TABLES} == {file.name for file in report.iterdir()}
 
 
@@ -342,13 +349,89 @@ def tables(report, tmp_path_factory):
 
 
 def test_the_report_is_computed_from_its_tables(report, tables):
-    for name in ('report.md', 'summary.csv', 'stages.png'):
+    for name in ('index.html', 'summary.csv', 'stages.png'):
         assert (tables/name).read_bytes() == (report/name).read_bytes(), name
 
 
 def test_the_page_compares_stages(tables):
-    page = (tables/'report.md').read_text()
-    for part in ('## Differences', '| dpo2 - sft |', '## Repeats', '| untrained |'): assert part in page
+    page = (tables/'index.html').read_text()
+    for part in ('>Differences and repeats<', '<th scope="row">dpo2 - sft</th>', '<th scope="row">untrained</th>'):
+        assert part in page
+
+
+# ---- what its page tells to do next
+
+@pytest.fixture(scope='module')
+def reported(tiny_lab, finished_run, tmp_path_factory):
+    "A copy of the run whose report was written by its command, in a folder from which commands are given"
+    home = tmp_path_factory.mktemp('home')
+    copy_of(finished_run, home/'runs'/'mine')
+    with pytest.MonkeyPatch.context() as patch, tiny_lab.in_use():
+        patch.chdir(home)
+        main(['report', 'mine'])
+    return home
+
+
+def steps_of(home, language):
+    "Code of the steps of a page, as a reader copies it"
+    page = (home/'runs'/'mine'/'report'/'index.html').read_text()
+    return [html.unescape(code) for code in re.findall(f'<code class="{language}">(.*?)</code>', page, re.S)]
+
+
+def test_every_command_of_the_page_works(reported, lab, monkeypatch, capsys):
+    monkeypatch.chdir(reported)
+    commands = [line for code in steps_of(reported, 'shell') for line in code.splitlines()]
+    assert [shlex.split(command)[1] for command in commands] == ['explain', 'verify', 'export', 'evaluate', 'report']
+    for command in commands: main(shlex.split(command)[1:])
+    assert (reported/'runs'/'mine-edited'/'report'/'index.html').exists()
+    assert capsys.readouterr().out.splitlines()[-1] == 'open runs/mine/report/index.html'
+
+
+def test_the_code_of_the_page_works(reported, lab, monkeypatch):
+    pushed = []
+    def push(explainer, repo): pushed.append((explainer.card.stage, repo))
+    monkeypatch.chdir(reported)
+    monkeypatch.setattr(Explainer, 'push_to_hub', push)
+    codes = steps_of(reported, 'python')
+    assert ['FeatureExplorer(' in code for code in codes] == [True, False]
+    for code in codes: exec(code, {})
+    assert pushed == [('dpo2', 'OWNER/mine-dpo2')]
+
+
+# ---- what a run prints
+
+def test_a_run_explains_its_words_first(lab, tmp_path):
+    with lab.run(tmp_path/'mine') as run: lines = opening_lines(run)
+    assert lines[0].startswith('tiny (demo): 40 features, 4 to test, 8 for SFT, 8 to validate SFT, ')
+    assert ', 4 for the pairs of DPO' in lines[0]
+    named = [name for line in lines[1:] for name in line.split(':')[0].strip().split(', ')]
+    assert sorted(named) == sorted(STAGES)
+    assert '  dpo1, dpo2: training on those pairs (DPO)' in lines
+
+
+def test_a_resumed_run_says_how_much_was_there(lab, finished_run, tmp_path):
+    store = copy_of(finished_run, tmp_path/'mine')/'store.sqlite'
+    with closing(sqlite3.connect(store)) as db:
+        db.execute("DELETE FROM texts WHERE stage='round1' AND j=1")
+        db.execute("DELETE FROM texts WHERE kind='neutral'")
+        db.execute("UPDATE texts SET score=NULL WHERE kind='activating'")
+        db.execute('UPDATE progress SET finished=NULL')
+        db.commit()
+    with lab.run(tmp_path/'mine') as run:
+        of_round = there_already(run, 'prefs1')
+        of_evaluation = there_already(run, 'evaluate')
+    n = len(run.preset.baselines) + 1 + 3 # methods: baselines, label, explainers
+    asked = n*4*6 # texts of four features, two of each kind
+    assert re.fullmatch(r'prefs1 goes on, there are 16 of 16 candidates, (\d+) of (\d+) texts, \1 of \2 texts read',
+                        of_round)
+    there, wanted = map(int, re.search(r'(\d+) of (\d+) texts,', of_round).groups())
+    assert 2*there == wanted
+    assert of_evaluation == (f'evaluate goes on, there are {n*4} of {n*4} explanations, {2*asked//3} of {asked} texts, '
+                             f'{asked//3} of {asked} texts read')
+
+
+def test_a_stage_that_has_not_begun_says_nothing(lab, tmp_path):
+    with lab.run(tmp_path/'mine') as run: assert {there_already(run, stage) for stage in STAGES} == {''}
 
 
 def test_from_changed_tables_comes_a_changed_report(report, tables, tmp_path):

@@ -108,6 +108,7 @@ PARTS = {  # group -> notebook of parts/ -> its title in words
         'show': 'Text that is safe to show',
         'plots': 'Figures',
         'results': 'Results of a finished run',
+        'document': 'A page that needs nothing else',
         'report': 'The report',
         'export': 'Formats of others',
         'cards': 'Cards for the hub',
