@@ -118,7 +118,8 @@ def waiting(
     what:str # is done
 ) -> Iterator[None]:
     "Show what goes on, on stderr, where that is a terminal; no progress bar inside"
-    with Console(stderr=True).status(what): yield
+    console = Console(stderr=True, force_jupyter=False, force_terminal=False if _IN_NOTEBOOK else None)
+    with console.status(what): yield
 
 # %% ../nbs/parts/cli.ipynb #aa39afa0
 def _complete(incomplete:str) -> list[str]: # for the shell
