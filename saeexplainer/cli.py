@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Size', 'Setting', 'WriterKind', 'BaseURL', 'Model',
            'OnRay', 'Workers', 'GPUs', 'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell',
-           'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of', 'resolve',
-           'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row', 'columns_that_fit',
-           'presets_table', 'show_found', 'presets_command', 'preset_command', 'safe_text', 'in_brackets', 'marked',
-           'summary_table', 'show_summary', 'show_case', 'show_report', 'show_page', 'span', 'memory_of', 'has_server',
-           'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines',
-           'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of', 'show_evaluation', 'check_finished',
-           'report_command', 'number', 'feature_fields', 'show_feature', 'show_counts', 'ensure_features',
-           'features_just_made', 'judging_contexts', 'features_command', 'beside_greedy', 'judged', 'beside_count',
-           'explained_fields', 'show_explained', 'explain_directions', 'explain_all', 'check_files', 'check_explained',
-           'explain_some', 'explain_command', 'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file',
-           'left_out', 'show_measuring', 'measure', 'evaluate_command', 'texts_of', 'show_ranking', 'ranked_with',
-           'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
-           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
-           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
-           'format_line', 'library_line', 'one_line', 'given_command', 'kept', 'arguments', 'main']
+           'waiting', 'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of',
+           'resolve', 'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row',
+           'columns_that_fit', 'presets_table', 'show_found', 'presets_command', 'preset_command', 'safe_text',
+           'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case', 'show_report', 'show_page', 'span',
+           'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line',
+           'cluster_lines', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of',
+           'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields', 'show_feature',
+           'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts', 'features_command',
+           'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions',
+           'explain_all', 'check_files', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
+           'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
+           'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read',
+           'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
+           'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights',
+           'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'given_command', 'kept',
+           'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, math, os, re, shlex, signal, sys, traceback, zlib
@@ -111,6 +112,15 @@ def tell(
 ) -> None:
     "Print a line: a terminal wraps it, a file or another program gets it whole"
     out.print(text if isinstance(text, Text) else Text(str(text)), soft_wrap=not out.is_terminal)
+
+# %% ../nbs/parts/cli.ipynb #ef86b1a8
+@contextmanager
+def waiting(
+    what:str # is done
+) -> Iterator[None]:
+    "Show what goes on, on stderr, where that is a terminal; no progress bar inside"
+    console = Console(stderr=True, force_jupyter=False, force_terminal=False if _IN_NOTEBOOK else None)
+    with console.status(what): yield
 
 # %% ../nbs/parts/cli.ipynb #aa39afa0
 def _complete(incomplete:str) -> list[str]: # for the shell
@@ -542,8 +552,8 @@ def memory_of(
     parts = memory_parts(preset)
     if not parts: return ''
     each = ', '.join(f'{name} {gigabytes(n)}' for name, n in parts.items())
-    measured = 'measured; ' if preset.name in MEASURED else ''
-    return f' at the peak ({measured}{gigabytes(sum(parts.values()))} reckoned: {each})'
+    measured = f'; {gigabytes(MEASURED[preset.name])} were measured' if preset.name in MEASURED else ''
+    return f' at the peak, reckoned ({each}){measured}'
 
 # %% ../nbs/parts/cli.ipynb #59f78eaf
 def has_server(
@@ -744,8 +754,9 @@ def run_command( # noqa: PLR0913
     check_cluster(on_ray, workers, gpus)
     if dry: return show_plan(chosen, folder, as_json, (workers or 1) if on_ray else 0)
     check_keys(chosen, *asked_writers(chosen))
-    from saeexplainer.measuring import check_size
-    from saeexplainer.run import Run, execute
+    with waiting('loading libraries'):
+        from saeexplainer.measuring import check_size
+        from saeexplainer.run import Run, execute
     check_size(folder, chosen)
     say = _to_stderr if as_json else tell
     taken = root/like if like else None
@@ -812,9 +823,10 @@ def report_command(
     folder = root/name
     is_run = (folder/'preset.yaml').exists()
     if not (is_run or Path(name).is_dir()): raise ValueError(f'there is no run {folder}, and no folder {name}')
-    from saeexplainer.report import write_report
-    from saeexplainer.results import write_results
-    from saeexplainer.run import Run
+    with waiting('loading libraries'):
+        from saeexplainer.report import write_report
+        from saeexplainer.results import write_results
+        from saeexplainer.run import Run
     if is_run:
         with Run(folder, load_preset(folder/'preset.yaml')) as run:
             if not len(run.store.progress()): return show_evaluation(run, out_folder)
@@ -1120,16 +1132,22 @@ def explain_some( # noqa: PLR0913
     from saeexplainer.lm.models import free_memory
     from saeexplainer.reranking import draw_candidates, ranked_by_target
     from saeexplainer.saes import FeatureReader
+    from saeexplainer.target import Target
     from saeexplainer.verdicts import verdicts_on
-    reader = FeatureReader.load(preset)
     indices = [feature.index for feature in features]
-    model = load_explainer(explainer, preset, reader)
+    with waiting('loading the explainer'):
+        reader = FeatureReader.load(preset)
+        model = load_explainer(explainer, preset, reader)
     drawn = draw_candidates(model, reader, indices, preset, candidates, progress=len(features) > FEW)
     del model
     free_memory() # the explainer's, before the target is loaded
     ranked, target = ranked_by_target(preset, reader, dict(zip(indices, drawn)), known) if candidates else ({}, None)
     texts = [ranked[index].best.text if ranked else first for index, (first, *_) in zip(indices, drawn)]
-    verdicts = verdicts_on(preset, reader, features, texts, n, target) if n else [None]*len(features)
+    verdicts: list[Verdict|None] = [None]*len(features)
+    if n:
+        if target is None:
+            with waiting('loading the target'): target = Target.load(preset, reader)
+        verdicts = list(verdicts_on(preset, reader, features, texts, n, target))
     rows = [(*row, ranked.get(row[0].index)) for row in zip(features, texts, verdicts)]
     if as_json: return print(json.dumps([explained_fields(*row) for row in rows], indent=1))
     for feature, text, verdict, chosen in rows: show_explained(feature, text, verdict, preset.success, chosen)
@@ -1178,8 +1196,9 @@ def explain_command( # noqa: PLR0913
     check_cluster(on_ray, workers, gpus)
     check_names(chosen, names)
     if verified: check_keys(chosen, 'evaluation_writer')
-    from saeexplainer.explainer import explainer_of
-    from saeexplainer.selection import chosen_features, known_features
+    with waiting('loading libraries'):
+        from saeexplainer.explainer import explainer_of
+        from saeexplainer.selection import chosen_features, known_features
     executor = executor_for(on_ray, workers, gpus)
     if direction: return explain_directions(chosen, explainer_of(chosen, explainer), direction, as_json)
     if to: return explain_all(chosen, explainer_of(chosen, explainer), to, verified, as_json, candidates, executor)
@@ -1211,11 +1230,15 @@ def verify_command( # noqa: PLR0913
     if not explanation.strip(): raise ValueError('the explanation is empty: say in words what the feature stands for')
     check_names(chosen, names)
     check_keys(chosen, 'evaluation_writer')
-    from saeexplainer.saes import FeatureReader
-    from saeexplainer.selection import chosen_features, known_features
-    from saeexplainer.verdicts import verdicts_on
-    [found] = chosen_features(chosen, names, 0, 0, known_features(chosen, names))
-    [verdict] = verdicts_on(chosen, FeatureReader.load(chosen), [found], [explanation], n)
+    with waiting('loading the target'):
+        from saeexplainer.saes import FeatureReader
+        from saeexplainer.selection import chosen_features, known_features
+        from saeexplainer.target import Target
+        from saeexplainer.verdicts import verdicts_on
+        [found] = chosen_features(chosen, names, 0, 0, known_features(chosen, names))
+        reader = FeatureReader.load(chosen)
+        target = Target.load(chosen, reader)
+    [verdict] = verdicts_on(chosen, reader, [found], [explanation], n, target)
     if as_json: return print(json.dumps(explained_fields(found, explanation, verdict), indent=1))
     show_explained(found, explanation, verdict, chosen.success)
     for text in sorted(verdict.written, key=lambda t: -t['activation']):
@@ -1343,9 +1366,10 @@ def evaluate_command( # noqa: PLR0913
     chosen = resolve(which, size or usual, settings, writer, base_url, model)
     folder = root/check_name(name or stage)
     check_keys(chosen, 'evaluation_writer')
-    from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
-    from saeexplainer.report import evaluation_report
-    from saeexplainer.run import Run
+    with waiting('loading libraries'):
+        from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
+        from saeexplainer.report import evaluation_report
+        from saeexplainer.run import Run
     if (folder/'store.sqlite').exists(): check_training(folder)
     check_size(folder, chosen)
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:

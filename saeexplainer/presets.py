@@ -6,12 +6,13 @@
 __all__ = ['TEMPLATE', 'SHORT_TEMPLATE', 'HINTED_TEMPLATE', 'HINTED_WORDS', 'AS_PAPER', 'REQUIRED', 'LOOKUPS',
            'CANDIDATE_LOOKUPS', 'OWN_REWARDS', 'SHARE_REWARDS', 'SELFIE', 'BASELINES', 'GRPO_REWARDS', 'STARTS',
            'KIND_WORDS', 'RULES', 'STAGE_NAMES', 'TRAINED', 'RANGES', 'HINTS', 'PATHS', 'YAML_CHARACTERS', 'YAML_DEPTH',
-           'MEASURED', 'CPU_LOGIT', 'PUBLISHED', 'Injection', 'Lora', 'Schedule', 'Sampling', 'PairRule', 'TextCounts',
-           'Steering', 'Preset', 'short_repr', 'shown', 'stays_inside', 'kind_in_words', 'as_annotated', 'Rule',
-           'Range', 'check_preset', 'presets', 'is_local', 'data_dir', 'bench_folder', 'no_data', 'home_page',
-           'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of', 'model_size', 'sae_size', 'on_cpu',
-           'training_memory', 'sampling_memory', 'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of',
-           'validation_size', 'asked_writers', 'explainer_stages', 'evaluated_stages']
+           'MEASURED', 'KEPT_WIDTHS', 'LOGIT_BYTES', 'USUAL_EXPANSION', 'PUBLISHED', 'Injection', 'Lora', 'Schedule',
+           'Sampling', 'PairRule', 'TextCounts', 'Steering', 'Preset', 'short_repr', 'shown', 'stays_inside',
+           'kind_in_words', 'as_annotated', 'Rule', 'Range', 'check_preset', 'presets', 'is_local', 'data_dir',
+           'bench_folder', 'no_data', 'home_page', 'plain_yaml', 'load_preset', 'diff', 'ModelSize', 'sizes_of',
+           'model_size', 'sae_size', 'on_cpu', 'RowLength', 'longest_row', 'training_memory', 'sampling_memory',
+           'memory_parts', 'needs', 'preset_table', 'field_help', 'rules_of', 'validation_size', 'asked_writers',
+           'explainer_stages', 'evaluated_stages']
 
 # %% ../nbs/parts/presets.ipynb #d051ce90
 import dataclasses, difflib, math, os, re, reprlib, shlex, types, typing
@@ -929,23 +930,36 @@ def sae_size(preset:Preset) -> int|None: # features; None: not known
     return 24_576 if preset.source.endswith('res-jb') else None
 
 # %% ../nbs/parts/presets.ipynb #b975793f
-# GB, the peak of a whole demo on two CPU cores; `evaluate` took 2.5, `explain 5 13 --verify 10` 1.4
-MEASURED = {'smollm2-135m': 4.8}
-# bytes for each logit of a batch on a CPU, measured with batches of 4 and 16: all copies, and what stays allocated
-CPU_LOGIT = 76
+MEASURED = {'smollm2-135m': 5.5, 'smollm2-135m-by-gemma': 6.5} # GB, the peak of a demo on two CPU cores
+KEPT_WIDTHS = 41 # numbers that a layer keeps of a token for its gradients, as a multiple of the width
+LOGIT_BYTES = 20 # of each logit: the logits in fp32, their log-softmax, gradients and copies
 
 def on_cpu(target:ModelSize) -> bool: # small presets are reckoned for a CPU, where the explainer is in fp32
     "Return whether a preset is reckoned for a CPU"
     return target.billions < .5
 
+@dataclass(frozen=True)
+class RowLength:
+    "Tokens of the longest row of a batch"
+    tokens: int # prompt and label
+    labelled: int # that have logits: the label and the end of its turn
+
+def longest_row(preset:Preset, cpu:bool) -> RowLength:
+    "Return how long the rows of training become: longer where the prompt names the nearest words"
+    if not cpu: return RowLength(tokens=75, labelled=25)
+    if not preset.n_hints: return RowLength(tokens=80, labelled=15)
+    return RowLength(tokens=90 if preset.n_sft < 500 else 170, labelled=15)
+
 def training_memory(preset:Preset, explainer:ModelSize, cpu:bool) -> float: # GB
     "Return the memory of a step of training beside the models"
     rows = max(preset.sft_batch, 2*preset.dpo_batch, preset.grpo_group if preset.grpo_steps else 0) # of a batch
-    tokens = rows*(45 if cpu else 75)
+    longest = longest_row(preset, cpu)
     number = 4 if cpu else 2 # bytes
     adapter = 16*.012*explainer.billions*preset.lora_r/32 # with its gradient and two moments, in fp32
-    kept = tokens*(explainer.layers + 40)*explainer.width*number/1e9 # each layer's input, and all of one layer
-    logits = tokens*explainer.vocabulary*(CPU_LOGIT if cpu else 16)/1e9 # in bf16 and fp32, their gradients and softmax
+    checkpointed = explainer.billions > 1 # each layer's input, and all of one layer
+    widths = explainer.layers + KEPT_WIDTHS if checkpointed else explainer.layers*KEPT_WIDTHS
+    kept = rows*longest.tokens*widths*explainer.width*number/1e9
+    logits = rows*longest.labelled*explainer.vocabulary*LOGIT_BYTES/1e9
     return adapter + kept + logits
 
 def sampling_memory(preset:Preset, explainer:ModelSize, cpu:bool) -> float: # GB
@@ -953,12 +967,15 @@ def sampling_memory(preset:Preset, explainer:ModelSize, cpu:bool) -> float: # GB
     number = 4 if cpu else 2 # bytes
     return preset.batch_size*(120*2*explainer.keys*explainer.layers*number + 24*explainer.vocabulary)/1e9
 
+# %% ../nbs/parts/presets.ipynb #826d85bf
+USUAL_EXPANSION = 16 # features of an SAE for each of the width, where its source does not say how many
+
 def memory_parts(preset:Preset) -> dict: # GB; empty where the sizes are not known
     "Return what a run's peak of memory is made of: the larger of training and sampling, beside the models"
     target = sizes_of(preset.target)
     explainer = sizes_of(preset.explainer)
-    features = sae_size(preset)
-    if not (target and explainer and features): return {}
+    if not (target and explainer): return {}
+    features = sae_size(preset) or USUAL_EXPANSION*target.width
     cpu = on_cpu(target)
     held = ((1 if preset.int8_target else 2)*target.billions, (4 if cpu else 2)*explainer.billions)
     take_turns = preset.swap_models and not preset.grpo_steps # online RL needs both at once
@@ -973,11 +990,10 @@ def needs(preset:Preset) -> dict|None: # memory_gb and disk_gb; None where the m
     target = sizes_of(preset.target)
     explainer = sizes_of(preset.explainer)
     if not (parts and target and explainer): return None
-    memory = max(sum(parts.values()), MEASURED.get(preset.name, 0.))
     fetched = 2*target.billions
     if preset.explainer != preset.target: fetched += 2*explainer.billions
     adapters = 3*.02*2*explainer.billions
-    return dict(memory_gb=memory, disk_gb=fetched + parts['SAE'] + adapters)
+    return dict(memory_gb=sum(parts.values()), disk_gb=fetched + parts['SAE'] + adapters)
 
 # %% ../nbs/parts/presets.ipynb #595fd664
 def _as_text(value): # a field's value, for a table

@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from saeexplainer.lm.models import cache_dir
+from saeexplainer import presets as presets_module
 from saeexplainer.presets import (
-    PUBLISHED, Preset, data_dir, diff, field_help, load_preset, preset_table, presets, rules_of,
+    MEASURED, PUBLISHED, Preset, RowLength, data_dir, diff, field_help, load_preset, needs, preset_table, presets,
+    rules_of, sizes_of, training_memory,
 )
 
 OWN = ['smollm2-135m', 'smollm2-135m-mlp', 'smollm2-135m-by-gemma'] # of this machine's size
@@ -377,3 +379,33 @@ def test_a_preset_that_is_neither_has_rules_of_its_own():
 
 def test_the_last_checkpoint_is_kept_unless_a_preset_says_otherwise():
     assert all(load_preset(name).dpo_keep == 'last' for name in presets())
+
+
+# ---- memory
+
+def memory(name, **fields): return needs(load_preset(name, **fields))['memory_gb']
+
+
+@pytest.mark.parametrize('name, measured', [('smollm2-135m', 5.5), ('smollm2-135m-by-gemma', 6.5)])
+def test_memory_is_within_a_quarter_of_what_a_demo_took(name, measured):
+    "As `/usr/bin/time -v` has it, stopped in SFT, on two cores"
+    assert memory(name, size='demo') == pytest.approx(measured, rel=.25)
+    assert MEASURED[name] == measured
+
+
+@pytest.mark.parametrize('explainer, measured', [('smollm2-135m-instruct', 3.07), ('gemma-3-270m-q4', 2.99)])
+def test_a_step_of_sft_takes_what_was_measured(monkeypatch, explainer, measured):
+    "Of 16 rows of 63 tokens, 13 of them labelled"
+    monkeypatch.setattr(presets_module, 'longest_row', lambda preset, cpu: RowLength(63, 13))
+    preset = load_preset('smollm2-135m', dpo_batch=8, sft_batch=16)
+    assert training_memory(preset, sizes_of(explainer), cpu=True) == pytest.approx(measured, rel=.05)
+
+
+def test_longer_rows_and_larger_batches_take_more():
+    assert memory('smollm2-135m', size='full') > memory('smollm2-135m', size='demo') + 2
+    assert memory('smollm2-135m', sft_batch=64) > 2*memory('smollm2-135m')
+
+
+def test_an_sae_whose_source_says_no_size_is_reckoned_too():
+    own = memory('gemma-2-9b-l20', source='mine/layer_20')
+    assert own == pytest.approx(memory('gemma-2-9b-l20'), rel=.05)
