@@ -1313,7 +1313,7 @@ def measure(
 ) -> 'pd.DataFrame': # `summary` of all that was measured
     "Measure explanations and the labels beside them; raise `ValueError` where none of their features can be measured"
     from saeexplainer.features import check_features_of, features_file
-    from saeexplainer.measuring import beside_labels, check_same, measurable, write_evaluation
+    from saeexplainer.measuring import beside_labels, edition, measurable, write_evaluation
     from saeexplainer.metrics import evaluate
     from saeexplainer.results import note_measuring
     from saeexplainer.selection import chosen_features
@@ -1326,8 +1326,10 @@ def measure(
         raise ValueError(f'{file} explains no feature that can be measured: '
                          f'{preset.source} has features 0 to {max(run.features)}')
     found = chosen_features(preset, rows['feature'].tolist(), 0, 0, features)
-    stages = beside_labels(stage, found, rows['explanation'])
-    check_same(run.store, run.folder, stage, stages[stage])
+    texts = dict(zip([feature.index for feature in found], rows['explanation']))
+    name = edition(run.store, stage, texts)
+    if name != stage: print(f'{file} was edited since it was measured: now it is {name}', file=sys.stderr)
+    stages = beside_labels(name, found, rows['explanation'])
     show_measuring(preset, stages)
     evaluate(run, stages)
     note_measuring(run, given_command())
