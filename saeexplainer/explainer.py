@@ -612,6 +612,6 @@ def explainer_of(
         if note: print(note, file=sys.stderr)
     explainer = given or shipped_explainer(preset)
     if explainer is None:
-        raise ValueError(f'no explainer is shipped for {preset.name}: give one with --explainer, '
+        raise ValueError(f'no explainer is shipped for {preset.name}: give one (--explainer; explainer= in Python), '
                          f'or train one with saeexplainer run {preset.called}')
     return explainer

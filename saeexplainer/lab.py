@@ -391,7 +391,12 @@ class Lab(Instruments):
         n:int=10, # texts that are written from each
         progress:bool=False # show a bar
     ) -> pd.DataFrame: # feature, text, activation, hit (Eq. 12), and how often fresh texts are one
-        "Let the target's activation judge explanations, on texts that a writer makes of them"
+        """Let the target's activation judge explanations, on texts that a writer makes of them.
+
+        The table has a row for each text. `activation` is the strongest on it; `hit` says whether it reaches
+        half of the strongest known one (Eq. 12). `fresh` is of the explanation, so equal in its rows: how often
+        new texts of explanations with so many hits are hits; missing where that was not calibrated.
+        Of an empty explanation no text is written: its rows say so by what is missing."""
         asked = [(self.index_of(f), text) for f, text in checked_explanations(explanations).items()]
         checked = verify(self.target, self.writer, asked, self.preset, n, progress)
         strongest = {index: self.strongest(index) for index, _ in asked}
@@ -402,10 +407,11 @@ class Lab(Instruments):
         prompt:str, # that the target continues
         feature:int|str|FeatureId,
         kl:float, # how far the next-token distribution moves, in nats; negative: clamped below zero
-        **more # `seed` and `n_tokens` of `steered_text`
+        seed:int=0,
+        n_tokens:int=40 # of the continuation
     ) -> SteeredText: # beside the continuation as it is
         "Continue a prompt with a feature clamped; raise `ValueError` where the KL is no number"
-        return steered_text(self, prompt, feature, kl, **more)
+        return steered_text(self, prompt, feature, kl, seed, n_tokens)
 
     def evaluation(self) -> Evaluation: # what `metrics.evaluate` works with
         "Return target, writer, features and the store of what is measured"

@@ -12,7 +12,7 @@ from site_search import prepare
 from site_tables import with_readable_tables
 
 NOT_SEARCHED = re.compile(  # code, and tables that a cell shows
-    r'<details(?= class="quote"|>)|<div class="(?:output )?highlight"|<table class="dataframe"')
+    r'<details(?= class="quote"|>)|<div class="(?:output )?highlight"|<table class="dataframe"|<div class="saex"')
 STRANGER = re.compile(r'<img alt="([^"]*)" src="https?://[^"]*" ?/?>')
 TABLE_CELL = re.compile(r'<td[^>]*>[^<]*\[[^<]*</td>')
 P_VALUE = re.compile(r', p (&lt; )?([\d.]+)')

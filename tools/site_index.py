@@ -32,7 +32,7 @@ def exported(module):
 def first_line(text):
     "Return the first sentence of a docstring, as a cell of a table"
     paragraph = ' '.join((text or '').split('\n\n')[0].split())
-    return escaped(re.split(r'(?<=[.;]) ', paragraph)[0].rstrip('.;'))
+    return escaped(re.split(r'(?<=[.;])(?<!Eq\.) ', paragraph)[0].rstrip('.;'))
 
 
 def table_of(things, pages):

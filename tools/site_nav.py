@@ -147,9 +147,19 @@ WORDS = {  # what is looked for -> where a reader would go: the first of these t
     'FeatureExplorer': ['parts/explorer.html#featureexplorer'],
     'command line': ['command_line.html'],
     'API': ['api.html'],
+    'Lab': ['parts/lab.html'],
+    'load': ['parts/lab.html'],
+    'SAELens': ['recipes/your_own_sae.html'],
+    'gemma': ['recipes/paper_presets.html'],
+    'llama': ['recipes/paper_presets.html'],
+    'score': ['metrics.html'],
+    'licence license': ['index.html#cite', 'index.html'],
+    'Excel': ['guide/howto.html#measure-my-csv', 'command_line.html#evaluate'],
+    'how long': ['guide/install.html#how-long', 'guide/install.html', 'index.html'],
     'release': ['changelog.html'],
 }
-BOOSTS = {'guide/': 8, 'recipes/': 4, 'command_line': 4, 'how_right': 4, 'index': 2, 'glossary': 2, 'parts/cli': .5}
+BOOSTS = {'guide/': 8, 'recipes/': 4, 'command_line': 4, 'how_right': 4, 'index': 2, 'glossary': 2, 'parts/cli': .5,
+          'parts/remote': .1, 'parts/models': .1}
 
 
 def boost(page):
