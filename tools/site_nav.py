@@ -4,7 +4,7 @@ Notebooks are named by their path within nbs/, without the ending.
 """
 from pathlib import Path
 
-START = 'quickstart first_look install howto gallery faq'.split()  # of guide/
+START = 'quickstart first_look teach install howto gallery faq'.split()  # of guide/
 HOW_RIGHT = 'how_right'
 RECIPES = '''
     your_own_sae writers paper_presets another_width train_sae layer_saes train_transcoder circuit_graph
