@@ -393,10 +393,8 @@ class Lab(Instruments):
     ) -> pd.DataFrame: # feature, text, activation, hit (Eq. 12), and how often fresh texts are one
         """Let the target's activation judge explanations, on texts that a writer makes of them.
 
-        The table has a row for each text. `activation` is the strongest on it; `hit` says whether it reaches
-        half of the strongest known one (Eq. 12). `fresh` is of the explanation, so equal in its rows: how often
-        new texts of explanations with so many hits are hits; missing where that was not calibrated.
-        Of an empty explanation no text is written: its rows say so by what is missing."""
+        `hit`: the text reaches half of the strongest activation (Eq. 12); `fresh`: how often new texts do, where as
+        many have. Both are missing where they are not known, and for an empty explanation."""
         asked = [(self.index_of(f), text) for f, text in checked_explanations(explanations).items()]
         checked = verify(self.target, self.writer, asked, self.preset, n, progress)
         strongest = {index: self.strongest(index) for index, _ in asked}

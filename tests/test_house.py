@@ -17,6 +17,7 @@ LONG = { # what is one class, in one cell
     '00_injection.ipynb': 59, # `Injector`: its hooks, and what they share
     'parts/executor.ipynb': 54, # `RayExecutor`
     'parts/explainer.ipynb': 55, # `ExplainerCard`: a field a line
+    'parts/lab.ipynb': 59, # `Lab`: what can be asked of a feature
     'parts/presets.ipynb': 264, # the fields of a run, each with its help
     'parts/saes.ipynb': 64, # `FeatureReader`: what the rest of the project asks of a dictionary
     'parts/target.ipynb': 54, # the doors of `Target`
