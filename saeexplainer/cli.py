@@ -8,19 +8,19 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'waiting', 'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of',
            'resolve', 'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row',
            'columns_that_fit', 'presets_table', 'show_found', 'presets_command', 'preset_command', 'safe_text',
-           'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case', 'show_report', 'show_page', 'span',
-           'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line',
-           'cluster_lines', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of',
-           'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields', 'show_feature',
-           'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts', 'features_command',
-           'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions',
-           'explain_all', 'check_files', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
-           'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
-           'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read',
-           'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
-           'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights',
-           'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'given_command', 'kept',
-           'arguments', 'main']
+           'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case', 'show_report', 'show_page',
+           'show_lowest', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line', 'cost_lines',
+           'budget_line', 'cluster_lines', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command',
+           'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields',
+           'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
+           'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
+           'explain_directions', 'explain_all', 'check_files', 'check_explained', 'explain_some', 'explain_command',
+           'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure',
+           'evaluate_command', 'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in',
+           'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command',
+           'export_command', 'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache',
+           'damaged_weights', 'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line',
+           'given_command', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, math, os, re, shlex, signal, sys, traceback, zlib
@@ -491,7 +491,7 @@ def show_summary(
 ) -> None:
     "Print the means of stages x metrics with their intervals, over how many features they are, and what they mean"
     from saeexplainer.evaluation.tables import stage_table
-    from saeexplainer.report import meanings
+    from saeexplainer.report import METHODS, meanings
     cells = stage_table(table)
     explained = meanings(table, chance)
     counts = {metric: n for metric, n, _ in explained}
@@ -499,6 +499,7 @@ def show_summary(
     for i in range(0, len(cells), each): out.print(summary_table(cells.iloc[i:i+each], counts))
     tell('Means with 95% intervals over n features; shares in per cent, high, low and gap in units of the activation.')
     for metric, _, meaning in explained: tell(Text.assemble((f'  {metric}', 'bold'), f': {meaning}'))
+    if 'control' in cells.index: tell(Text.assemble(('  control', 'bold'), f": {METHODS['control']}"))
 
 # %% ../nbs/parts/cli.ipynb #844fb58e
 def show_case(
@@ -529,6 +530,31 @@ def show_page(
     "Print, as the last line, which file to open; a terminal that knows links makes it one"
     page = folder/'index.html'
     tell(Text.assemble('open ', (str(page), f'link {page.absolute().as_uri()}')))
+
+# %% ../nbs/parts/cli.ipynb #c7882ef5
+def _cut(line:Text) -> Text: # to the width of the terminal, or of a wide page
+    line.truncate(out.width, overflow='ellipsis')
+    return line
+
+def show_lowest(
+    values:'pd.DataFrame', # of `values_table`
+    stage:str, # name of the explanations
+    n:int, # texts of each, for `generative`
+    file:Path # with all values
+) -> None:
+    "Print the worst explanations of a name, a line each, and how far one value can be trusted"
+    from saeexplainer.measuring import lowest, uncertain_by
+    worst = lowest(values, stage)
+    if not worst: return
+    tell(safe_text(f'lowest of {stage}:'))
+    tell('  feature  generative  names_word  explanation')
+    for low in worst:
+        share = '-' if math.isnan(low.generative) else f'{low.generative:.0%}'
+        named = '-' if math.isnan(low.names_word) else 'yes' if low.names_word else 'no'
+        tell(_cut(safe_text(f"  {low.feature:>7}  {share:>10}  {named:>10}  {' '.join(low.text.split())}")))
+    beside = ' Rows of label stand beside;' if 'label' in set(values['stage']) else ''
+    tell(f'One value of generative is a share of {n} texts, uncertain by up to {uncertain_by(n):.0f} points either way.'
+         f'{beside} {file} has all.')
 
 # %% ../nbs/parts/cli.ipynb #39dfe46a
 def span(
@@ -784,7 +810,7 @@ def show_evaluation(
 ) -> None:
     "Print what `evaluate` has measured in a folder; raise `ValueError` where it has measured nothing yet"
     import shutil
-    from saeexplainer.measuring import EVALUATION_FILES, write_evaluation
+    from saeexplainer.measuring import EVALUATION_FILES, own_stages, values_table, write_evaluation
     from saeexplainer.report import evaluation_report
     if not len(run.store.metrics()):
         raise ValueError(f'{run.folder} holds no results yet: neither a run nor an evaluation was finished there')
@@ -796,6 +822,9 @@ def show_evaluation(
         report = Path(shutil.copytree(report, out_folder/'report', dirs_exist_ok=True))
     show_summary(table, chance_of(run.preset))
     shown = out_folder or run.folder
+    values = values_table(run.store)
+    for stage in own_stages(run.store.metrics()):
+        show_lowest(values, stage, run.preset.text_counts.generative, shown/'explanations.csv')
     tell(f"measured: {', '.join(f'{shown}/{file}' for file in EVALUATION_FILES)}")
     show_page(report)
 
@@ -1310,10 +1339,10 @@ def measure(
     stage:str, # name of the explanations
     rows:'pd.DataFrame', # of `rows_to_measure`
     file:Path # that they are from, for the error
-) -> 'pd.DataFrame': # `summary` of all that was measured
+) -> str: # the name that they were measured under
     "Measure explanations and the labels beside them; raise `ValueError` where none of their features can be measured"
     from saeexplainer.features import check_features_of, features_file
-    from saeexplainer.measuring import beside_labels, edition, measurable, write_evaluation
+    from saeexplainer.measuring import EVALUATED, beside_labels, edition, measurable, not_covered
     from saeexplainer.metrics import evaluate
     from saeexplainer.results import note_measuring
     from saeexplainer.selection import chosen_features
@@ -1330,10 +1359,11 @@ def measure(
     name = edition(run.store, stage, texts)
     if name != stage: print(f'{file} was edited since it was measured: now it is {name}', file=sys.stderr)
     stages = beside_labels(name, found, rows['explanation'])
+    if lost := not_covered(found): print(lost, file=sys.stderr)
     show_measuring(preset, stages)
-    evaluate(run, stages)
+    evaluate(run, stages, EVALUATED)
     note_measuring(run, given_command())
-    return write_evaluation(run.store, run.folder)
+    return name
 
 # %% ../nbs/parts/cli.ipynb #a9768913
 _TO_MEASURE = '.csv, .parquet or .jsonl with feature and explanation, or an export of Neuronpedia (.jsonl.gz)'
@@ -1359,7 +1389,7 @@ def evaluate_command( # noqa: PLR0913
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
-    "Measure explanations from whatever method with the four metrics"
+    "Measure explanations from whatever method with the four metrics, and say which are lowest"
     check_cluster(on_ray, workers, gpus)
     rows = rows_to_measure(file)
     stage = stage_of(file)
@@ -1369,16 +1399,21 @@ def evaluate_command( # noqa: PLR0913
     folder = root/check_name(name or stage)
     check_keys(chosen, 'evaluation_writer')
     with waiting('loading libraries'):
-        from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
+        from saeexplainer.measuring import (
+            EVALUATION_FILES, check_size, check_training, values_table, write_evaluation,
+        )
         from saeexplainer.report import evaluation_report
         from saeexplainer.run import Run
     if (folder/'store.sqlite').exists(): check_training(folder)
     check_size(folder, chosen)
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:
-        table = measure(run, stage, rows, file)
+        measured = measure(run, stage, rows, file)
+        table = write_evaluation(run.store, folder)
+        values = values_table(run.store)
         report = evaluation_report(run)
     if as_json: return print(table.reset_index().to_json(orient='records'))
     show_summary(table, chance_of(chosen))
+    show_lowest(values, measured, chosen.text_counts.generative, folder/'explanations.csv')
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
     show_page(report)
 

@@ -1,8 +1,9 @@
 "Which features are meant: names, lists, ranges, and a draw at random; which of them can be measured"
+from dataclasses import replace
 import pytest
 
-from saeexplainer.features import Feature, FeatureId
-from saeexplainer.measuring import beside_labels, measurable
+from saeexplainer.features import Context, Feature, FeatureId
+from saeexplainer.measuring import beside_labels, measurable, not_covered
 from saeexplainer.names import check_names, feature_of, listed, preset_and_names
 from saeexplainer.presets import load_preset
 from saeexplainer.selection import chosen_features
@@ -88,3 +89,11 @@ def test_what_can_be_measured():
 
 def test_labels_stand_beside():
     assert beside_labels('mine', FEATURES[:1], ['y']) == {'mine': {0: 'y'}, 'label': {0: 'x'}}
+
+
+def test_features_without_a_word_at_a_peak_have_no_coverage():
+    with_word = Context('test', ['a', ' cat'], [0., 4.], 1)
+    without = Context('test', ['a', ' .'], [0., 4.], 1)
+    features = [replace(FEATURES[0], contexts=contexts) for contexts in ([with_word], [without], [])]
+    assert not_covered(features[:1]) == ''
+    assert not_covered(features).startswith('coverage leaves out 2 of 3 features')
