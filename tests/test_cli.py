@@ -103,6 +103,34 @@ def test_a_plan_says_what_it_does_not_know(capsys, tmp_path, monkeypatch, more, 
     assert says in printed(capsys, 'run', 'gemma-2-9b-l20', '--dry-run', *more)
 
 
+@pytest.mark.parametrize('fields, says', [
+    ({}, None),
+    ({'sae': 'none/sae'}, ['SAE: not found at none/sae or ']),
+    ({'features': 'none.parquet', 'corpus': 'none.txt'}, ['corpus: not found at none.txt']),
+    ({'features': 'none.parquet', 'corpus': 'none.txt', 'sae': 'none/sae'},
+     ['SAE: not found at none/sae or ', '; corpus: not found at none.txt']),
+    ({'features': 'none.parquet', 'corpus': 'org/texts'}, None), # of the hub
+    ({'sae': 'gpt2-small-res-jb:blocks.8.hook_resid_pre'}, None)])
+def test_a_plan_lacks_what_is_not_there(capsys, tmp_path, monkeypatch, fields, says):
+    lab = make_lab(tmp_path, baselines=[], **fields)
+    in_folder(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ['run', str(lab.file), '--dry-run']
+    if says is None:
+        assert printed_json(capsys, *command)['target'] == str(lab.model)
+        return
+    code, line = ends(capsys, *command)
+    assert code == 2
+    for part in says: assert part in line
+
+
+def test_a_plan_lacks_labels_of_another_model(capsys, monkeypatch):
+    code, line = ends(capsys, 'run', 'smollm2-135m', '--dry-run', '-s', 'label_model=gpt-9')
+    assert code == 2
+    assert line.startswith('saeexplainer: labels: ')
+    assert "has no labels of 'gpt-9': it has those of " in line
+
+
 def test_a_plan_shows_an_address_without_its_secrets(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('OPENAI_BASE_URL', 'http://me:secret@127.0.0.1:9/v1?key=secret')
