@@ -16,7 +16,7 @@ __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Siz
            'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
            'explain_directions', 'explain_all', 'check_files', 'check_explained', 'explain_some', 'explain_command',
            'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure',
-           'evaluate_command', 'texts_of', 'show_features', 'check_on_bench', 'show_ranking', 'ranked_with',
+           'evaluate_command', 'show_features', 'check_on_bench', 'texts_of', 'show_ranking', 'ranked_with',
            'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
            'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
            'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
@@ -1431,25 +1431,7 @@ def evaluate_command( # noqa: PLR0913
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
     show_page(report)
 
-# %% ../nbs/parts/cli.ipynb #2e2ceb47
-_BENCH = 'the frozen features, excerpts and settings to measure on'
-_TO_RANK = f'{_TO_MEASURE}; none: show the ranking of the methods that are built in'
-_LISTED = "print the bench's features, one a line, and stop: a file explains some of them, named so or by index"
-_BUILT_IN = 'measure the methods that are built in, and keep the values with the bench: hours'
-
-def texts_of(
-    file:Path, # of explanations
-    features:Iterable['Feature'] # of the preset
-) -> dict[int, str]: # feature -> explanation
-    "Return the explanations of a file, those of features that can be measured, and say how many are left out"
-    from saeexplainer.measuring import measurable, named_either_way
-    features = list(features)
-    rows = rows_to_measure(file)
-    if lost := left_out(rows['feature'], features): print(f'{file}: {lost}', file=sys.stderr)
-    known = named_either_way(features)
-    rows = rows[measurable(rows['feature'], features)]
-    return {known[name].index: text for name, text in zip(rows['feature'], rows['explanation'])}
-
+# %% ../nbs/parts/cli.ipynb #569d1b8e
 def show_features(
     chosen:'Bench',
     as_json:bool
@@ -1470,6 +1452,25 @@ def check_on_bench(
     raise ValueError(f'{stage_of(file)} explains none of the {len(chosen.features)} features of {chosen.name}, which '
                      f'`saeexplainer benchmark --bench {chosen.name} --features` lists: '
                      f'`saeexplainer evaluate {file}` measures any others')
+
+# %% ../nbs/parts/cli.ipynb #2e2ceb47
+_BENCH = 'the frozen features, excerpts and settings to measure on'
+_TO_RANK = f'{_TO_MEASURE}; none: show the ranking of the methods that are built in'
+_LISTED = "print the bench's features, one a line, and stop: a file explains some of them, named so or by index"
+_BUILT_IN = 'measure the methods that are built in, and keep the values with the bench: hours'
+
+def texts_of(
+    file:Path, # of explanations
+    features:Iterable['Feature'] # of the preset
+) -> dict[int, str]: # feature -> explanation
+    "Return the explanations of a file, those of features that can be measured, and say how many are left out"
+    from saeexplainer.measuring import measurable, named_either_way
+    features = list(features)
+    rows = rows_to_measure(file)
+    if lost := left_out(rows['feature'], features): print(f'{file}: {lost}', file=sys.stderr)
+    known = named_either_way(features)
+    rows = rows[measurable(rows['feature'], features)]
+    return {known[name].index: text for name, text in zip(rows['feature'], rows['explanation'])}
 
 def show_ranking(
     table:'pd.DataFrame', # of `ranking_table`
@@ -1621,13 +1622,7 @@ def show_readings(
         tell('')
     tell('right: share of explanations rated 2; mean: of 0 to 2; low and high: 95% intervals over features.')
 
-# %% ../nbs/parts/cli.ipynb #2fed4747
-_SHEET = 'folder of the sheet; key and readings lie beside it, as FOLDER.key.json and FOLDER.readings.parquet'
-_EXPLAINED = 'make a sheet of these: files of explanations, folders of results or of a bench; none: show what was read'
-_DRAWN = 'features to draw; default: 60, or all where there are fewer'
-_RATED = 'ratings.csv, filled in: store it'
-_MEASURED = 'folder of results, or of a bench, whose metrics are compared with the reading'
-
+# %% ../nbs/parts/cli.ipynb #3e842ffc
 FEATURES_READ = 60 # on a sheet, where no number is given
 
 def make_sheet(
@@ -1651,6 +1646,13 @@ def make_sheet(
     key = write_sheet(folder, methods, by_index, n, seed)
     tell(f'{len(key.shown)} explanations of {n} features by {len(methods)} methods: read {folder}/sheet.md, '
          f'and fill in {folder}/ratings.csv; keep {key_file(folder).name} from the reader')
+
+# %% ../nbs/parts/cli.ipynb #2fed4747
+_SHEET = 'folder of the sheet; key and readings lie beside it, as FOLDER.key.json and FOLDER.readings.parquet'
+_EXPLAINED = 'make a sheet of these: files of explanations, folders of results or of a bench; none: show what was read'
+_DRAWN = 'features to draw; default: 60, or all where there are fewer'
+_RATED = 'ratings.csv, filled in: store it'
+_MEASURED = 'folder of results, or of a bench, whose metrics are compared with the reading'
 
 @app.command('read-blind', cls=_Command, epilog=_examples(
     'saeexplainer read-blind blind/one data/smollm2-135m/results --methods label,sft,dpo2 --features 60',

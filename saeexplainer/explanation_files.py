@@ -76,10 +76,10 @@ def _text_or_none(value, where:str) -> str|None: # raises `ValueError`
 
 def _said(row:dict, number:int, file) -> _Said: # raises `ValueError`
     folded = {key.strip().casefold(): value for key, value in row.items() if isinstance(key, str)}
-    written = list(row)
+    columns = list(row)
     row = folded | row # a column's own spelling goes first
     where = f'{file}, row {number}'
-    name, text = _as_written(row, written, file if number == 1 else f'{where},')
+    name, text = _as_written(row, columns, file if number == 1 else f'{where},')
     try:
         feature = _feature_name(name)
     except ValueError:
