@@ -149,14 +149,23 @@ def reasons(
     return dict(Counter(entry.refused for entry in entries if entry.refused))
 
 # %% ../nbs/parts/catalogue.ipynb #86140387
+def _word(word:str) -> re.Pattern: # a number in it is whole: '12' is not in 'l0_129'
+    before = r'(?<!\d)' if word[0].isdecimal() else ''
+    behind = r'(?!\d)' if word[-1].isdecimal() else ''
+    return re.compile(before + re.escape(word) + behind)
+
+def _is_further(entry:Entry) -> tuple: # what is most used comes first: canonical ones, then the residual stream
+    return 'canonical' not in entry.name, not str(entry.place).startswith('resid')
+
 def find(
     words:str, # all of which must be in its names
     entries:Iterable[Entry]|None=None, # None: all
-) -> list[Entry]:
-    "Return dictionaries whose release, id, model, kind or place have all the words in them"
-    wanted = words.lower().split()
+) -> list[Entry]: # canonical ones first, then those of the residual stream
+    "Return dictionaries whose release, id, model, kind or place have all the words in them; numbers are whole"
+    wanted = [_word(word) for word in words.lower().split()]
     def names(entry): return f'{entry.name} {entry.model} {entry.kind} {entry.place} {entry.neuronpedia}'.lower()
-    return [entry for entry in entries or catalogue() if all(word in names(entry) for word in wanted)]
+    found = [entry for entry in entries or catalogue() if all(word.search(names(entry)) for word in wanted)]
+    return sorted(found, key=_is_further)
 
 def entry_of(
     name:str, # 'release:id'
@@ -223,7 +232,8 @@ def preset_yaml(
     "Return a preset's file for a dictionary, with what is known of it in comments"
     import yaml
     fields = fields_for(entry)
-    said = f'# a {entry.kind} at {entry.place} of layer {entry.layer}'
+    article = 'an' if entry.kind == 'SAE' else 'a'
+    said = f'# {article} {entry.kind} at {entry.place} of layer {entry.layer}'
     if entry.kind != 'SAE': said += ', which writes behind the MLP'
     lines = [said, yaml.safe_dump(fields, sort_keys=False, width=1000).rstrip()]
     if 'corpus' in fields:

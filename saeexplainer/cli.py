@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['app', 'out', 'Version', 'JSON', 'PresetOption', 'Root', 'Seed', 'Size', 'Setting', 'WriterKind', 'BaseURL', 'Model',
-           'OnRay', 'Workers', 'GPUs', 'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FORMATS', 'MOST', 'tell',
-           'waiting', 'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for', 'settings_of',
-           'resolve', 'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part', 'preset_row',
-           'columns_that_fit', 'presets_table', 'show_found', 'presets_command', 'preset_command', 'safe_text',
-           'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case', 'show_report', 'show_page', 'span',
-           'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line', 'cost_lines', 'budget_line',
-           'cluster_lines', 'plan_lines', 'show_plan', 'begun_before', 'next_command', 'run_command', 'chance_of',
-           'show_evaluation', 'check_finished', 'report_command', 'number', 'feature_fields', 'show_feature',
-           'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts', 'features_command',
-           'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained', 'explain_directions',
-           'explain_all', 'check_files', 'check_explained', 'explain_some', 'explain_command', 'verify_command',
-           'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure', 'evaluate_command',
-           'texts_of', 'show_ranking', 'ranked_with', 'benchmark_command', 'methods_in', 'methods_to_read',
-           'metrics_in', 'reading_tables', 'show_readings', 'make_sheet', 'read_blind_command', 'export_command',
-           'label_graph_command', 'doctor_command', 'file_at_fault', 'first_error', 'about_cache', 'damaged_weights',
-           'memory_line', 'weights_line', 'Format', 'format_line', 'library_line', 'one_line', 'given_command', 'kept',
-           'arguments', 'main']
+           'OnRay', 'Workers', 'GPUs', 'GROUPS', 'DryRun', 'FEW', 'Verify', 'Candidates', 'FEATURES_READ', 'FORMATS',
+           'MOST', 'tell', 'waiting', 'options', 'check_writer', 'writer_fields', 'check_cluster', 'executor_for',
+           'settings_of', 'resolve', 'check_keys', 'check_name', 'show_preset', 'in_thousands', 'last_part',
+           'preset_row', 'columns_that_fit', 'presets_table', 'show_found', 'presets_command', 'preset_command',
+           'safe_text', 'in_brackets', 'marked', 'summary_table', 'show_summary', 'show_case', 'show_report',
+           'show_page', 'show_lowest', 'span', 'memory_of', 'has_server', 'writer_line', 'key_line', 'features_line',
+           'cost_lines', 'budget_line', 'cluster_lines', 'plan_lines', 'show_plan', 'begun_before', 'next_command',
+           'run_command', 'chance_of', 'show_evaluation', 'check_finished', 'report_command', 'number',
+           'feature_fields', 'show_feature', 'show_counts', 'ensure_features', 'features_just_made', 'judging_contexts',
+           'features_command', 'beside_greedy', 'judged', 'beside_count', 'explained_fields', 'show_explained',
+           'explain_directions', 'explain_all', 'check_files', 'check_explained', 'explain_some', 'explain_command',
+           'verify_command', 'rows_to_measure', 'stage_of', 'preset_of_file', 'left_out', 'show_measuring', 'measure',
+           'evaluate_command', 'show_features', 'check_on_bench', 'texts_of', 'show_ranking', 'ranked_with',
+           'benchmark_command', 'methods_in', 'methods_to_read', 'metrics_in', 'reading_tables', 'show_readings',
+           'make_sheet', 'read_blind_command', 'export_command', 'label_graph_command', 'doctor_command',
+           'file_at_fault', 'first_error', 'about_cache', 'damaged_weights', 'memory_line', 'weights_line', 'Format',
+           'format_line', 'library_line', 'one_line', 'given_command', 'kept', 'arguments', 'main']
 
 # %% ../nbs/parts/cli.ipynb #7757a181
 import io, json, math, os, re, shlex, signal, sys, traceback, zlib
@@ -491,7 +491,7 @@ def show_summary(
 ) -> None:
     "Print the means of stages x metrics with their intervals, over how many features they are, and what they mean"
     from saeexplainer.evaluation.tables import stage_table
-    from saeexplainer.report import meanings
+    from saeexplainer.report import METHODS, meanings
     cells = stage_table(table)
     explained = meanings(table, chance)
     counts = {metric: n for metric, n, _ in explained}
@@ -499,6 +499,7 @@ def show_summary(
     for i in range(0, len(cells), each): out.print(summary_table(cells.iloc[i:i+each], counts))
     tell('Means with 95% intervals over n features; shares in per cent, high, low and gap in units of the activation.')
     for metric, _, meaning in explained: tell(Text.assemble((f'  {metric}', 'bold'), f': {meaning}'))
+    if 'control' in cells.index: tell(Text.assemble(('  control', 'bold'), f": {METHODS['control']}"))
 
 # %% ../nbs/parts/cli.ipynb #844fb58e
 def show_case(
@@ -529,6 +530,31 @@ def show_page(
     "Print, as the last line, which file to open; a terminal that knows links makes it one"
     page = folder/'index.html'
     tell(Text.assemble('open ', (str(page), f'link {page.absolute().as_uri()}')))
+
+# %% ../nbs/parts/cli.ipynb #c7882ef5
+def _cut(line:Text) -> Text: # to the width of the terminal, or of a wide page
+    line.truncate(out.width, overflow='ellipsis')
+    return line
+
+def show_lowest(
+    values:'pd.DataFrame', # of `values_table`
+    stage:str, # name of the explanations
+    n:int, # texts of each, for `generative`
+    file:Path # with all values
+) -> None:
+    "Print the worst explanations of a name, a line each, and how far one value can be trusted"
+    from saeexplainer.measuring import lowest, uncertain_by
+    worst = lowest(values, stage)
+    if not worst: return
+    tell(safe_text(f'lowest of {stage}:'))
+    tell('  feature  generative  names_word  explanation')
+    for low in worst:
+        share = '-' if math.isnan(low.generative) else f'{low.generative:.0%}'
+        named = '-' if math.isnan(low.names_word) else 'yes' if low.names_word else 'no'
+        tell(_cut(safe_text(f"  {low.feature:>7}  {share:>10}  {named:>10}  {' '.join(low.text.split())}")))
+    beside = ' Rows of label stand beside;' if 'label' in set(values['stage']) else ''
+    tell(f'One value of generative is a share of {n} texts, uncertain by up to {uncertain_by(n):.0f} points either way.'
+         f'{beside} {file} has all.')
 
 # %% ../nbs/parts/cli.ipynb #39dfe46a
 def span(
@@ -672,9 +698,10 @@ def show_plan(
     as_json:bool,
     workers:int=0 # of a cluster; 0: none
 ) -> None:
-    "Print what a run takes, and what it would begin with; nothing is fetched or loaded for it"
+    "Print what a run takes, and what it would begin with; raise `FileNotFoundError` where that is not there"
     from saeexplainer.features import features_file
-    from saeexplainer.plan import cluster_plan, plan
+    from saeexplainer.plan import cluster_plan, lacking, plan
+    if lines := lacking(preset): raise FileNotFoundError('; '.join(lines))
     file = features_file(preset)
     begun = (folder/'store.sqlite').exists()
     planned = plan(preset) | dict(run=str(folder), begun=begun, features_file=str(file) if file.exists() else None)
@@ -784,7 +811,7 @@ def show_evaluation(
 ) -> None:
     "Print what `evaluate` has measured in a folder; raise `ValueError` where it has measured nothing yet"
     import shutil
-    from saeexplainer.measuring import EVALUATION_FILES, write_evaluation
+    from saeexplainer.measuring import EVALUATION_FILES, own_stages, values_table, write_evaluation
     from saeexplainer.report import evaluation_report
     if not len(run.store.metrics()):
         raise ValueError(f'{run.folder} holds no results yet: neither a run nor an evaluation was finished there')
@@ -796,6 +823,9 @@ def show_evaluation(
         report = Path(shutil.copytree(report, out_folder/'report', dirs_exist_ok=True))
     show_summary(table, chance_of(run.preset))
     shown = out_folder or run.folder
+    values = values_table(run.store)
+    for stage in own_stages(run.store.metrics()):
+        show_lowest(values, stage, run.preset.text_counts.generative, shown/'explanations.csv')
     tell(f"measured: {', '.join(f'{shown}/{file}' for file in EVALUATION_FILES)}")
     show_page(report)
 
@@ -1222,7 +1252,10 @@ def verify_command( # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     "Judge an explanation of your own, as explain --verify judges the explainer's"
-    from saeexplainer.names import check_names, preset_and_names
+    from saeexplainer.names import check_names, names_feature, preset_and_names
+    if names_feature(explanation) and not names_feature(feature):
+        raise ValueError(f'{feature!r} is no feature: the feature comes first, as in '
+                         f'`saeexplainer verify {explanation} {shlex.quote(feature)}`')
     name, names = preset_and_names([feature], preset)
     chosen = resolve(name, None, settings, writer, base_url, model)
     if len(names) != 1:
@@ -1276,20 +1309,30 @@ def preset_of_file(
         raise ValueError(f'{file}: {first!r} is no feature, which is an index or model/source/index')
     return preset or preset_and_names([first])[0]
 
+_MOST_NAMED = 5 # features, in a line about those that are left out
+
+def _some(
+    names:list[str] # of features
+) -> str: # the first of them
+    "Return names, at most `_MOST_NAMED` of them"
+    more = ' ...' if len(names) > _MOST_NAMED else ''
+    return ', '.join(map(visible, names[:_MOST_NAMED])) + more
+
 def left_out(
     names:Iterable[str], # of features
     features:Iterable['Feature'] # those of the preset
 ) -> str: # '' where none is
-    "Return how many of the features that are named cannot be measured"
+    "Return which of the features that are named cannot be measured"
     from saeexplainer.measuring import measurable, named_either_way
     names = list(names)
     features = list(features)
-    lost = measurable(names, features).count(False)
-    if not lost: return ''
     known = named_either_way(features)
-    strange = next((name for name in names if name not in known), None)
-    example = f', such as {visible(strange)}' if strange else ''
-    return f'{lost} of {len(names)} features are dead or unknown and are left out{example}'
+    lost = [name for name, well in zip(names, measurable(names, features)) if not well]
+    if not lost: return ''
+    by_why: dict[str, list[str]] = {'dead': [], 'incomplete': [], 'unknown': []}
+    for name in lost: by_why[known[name].status if name in known else 'unknown'].append(name)
+    said = '; '.join(f'{len(those)} {why} ({_some(those)})' for why, those in by_why.items() if those)
+    return f'{len(lost)} of {len(names)} features are left out: {said}'
 
 # %% ../nbs/parts/cli.ipynb #c058ed7b
 def show_measuring(
@@ -1310,10 +1353,10 @@ def measure(
     stage:str, # name of the explanations
     rows:'pd.DataFrame', # of `rows_to_measure`
     file:Path # that they are from, for the error
-) -> 'pd.DataFrame': # `summary` of all that was measured
+) -> str: # the name that they were measured under
     "Measure explanations and the labels beside them; raise `ValueError` where none of their features can be measured"
     from saeexplainer.features import check_features_of, features_file
-    from saeexplainer.measuring import beside_labels, edition, measurable, write_evaluation
+    from saeexplainer.measuring import EVALUATED, beside_labels, edition, measurable, not_covered
     from saeexplainer.metrics import evaluate
     from saeexplainer.results import note_measuring
     from saeexplainer.selection import chosen_features
@@ -1330,14 +1373,15 @@ def measure(
     name = edition(run.store, stage, texts)
     if name != stage: print(f'{file} was edited since it was measured: now it is {name}', file=sys.stderr)
     stages = beside_labels(name, found, rows['explanation'])
+    if lost := not_covered(found): print(lost, file=sys.stderr)
     show_measuring(preset, stages)
-    evaluate(run, stages)
+    evaluate(run, stages, EVALUATED)
     note_measuring(run, given_command())
-    return write_evaluation(run.store, run.folder)
+    return name
 
 # %% ../nbs/parts/cli.ipynb #a9768913
 _TO_MEASURE = '.csv, .parquet or .jsonl with feature and explanation, or an export of Neuronpedia (.jsonl.gz)'
-_SIZE = "demo or full, which is the default: the paper's counts of texts"
+_SIZE = "full: the paper's counts of texts; demo: fewer of them; default: full, or what a preset's YAML file says"
 _NAME = 'store and tables go to runs/NAME; default: the name of the file'
 
 @app.command('evaluate', cls=_Command, epilog=_examples(
@@ -1359,7 +1403,7 @@ def evaluate_command( # noqa: PLR0913
     settings: Setting = None,
     as_json: JSON = False,
 ) -> None:
-    "Measure explanations from whatever method with the four metrics"
+    "Measure explanations from whatever method with the four metrics, and say which are lowest"
     check_cluster(on_ray, workers, gpus)
     rows = rows_to_measure(file)
     stage = stage_of(file)
@@ -1369,22 +1413,50 @@ def evaluate_command( # noqa: PLR0913
     folder = root/check_name(name or stage)
     check_keys(chosen, 'evaluation_writer')
     with waiting('loading libraries'):
-        from saeexplainer.measuring import EVALUATION_FILES, check_size, check_training
+        from saeexplainer.measuring import (
+            EVALUATION_FILES, check_size, check_training, values_table, write_evaluation,
+        )
         from saeexplainer.report import evaluation_report
         from saeexplainer.run import Run
     if (folder/'store.sqlite').exists(): check_training(folder)
     check_size(folder, chosen)
     with executor_for(on_ray, workers, gpus) as those, Run(folder, chosen, executor=those) as run:
-        table = measure(run, stage, rows, file)
+        measured = measure(run, stage, rows, file)
+        table = write_evaluation(run.store, folder)
+        values = values_table(run.store)
         report = evaluation_report(run)
     if as_json: return print(table.reset_index().to_json(orient='records'))
     show_summary(table, chance_of(chosen))
+    show_lowest(values, measured, chosen.text_counts.generative, folder/'explanations.csv')
     tell(f"measured: {', '.join(str(folder/file) for file in EVALUATION_FILES)}")
     show_page(report)
+
+# %% ../nbs/parts/cli.ipynb #569d1b8e
+def show_features(
+    chosen:'Bench',
+    as_json:bool
+) -> None:
+    "Print the features of a bench, one a line"
+    source = chosen.resolved().source
+    names = [f'{source}/{index}' for index in chosen.features]
+    if as_json: return print(json.dumps(names))
+    for name in names: tell(name)
+
+def check_on_bench(
+    file:Path, # of explanations
+    texts:dict[int, str], # of `texts_of`
+    chosen:'Bench'
+) -> None:
+    "Raise `ValueError` where a file explains no feature of a bench"
+    if set(texts) & set(chosen.features): return
+    raise ValueError(f'{stage_of(file)} explains none of the {len(chosen.features)} features of {chosen.name}, which '
+                     f'`saeexplainer benchmark --bench {chosen.name} --features` lists: '
+                     f'`saeexplainer evaluate {file}` measures any others')
 
 # %% ../nbs/parts/cli.ipynb #2e2ceb47
 _BENCH = 'the frozen features, excerpts and settings to measure on'
 _TO_RANK = f'{_TO_MEASURE}; none: show the ranking of the methods that are built in'
+_LISTED = "print the bench's features, one a line, and stop: a file explains some of them, named so or by index"
 _BUILT_IN = 'measure the methods that are built in, and keep the values with the bench: hours'
 
 def texts_of(
@@ -1426,6 +1498,7 @@ def ranked_with(
 # %% ../nbs/parts/cli.ipynb #ad79794a
 @app.command('benchmark', cls=_Command, epilog=_examples(
     'saeexplainer benchmark',
+    'saeexplainer benchmark --features',
     'saeexplainer benchmark mine.csv',
     'saeexplainer benchmark mine.csv theirs.parquet --json',
     'saeexplainer benchmark mine.csv --ray --workers 8'))
@@ -1433,6 +1506,7 @@ def benchmark_command( # noqa: PLR0913
     files: Annotated[Optional[list[Path]], typer.Argument(help=_TO_RANK)] = None,
     bench: Annotated[str, typer.Option(help=_BENCH)] = 'bench-1',
     name: Annotated[Optional[str], typer.Option(help=_NAME)] = None,
+    list_features: Annotated[bool, typer.Option('--features', help=_LISTED)] = False,
     built_in: Annotated[bool, typer.Option('--built-in', help=_BUILT_IN)] = False,
     root: Root = Path('runs'),
     on_ray: OnRay = False,
@@ -1440,7 +1514,9 @@ def benchmark_command( # noqa: PLR0913
     gpus: GPUs = None,
     as_json: JSON = False,
 ) -> None:
-    "Rank explanations from whatever method among those that are built in"
+    """Rank explanations from whatever method among those that are built in
+
+    A file explains features of the bench, which --features lists; `saeexplainer evaluate` measures any others."""
     if files and built_in: raise ValueError('--built-in measures the methods that are built in: give no files with it')
     if on_ray and not (files or built_in): raise ValueError('--ray measures: give a file, or --built-in')
     check_cluster(on_ray, workers, gpus)
@@ -1448,12 +1524,14 @@ def benchmark_command( # noqa: PLR0913
     from saeexplainer.benchmark import Bench, benchmark, measure_built_in, ranking, ranking_table
     from saeexplainer.features import load_features
     chosen = Bench.load(bench)
+    if list_features: return show_features(chosen, as_json)
     values = None
     methods: dict[str, dict[int, str]] = {}
     if files:
         features = load_features(chosen.resolved())
         methods = {stage_of(file): texts_of(file, features) for file in files}
         if len(methods) < len(files): raise ValueError('two files have the same name: a method is called like its file')
+        for file in files: check_on_bench(file, methods[stage_of(file)], chosen)
     with executor_for(on_ray, workers, gpus) as those:
         folder = root/check_name(name or '-'.join([bench, *list(methods)[:1]]))
         if built_in: measure_built_in(chosen, folder, executor=those)
@@ -1544,28 +1622,37 @@ def show_readings(
         tell('')
     tell('right: share of explanations rated 2; mean: of 0 to 2; low and high: 95% intervals over features.')
 
-# %% ../nbs/parts/cli.ipynb #2fed4747
-_SHEET = 'folder of the sheet; key and readings lie beside it, as FOLDER.key.json and FOLDER.readings.parquet'
-_EXPLAINED = 'make a sheet of these: files of explanations, folders of results or of a bench; none: show what was read'
-_RATED = 'ratings.csv, filled in: store it'
-_MEASURED = 'folder of results, or of a bench, whose metrics are compared with the reading'
+# %% ../nbs/parts/cli.ipynb #3e842ffc
+FEATURES_READ = 60 # on a sheet, where no number is given
 
 def make_sheet(
     folder:Path,
     sources:list[Path], # files of explanations, or folders of results
     names:list[str], # of methods to read; none: all
     preset:'Preset',
-    n:int, # features
+    n:int|None, # features; None: `FEATURES_READ`, or all where there are fewer
     seed:int
 ) -> None:
     "Make a sheet, and say what to do with it"
-    from saeexplainer.blind import key_file, write_sheet
+    from saeexplainer.blind import key_file, readable_features, write_sheet
     from saeexplainer.features import load_features
     features = load_features(preset)
     methods = methods_to_read(sources, names, features, seed)
-    key = write_sheet(folder, methods, {feature.index: feature for feature in features}, n, seed)
+    by_index = {feature.index: feature for feature in features}
+    if n is None:
+        n = min(FEATURES_READ, len(readable_features(methods, by_index)) or FEATURES_READ)
+        if n < FEATURES_READ: tell(f'all {n} features are taken that have excerpts and are explained by all methods; '
+                                   f'where there are more, {FEATURES_READ}')
+    key = write_sheet(folder, methods, by_index, n, seed)
     tell(f'{len(key.shown)} explanations of {n} features by {len(methods)} methods: read {folder}/sheet.md, '
          f'and fill in {folder}/ratings.csv; keep {key_file(folder).name} from the reader')
+
+# %% ../nbs/parts/cli.ipynb #2fed4747
+_SHEET = 'folder of the sheet; key and readings lie beside it, as FOLDER.key.json and FOLDER.readings.parquet'
+_EXPLAINED = 'make a sheet of these: files of explanations, folders of results or of a bench; none: show what was read'
+_DRAWN = 'features to draw; default: 60, or all where there are fewer'
+_RATED = 'ratings.csv, filled in: store it'
+_MEASURED = 'folder of results, or of a bench, whose metrics are compared with the reading'
 
 @app.command('read-blind', cls=_Command, epilog=_examples(
     'saeexplainer read-blind blind/one data/smollm2-135m/results --methods label,sft,dpo2 --features 60',
@@ -1576,7 +1663,7 @@ def read_blind_command( # noqa: PLR0913
     folder: Annotated[Path, typer.Argument(help=_SHEET)],
     sources: Annotated[Optional[list[Path]], typer.Argument(help=_EXPLAINED)] = None,
     preset: PresetOption = None,
-    n: Annotated[int, typer.Option('--features', min=1, help='features to draw')] = 60,
+    n: Annotated[Optional[int], typer.Option('--features', min=1, help=_DRAWN)] = None,
     methods: Annotated[str, typer.Option(help='names of methods, as in label,sft; default: all')] = '',
     seed: Annotated[int, typer.Option(min=0, help='of the features and of the order')] = 0,
     ratings: Annotated[Optional[Path], typer.Option(help=_RATED)] = None,

@@ -29,12 +29,19 @@ def _feature_name(value) -> str: # raises `ValueError` where it is none
     if is_number and index >= 0: return str(index)
     return str(FeatureId.parse(value))
 
-def _check_row_columns(row:dict, where) -> None: # raises `ValueError`
+def _is_feature(value) -> bool:
+    try: _feature_name(value)
+    except ValueError: return False
+    return True
+
+def _check_row_columns(row:dict, written, where) -> None: # written: names of the columns; raises `ValueError`
     if 'feature' in row and 'explanation' in row: return
     hint = ''
     if '__index_level_0__' in row:
         hint = '; an index of pandas without a name is no column: save it behind reset_index()'
-    first = list(row)[:12]
+    elif any(map(_is_feature, written)):
+        hint = '; the first row must name the columns, as in feature,explanation'
+    first = list(written)[:12]
     columns = ', '.join(str(name)[:40] for name in first)
     raise ValueError(f'{where} has the columns {columns}: it needs feature and explanation{hint}')
 
@@ -44,10 +51,10 @@ def _neuronpedia_name(row:dict): # model/source/index, or the index alone
     if row.get('layer') is None: return index
     return f"{row['modelId']}/{row['layer']}/{_index(index)}"
 
-def _as_written(row:dict, where) -> tuple: # a feature's name and what is said of it; where: the file, for an error
+def _as_written(row:dict, written, where) -> tuple: # a feature's name and what is said of it; where: for an error
     if 'index' in row and 'description' in row:
         return _neuronpedia_name(row), row['description']
-    _check_row_columns(row, where)
+    _check_row_columns(row, written, where)
     return row['feature'], row['explanation']
 
 # %% ../nbs/parts/explanation_files.ipynb #539d0482
@@ -69,9 +76,10 @@ def _text_or_none(value, where:str) -> str|None: # raises `ValueError`
 
 def _said(row:dict, number:int, file) -> _Said: # raises `ValueError`
     folded = {key.strip().casefold(): value for key, value in row.items() if isinstance(key, str)}
+    columns = list(row)
     row = folded | row # a column's own spelling goes first
     where = f'{file}, row {number}'
-    name, text = _as_written(row, file if number == 1 else f'{where},')
+    name, text = _as_written(row, columns, file if number == 1 else f'{where},')
     try:
         feature = _feature_name(name)
     except ValueError:
@@ -96,12 +104,15 @@ def _check_named_once(rows:list[_Said], file) -> None: # raises `ValueError`
             raise ValueError(f'{file} explains {row.feature} more than once, as {both}: {advice}')
 
 # %% ../nbs/parts/explanation_files.ipynb #6a50fca4
+_SPREADSHEETS = ('.xlsx', '.xls', '.xlsm', '.ods', '.numbers')
+
 def read_explanations(
     file, # .csv, .tsv, .parquet, .json or .jsonl; all but .parquet may be gzipped
 ) -> 'pd.DataFrame': # columns feature (str), explanation (str or None)
     "Read explanations; raise `FileNotFoundError` or `ValueError`, naming the row, where a file holds none"
     file = Path(file)
     if not file.exists(): raise FileNotFoundError(f'no file {file}')
+    if file.suffix.lower() in _SPREADSHEETS: raise ValueError(f'{file} is a spreadsheet: save it as CSV')
     if table_kind(file) is None:
         raise ValueError(f'{file} must be .csv, .tsv, .parquet, .json or .jsonl, all but .parquet also as .gz')
     columns = ('feature', 'explanation')

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['LENGTHS', 'A100', 'SECONDS', 'DRIVER_ROWS', 'lengths_of', 'Costs', 'costs_of', 'Job', 'evaluated', 'work', 'Card',
-           'hours', 'cpu_hours', 'evaluation_hours', 'Asked', 'writer_work', 'dollars', 'plan', 'cluster_hours',
-           'worker_memory', 'stored_rows', 'cluster_plan']
+           'hours', 'cpu_hours', 'evaluation_hours', 'Asked', 'writer_work', 'dollars', 'plan', 'lacking',
+           'cluster_hours', 'worker_memory', 'stored_rows', 'cluster_plan']
 
 # %% ../nbs/parts/plan.ipynb #961bac46
 from dataclasses import dataclass, replace
+from pathlib import Path
 import pandas as pd
 
 # %% ../nbs/parts/plan.ipynb #733f5557
 from .evaluation.judge import JUDGE
 from .evaluation.texts import CONTRAST_LIST, GENERATIVE_LIST
+from .features import features_file, load_features
 from .lookups import NEAREST, ONE_BY_ONE
 from .prefs import TEXT_LIST
 from saeexplainer.presets import (
-    OWN_REWARDS, asked_writers, is_local, memory_parts, model_size, needs, on_cpu, sampling_memory, sizes_of,
-    training_memory, validation_size,
+    OWN_REWARDS, asked_writers, data_dir, is_local, memory_parts, model_size, needs, no_data, on_cpu,
+    sampling_memory, sizes_of, training_memory, validation_size,
 )
+from .saes import find_sae
+from .sources.reading import corpus_files
 
 # %% ../nbs/parts/plan.ipynb #236294aa
 LENGTHS = {
@@ -354,6 +358,33 @@ def plan(
         tokens_in=round(asked.tokens_in.sum()),
         tokens_out=round(asked.tokens_out.sum()),
         dollars=dollars(preset, asked))
+
+# %% ../nbs/parts/plan.ipynb #f775b38f
+def _lacking_sae(preset) -> str: # '' where there is one, or the hub has it
+    try: find_sae(preset.sae)
+    except FileNotFoundError:
+        here = ' or '.join(dict.fromkeys(map(str, (Path(preset.sae), data_dir()/preset.sae))))
+        return f"SAE: not found at {here}; a hub SAE is written 'release:sae_id' or 'user/repo:folder'{no_data()}"
+    return ''
+
+def _lacking_corpus(preset) -> str: # which makes the features
+    if preset.corpus in (None, 'embedded'): return ''
+    try: corpus_files(preset.corpus)
+    except FileNotFoundError: return f'corpus: not found at {preset.corpus}'
+    return ''
+
+def _lacking_labels(preset) -> str: # of the model that is named; what else is wrong with the features is said too
+    try: load_features(preset)
+    except ValueError as error: return f'labels: {error}'
+    return ''
+
+def lacking(
+    preset, # `Preset`
+) -> list[str]: # one line each
+    "Return what a run cannot begin without, and what is not there; nothing is fetched for it"
+    has_features = features_file(preset).exists()
+    found = [_lacking_sae(preset), _lacking_labels(preset) if has_features else _lacking_corpus(preset)]
+    return [line for line in found if line]
 
 # %% ../nbs/parts/plan.ipynb #c04aa0f0
 _SHARED = ('prefs', 'evaluate') # beginnings of the names of stages

@@ -58,7 +58,7 @@ def progress_bar(
         desc=description,
         unit=unit,
         unit_scale=scaled,
-        disable=not shown)
+        disable=not shown or total == 0)
 
 # %% ../nbs/parts/show.ipynb #1dbd4313
 def escape_markdown(

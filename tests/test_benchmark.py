@@ -347,13 +347,20 @@ def test_a_file_is_ranked(bench, values, mine, tmp_path, capsys):
     ('', 'mine.csv'),
     ('a,b\n1,2\n', 'mine.csv'),
     ('feature,explanation\n', 'holds no explanation'),
-    ('feature,explanation\n11,rain\n', 'mine explains none of the 4 features of tiny-bench'),
+    ('feature,explanation\n11,rain\n', 'mine explains none of the 4 features of tiny-bench, which `saeexplainer '
+                                       'benchmark --bench tiny-bench --features` lists: `saeexplainer evaluate '),
     ('feature,explanation\n2,rain\n2,snow\n', '2'),
     ('feature,explanation\n2,rain\ntiny/1-res/2,snow\n', 'explains 2 more than once, as 2 and as tiny/1-res/2'),
 ])
 def test_wrong_files_get_one_line(bench, mine, tmp_path, capsys, text, line):
     mine.write_text(text)
     assert line in fails(capsys, mine, '--bench', 'tiny-bench', '--root', tmp_path)
+
+
+def test_the_features_of_a_bench_are_listed(bench, capsys):
+    assert command(capsys, '--bench', 'tiny-bench', '--features').split() == [f'tiny/1-res/{index}' for index in WANTED]
+    listed = json.loads(command(capsys, '--bench', 'tiny-bench', '--features', '--json'))
+    assert listed == [f'tiny/1-res/{index}' for index in WANTED]
 
 
 def test_wrong_options_get_one_line(bench, mine, tmp_path, capsys):

@@ -314,6 +314,19 @@ def test_the_command_makes_a_sheet_and_takes_it_back(capsys, tmp_path, mine):
     assert 'Ben' in shown
 
 
+def test_fewer_than_sixty_are_all_taken(capsys, tmp_path, mine):
+    said = command(capsys, tmp_path/'one', mine)
+    assert said.startswith('all 3 features are taken that have excerpts and are explained by all methods')
+    assert 'explanations of 3 features by 2 methods' in said
+    assert {row.feature for row in read_key(tmp_path/'one').rows} == {5, 13, 45}
+
+
+def test_of_more_than_sixty_as_many_are_drawn(capsys, tmp_path):
+    said = command(capsys, tmp_path/'one', data_dir()/'smollm2-135m'/'results', '--methods', 'label,dpo2')
+    assert 'are taken' not in said
+    assert 'explanations of 60 features by 3 methods' in said
+
+
 def test_results_are_read_by_the_names_of_their_methods(capsys, tmp_path):
     sheet = tmp_path/'one'
     command(capsys, sheet, data_dir()/'smollm2-135m'/'results', '--methods', 'label, dpo2', '--features', 5)
@@ -332,7 +345,7 @@ def test_results_of_another_sae_are_refused():
     (['one'], 'make a sheet first'),
     (['one', 'mine.csv', '--methods', 'yours', '--features', '2'], "there is no method 'yours': there are mine"),
     (['one', 'mine.csv', 'mine.csv'], "the name 'mine' is taken by another method"),
-    (['one', 'mine.csv'], '60 features are wanted, but 3 have excerpts'),
+    (['one', 'mine.csv', '--features', '60'], '60 features are wanted, but 3 have excerpts'),
     (['one', 'no-such.csv'], 'no file no-such.csv'),
 ])
 def test_faults_are_one_line(capsys, tmp_path, mine, monkeypatch, args, says):

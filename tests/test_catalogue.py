@@ -1,5 +1,5 @@
 "The catalogue against sae-lens' own functions, and every one of its loaders on files as the hub has them"
-import json
+import json, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from safetensors.torch import load_file
 
 from saeexplainer.cli import main
-from saeexplainer.catalogue import accepted, catalogue, entry_of, fields_for, find, reasons
+from saeexplainer.catalogue import accepted, catalogue, entry_of, fields_for, find, preset_yaml, reasons
 from saeexplainer.lm.places import PLACES, parse_hook
 from saeexplainer.presets import Preset
 from saeexplainer.saes import FeatureReader
@@ -116,6 +116,27 @@ def test_words_are_found(words, least):
     found = find(words)
     assert len(found) >= least
     assert find(f'{words} zebra') == []
+
+
+def test_numbers_are_whole():
+    names = [entry.name for entry in find('gemma-scope-2b-pt-res 12')]
+    assert 'gemma-scope-2b-pt-res:layer_12/width_16k/average_l0_82' in names
+    assert not any('l0_129' in name and 'layer_12' not in name for name in names)
+    assert all(re.search(r'(?<!\d)12(?!\d)', name) for name in names)
+
+
+def test_canonical_ones_and_the_residual_stream_come_first():
+    found = find('gemma-2-2b 12')
+    ranks = [('canonical' not in entry.name, not entry.place.startswith('resid')) for entry in found if entry.place]
+    assert ranks == sorted(ranks)
+    assert found[0].name == 'gemma-scope-2b-pt-res-canonical:layer_12/width_16k/canonical'
+
+
+@pytest.mark.parametrize('name, begins', [
+    ('gpt2-small-res-jb:blocks.8.hook_resid_pre', '# an SAE at resid_pre'),
+    ('mwhanna-qwen3-4b-transcoders:layer_7', '# a transcoder at ')])
+def test_a_preset_says_what_it_is_of(name, begins):
+    assert preset_yaml(entry_of(name)).startswith(begins)
 
 
 @pytest.mark.parametrize('name, says', [

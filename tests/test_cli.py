@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 import saeexplainer
 from saeexplainer import cli
-from saeexplainer.cli import main, marked, resolve, safe_text, span
+from saeexplainer.cli import main, marked, resolve, safe_text, show_lowest, show_summary, span
+from saeexplainer.evaluation.tables import summary
 from saeexplainer.presets import data_dir, load_preset, presets
 from saeexplainer.report import next_steps
 from saeexplainer.results import Results
@@ -100,6 +101,34 @@ def test_a_plan_with_workers(capsys, tmp_path, monkeypatch):
 def test_a_plan_says_what_it_does_not_know(capsys, tmp_path, monkeypatch, more, says):
     monkeypatch.chdir(tmp_path)
     assert says in printed(capsys, 'run', 'gemma-2-9b-l20', '--dry-run', *more)
+
+
+@pytest.mark.parametrize('fields, says', [
+    ({}, None),
+    ({'sae': 'none/sae'}, ['SAE: not found at none/sae or ']),
+    ({'features': 'none.parquet', 'corpus': 'none.txt'}, ['corpus: not found at none.txt']),
+    ({'features': 'none.parquet', 'corpus': 'none.txt', 'sae': 'none/sae'},
+     ['SAE: not found at none/sae or ', '; corpus: not found at none.txt']),
+    ({'features': 'none.parquet', 'corpus': 'org/texts'}, None), # of the hub
+    ({'sae': 'gpt2-small-res-jb:blocks.8.hook_resid_pre'}, None)])
+def test_a_plan_lacks_what_is_not_there(capsys, tmp_path, monkeypatch, fields, says):
+    lab = make_lab(tmp_path, baselines=[], **fields)
+    in_folder(monkeypatch, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    command = ['run', str(lab.file), '--dry-run']
+    if says is None:
+        assert printed_json(capsys, *command)['target'] == str(lab.model)
+        return
+    code, line = ends(capsys, *command)
+    assert code == 2
+    for part in says: assert part in line
+
+
+def test_a_plan_lacks_labels_of_another_model(capsys, monkeypatch):
+    code, line = ends(capsys, 'run', 'smollm2-135m', '--dry-run', '-s', 'label_model=gpt-9')
+    assert code == 2
+    assert line.startswith('saeexplainer: labels: ')
+    assert "has no labels of 'gpt-9': it has those of " in line
 
 
 def test_a_plan_shows_an_address_without_its_secrets(capsys, tmp_path, monkeypatch):
@@ -470,6 +499,48 @@ def test_evaluations_say_where_they_are(measured):
     assert f'{runs}/one/explanations.csv' in out
     assert '2 explanations and 2 labels beside them' in err
     assert all(len(line) <= 80 for line in out.splitlines() if '–' in line)
+
+
+def test_evaluations_say_which_explanations_are_lowest(measured):
+    runs, _, (out, _) = measured
+    lines = out.splitlines()
+    at = lines.index('lowest of one:')
+    shown = [line.split(maxsplit=3) for line in lines[at+2:at+4]]
+    each = pd.read_csv(runs/'one'/'explanations.csv').query("stage == 'one'")
+    worst_first = each.sort_values(['generative', 'names_word'], kind='stable')
+    assert [(int(feature), text) for feature, _, _, text in shown] == list(
+        zip(worst_first['feature'], worst_first['explanation']))
+    assert [share for _, share, _, _ in shown] == [f'{share:.0%}' for share in worst_first['generative']]
+    n = load_preset(runs/'one'/'preset.yaml').n_generative
+    assert f'is a share of {n} texts, uncertain by up to {98/n**.5:.0f} points either way' in lines[at+4]
+    assert lines[at+4].endswith(f"Rows of label stand beside; {runs/'one'/'explanations.csv'} has all.")
+
+
+@pytest.mark.parametrize('stages, said', [(['one', 'control'], 1), (['one'], 0)])
+def test_tables_say_what_the_control_is(capsys, stages, said):
+    rows = [dict(stage=stage, feature=3, metric='output', value=1.) for stage in stages]
+    show_summary(summary(pd.DataFrame(rows)), 1/3)
+    assert capsys.readouterr().out.count('  control: nobody: the judge of the output score, on cases whose') == said
+
+
+def test_evaluations_have_the_coverage(measured):
+    runs, _, (out, err) = measured
+    each = pd.read_csv(runs/'one'/'explanations.csv').set_index(['stage', 'feature'])
+    assert each['coverage'].to_dict() == {('one', 3): 1., ('one', 5): 0., ('label', 3): 0., ('label', 5): 0.}
+    assert '  coverage: share of the strongest contexts' in out
+    assert 'coverage leaves out' not in err
+    assert ': 0row' not in err
+
+
+def test_lines_of_the_lowest_are_as_long_as_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(cli, 'out', Console(width=50, highlight=False))
+    rows = [dict(stage='mine', feature=feature, explanation='word '*30, generative=feature/10, names_word=float('nan'))
+            for feature in range(7)]
+    show_lowest(pd.DataFrame(rows), 'mine', 10, 'explanations.csv')
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'word word' in line]
+    assert [line.split()[0] for line in lines] == ['0', '1', '2', '3', '4']
+    assert all(len(line) == 50 and line.endswith('…') for line in lines)
+    assert [line.split()[1:3] for line in lines[:2]] == [['0%', '-'], ['10%', '-']]
 
 
 def test_evaluations_keep_each_explanation_and_text(measured):

@@ -80,6 +80,14 @@ def quick(monkeypatch):
     (['explain', '99998,99999'], 'there is no feature 99998'),
     (['verify', '5,6', 'x'], "'5,6' is not one feature"),
     (['verify', '5', ' '], 'the explanation is empty'),
+    (['verify', 'the word is', '5'], "'the word is' is no feature: the feature comes first, as in "
+                                     "`saeexplainer verify 5 'the word is'`"),
+    (['verify', 'rain', 'smollm2-135m/9-res-4k/5'], "'rain' is no feature: the feature comes first"),
+    (['verify', '99999', '5'], 'there is no feature 99999'), # an explanation may be a number
+    (['explain', '--', '-1'], "'-1' is not a feature: an index is a whole number, 0 to 4095; in full it is "
+                              'model/source/index, such as smollm2-135m/9-res-4k/5'),
+    (['explain', '1.5'], "'1.5' is not a feature: an index is a whole number, 0 to 4095"),
+    (['evaluate', 'mine.xlsx'], 'no file mine.xlsx'),
     (['run', 'smollm2-135m', '--name', '../x'], "--name must be a name that stays in --root, not '../x'"),
     (['run', 'smollm2-135m', '--name', 'a\0b'], '--name must be a name that stays'),
     (['run', 'smollm2-135m', '--like', '/x'], '--like must be a name that stays in --root'),
@@ -104,7 +112,11 @@ def csv_of(folder, text) -> str:
 
 
 @pytest.mark.parametrize('text, says', [
-    ('id,text\n1,a\n', 'it needs feature and explanation'),
+    ('id,text\n1,a\n', 'mine.csv has the columns id, text: it needs feature and explanation'),
+    ('Feature,What\n1,a\n', 'mine.csv has the columns Feature, What: it needs feature and explanation'),
+    ('5,the word is\n8,rain\n', 'has the columns 5, the word is: it needs feature and explanation; '
+                                'the first row must name the columns, as in feature,explanation'),
+    ('smollm2-135m/9-res-4k/5,rain\n8,snow\n', 'the first row must name the columns'),
     ('feature,explanation\nabc\x1b[2J,a\n', 'is no feature, which is an index or model/source/index')])
 def test_evaluate_needs_its_columns(capsys, tmp_path, text, says):
     _, line = ends(capsys, 'evaluate', csv_of(tmp_path, text), '--root', str(tmp_path))

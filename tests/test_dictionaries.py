@@ -612,7 +612,7 @@ def test_a_file_of_all_features_is_what_evaluate_reads(lab, here, capsys):
     assert '2 of 40 features are dead: they fired on none of the texts' in shown.err
     main(['evaluate', 'all.parquet', '--preset', str(lab.file), '--json', *ONE_EACH])
     shown = capsys.readouterr()
-    assert 'are dead or unknown and are left out' in shown.err
+    assert '2 of 38 features are left out: 2 dead (tiny/1-res/36, tiny/1-res/39)' in shown.err
     rows = {row['metric']: row for row in json.loads(shown.out) if row['stage'] == 'all'}
     assert rows['generative']['n'] > 20
 

@@ -59,7 +59,8 @@ def test_ends_of_lines_within_a_text_end_no_row(tmp_path):
 
 @pytest.mark.parametrize('name, text, says', [
     ('c.jsonl', '{"feature": 1\n', 'is not a readable jsonl file'),
-    ('d.jsonl', '{"id": 1}\n', 'has the columns id: it needs feature and explanation'),
+    ('d.jsonl', '{"id": 1}\n', 'has the columns id: it needs feature and explanation$'),
+    ('f.xlsx', '', 'f.xlsx is a spreadsheet: save it as CSV'),
     ('e.txt', '', 'must be .csv, .tsv, .parquet, .json or .jsonl, all but .parquet also as .gz')])
 def test_what_evaluate_cannot_read(tmp_path, name, text, says):
     (tmp_path/name).write_text(text)

@@ -1,8 +1,11 @@
 "Which features are meant: names, lists, ranges, and a draw at random; which of them can be measured"
+import re
+from dataclasses import replace
 import pytest
 
-from saeexplainer.features import Feature, FeatureId
-from saeexplainer.measuring import beside_labels, measurable
+from saeexplainer.cli import left_out
+from saeexplainer.features import Context, Feature, FeatureId
+from saeexplainer.measuring import beside_labels, measurable, not_covered
 from saeexplainer.names import check_names, feature_of, listed, preset_and_names
 from saeexplainer.presets import load_preset
 from saeexplainer.selection import chosen_features
@@ -53,7 +56,33 @@ def test_a_feature_of_another_preset():
         feature_of(PRESET, 'gpt2-small/8-res-jb/7')
 
 
+@pytest.mark.parametrize('name', ['-1', '1.5', 'rain'])
+def test_what_is_no_index(name):
+    says = rf"'{re.escape(name)}' is not a feature: an index is a whole number, 0 to 4095; in full it is "
+    with pytest.raises(ValueError, match=says): feature_of(PRESET, name)
+    own = load_preset('smollm2-135m', source='mine/res')
+    with pytest.raises(ValueError, match='an index is a whole number, 0 or more; in full'): feature_of(own, name)
+
+
+@pytest.mark.parametrize('name, says', [
+    ('-1', "'smollm2-135m/9-res-4k/123'; an index is a whole number, 0 or more$"),
+    ('a/b/1.5', "'smollm2-135m/9-res-4k/123'; an index is a whole number, 0 or more$"),
+    ('a/b', "'smollm2-135m/9-res-4k/123'$")])
+def test_what_is_no_name(name, says):
+    with pytest.raises(ValueError, match=says): FeatureId.parse(name)
+
+
+@pytest.mark.parametrize('names, says', [
+    (['0', '1'], ''),
+    (['0', '2'], '1 of 2 features are left out: 1 dead (2)'),
+    (['2', '9', 'other/x/1'], '3 of 3 features are left out: 1 dead (2); 2 unknown (9, other/x/1)'),
+    ([str(i) for i in range(3, 12)], '7 of 9 features are left out: 7 unknown (5, 6, 7, 8, 9 ...)')])
+def test_which_features_are_left_out(names, says):
+    assert left_out(names, FEATURES) == says
+
+
 @pytest.mark.parametrize('names, preset, left', [
+    (['-1', '1.5'], 'smollm2-135m', ['-1', '1.5']),
     (['5', '6'], 'smollm2-135m', ['5', '6']),
     (None, 'smollm2-135m', []),
     (['gemma-2-9b-l20', '5'], 'gemma-2-9b-l20', ['5']),
@@ -88,3 +117,11 @@ def test_what_can_be_measured():
 
 def test_labels_stand_beside():
     assert beside_labels('mine', FEATURES[:1], ['y']) == {'mine': {0: 'y'}, 'label': {0: 'x'}}
+
+
+def test_features_without_a_word_at_a_peak_have_no_coverage():
+    with_word = Context('test', ['a', ' cat'], [0., 4.], 1)
+    without = Context('test', ['a', ' .'], [0., 4.], 1)
+    features = [replace(FEATURES[0], contexts=contexts) for contexts in ([with_word], [without], [])]
+    assert not_covered(features[:1]) == ''
+    assert not_covered(features).startswith('coverage leaves out 2 of 3 features')
