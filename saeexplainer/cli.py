@@ -1451,7 +1451,7 @@ def check_on_bench(
     if set(texts) & set(chosen.features): return
     raise ValueError(f'{stage_of(file)} explains none of the {len(chosen.features)} features of {chosen.name}, which '
                      f'`saeexplainer benchmark --bench {chosen.name} --features` lists: '
-                     f'`saeexplainer evaluate {file}` measures any others')
+                     f'`saeexplainer evaluate {shlex.quote(str(file))}` measures any others')
 
 # %% ../nbs/parts/cli.ipynb #2e2ceb47
 _BENCH = 'the frozen features, excerpts and settings to measure on'
