@@ -25,7 +25,7 @@ LONG = { # what is one class, in one cell
 NO_EXAMPLE = { # notebook -> what takes too long for its page
     'parts/run.ipynb': ['sft_stage'], # it trains: the page runs a whole run further down
     'parts/benchmark.ipynb': ['measure_built_in'], # hours
-    'parts/bridge_study.ipynb': ['measure_study'], # hours
+    'parts/bridge_study.ipynb': ['measure_study', 'measure_second'], # hours
     'parts/joint.ipynb': ['train_joint'], # minutes: it trains
 }
 
