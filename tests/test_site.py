@@ -301,6 +301,14 @@ def test_a_comment_that_two_parameters_share_is_found():
 
 # ---- the search
 
+@pytest.mark.parametrize('text, line', [
+    ('Return the gap (Eq. 18). More.', 'Return the gap (Eq. 18)'),
+    ('Eq. 6 at a token; raises nothing', 'Eq. 6 at a token'),
+    ('One sentence.\n\nAnother paragraph.', 'One sentence')])
+def test_an_equation_does_not_end_a_sentence(text, line):
+    assert site_index.first_line(text) == line
+
+
 def test_code_is_not_searched(entries):
     assert [entry['location'] for entry in entries if '<pre>' in entry['text']] == []
 

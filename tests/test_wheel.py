@@ -1,5 +1,6 @@
 "The wheel, installed outside the checkout: it explains and verifies a feature, and names what it does not hold"
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_its_data_is_inside(installed):
     folder, file = out.split()
     assert code == 0, err
     assert Path(folder) == Path(file).parent/'data'
+
+
+def test_links_of_its_description_work_anywhere(installed):
+    script = 'from importlib.metadata import metadata; print(metadata("saeexplainer")["Description"])'
+    code, out, err = installed('-c', script)
+    assert code == 0, err
+    links = re.findall(r'!?\[[^]]*]\(([^)\s]+)', out)
+    assert any(link.endswith('example.png') for link in links)
+    assert [link for link in links if not link.startswith(('https://', '#'))] == []
+    pictures = re.findall(r'!\[[^]]*]\(([^)\s]+)', out)
+    assert all(link.startswith('https://raw.githubusercontent.com/') for link in pictures)
 
 
 def test_it_explains_and_verifies(installed):
