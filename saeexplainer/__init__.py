@@ -46,4 +46,5 @@ def __getattr__(name:str) -> object: # called where the module has no such name 
 
 def __dir__() -> list[str]: # for completion
     "Return the names of the package, whether they are imported yet or not"
-    return sorted({*globals(), *HOMES})
+    own = [name for name in globals() if name.startswith('__')]
+    return sorted({*own, *HOMES})
