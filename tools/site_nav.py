@@ -155,7 +155,7 @@ WORDS = {  # what is looked for -> where a reader would go: the first of these t
     'score': ['metrics.html'],
     'licence license': ['index.html#cite', 'index.html'],
     'Excel': ['guide/howto.html#measure-my-csv', 'command_line.html#evaluate'],
-    'how long': ['guide/install.html#how-long', 'guide/install.html', 'index.html'],
+    'duration': ['guide/install.html#how-long', 'guide/install.html', 'index.html'],
     'release': ['changelog.html'],
 }
 BOOSTS = {'guide/': 8, 'recipes/': 4, 'command_line': 4, 'how_right': 4, 'index': 2, 'glossary': 2, 'parts/cli': .5,
