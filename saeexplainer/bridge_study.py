@@ -73,6 +73,10 @@ def study_features(
     return StudyFeatures([known[index] for index in sorted(test)], [known[index] for index in _order(others)[:n_train]])
 
 # %% ../nbs/parts/bridge_study.ipynb #6ee560f0
+def _greedy(explainer:Explainer, reader:FeatureReader, features:Sequence[Feature], progress:bool) -> dict[int, str]:
+    wanted = [feature.index for feature in features]
+    return dict(zip(wanted, explainer.explain(reader.directions(wanted), progress=progress)))
+
 @dataclass(frozen=True)
 class BridgeStudy:
     "Explainers of two families, trained on the same labels"
@@ -99,9 +103,7 @@ class BridgeStudy:
         "Explain the test features"
         explainer = Explainer.from_pretrained(self.root/arm.split(',')[0]/'sft', reader=self.reader)
         if arm == SHUFFLED: shuffle_bridge(explainer)
-        wanted = [feature.index for feature in self.features.test]
-        texts = explainer.explain(self.reader.directions(wanted), progress=self.progress)
-        return dict(zip(wanted, texts))
+        return _greedy(explainer, self.reader, self.features.test, self.progress)
 
     def chance(self) -> dict[int, str]: # feature -> label of another one
         "Return labels of training features that are drawn at random"
@@ -196,8 +198,7 @@ class SecondStudy:
         "Explain the test features"
         reader = FeatureReader.load(second_preset(OWN, self.first))
         explainer = Explainer.from_pretrained(self.folder(arm), reader=reader)
-        wanted = [feature.index for feature in self.features.test]
-        return dict(zip(wanted, explainer.explain(reader.directions(wanted), progress=self.progress)))
+        return _greedy(explainer, reader, self.features.test, self.progress)
 
     def others_labels(self) -> dict[int, str]: # feature -> label of the next one
         "Return labels that are wrong by design"

@@ -96,20 +96,21 @@ def edition(
 
 # %% ../nbs/parts/measuring.ipynb #efd6f96a
 EVALUATION_FILES = ('summary.csv', 'explanations.csv', 'texts.csv')
+_BESIDE = ('label', 'control') # names that nobody has given
 
 def measured_stages(
     metrics:pd.DataFrame # of a store
 ) -> list[str]: # labels and controls last
     "Return the names under which something was measured"
     there = list(metrics['stage'].unique())
-    last = [stage for stage in ('label', 'control') if stage in there]
+    last = [stage for stage in _BESIDE if stage in there]
     return [stage for stage in there if stage not in last] + last
 
 def own_stages(
     metrics:pd.DataFrame # of a store
 ) -> list[str]: # without labels and controls
     "Return the names of explanations that somebody gave to be measured"
-    return [stage for stage in measured_stages(metrics) if stage not in ('label', 'control')]
+    return [stage for stage in measured_stages(metrics) if stage not in _BESIDE]
 
 def values_table(
     store:RunStore
