@@ -17,6 +17,7 @@ from saeexplainer.explainer import CARD, Explainer, ExplainerCard
 from saeexplainer.features import load_features
 from saeexplainer.injection import Bridge, Injector
 from saeexplainer.joint import JointReader, JointTarget, joint_rows, target_presets, train_joint
+from saeexplainer.layers_study import ALL, EACH, LayersStudy, measure_layers
 from saeexplainer.lm.hooks import residual_hook
 from saeexplainer.presets import AS_PAPER, load_preset
 from saeexplainer.run import execute
@@ -366,6 +367,22 @@ def test_metrics_of_each_layer(joint_run):
     with joint_run.in_use(), joint_run.run(joint_run.folder/'run', targets=[str(joint_run.folder/'deep.yaml')]) as run:
         assert execute(run, say=silent) # nothing is left to do
     assert (joint_run.folder/'run'/'targets'/'deep'/'report'/'summary.csv').exists()
+
+
+def test_one_explainer_beside_one_each(joint_run, tmp_path):
+    with joint_run.in_use():
+        presets = [load_preset(file) for file in (joint_run.file, joint_run.folder/'deep.yaml')]
+        study = LayersStudy(tmp_path, presets, n_train=8, n_test=3)
+        together = study.train_all()
+        alone = [study.train_each(preset) for preset in presets]
+        measured = measure_layers(study)
+        assert study.train_all() == together # finished
+    assert same(*map(adapter_in, together)) and not same(*map(adapter_in, alone))
+    assert [(folder/BRIDGE).exists() for folder in (*together, *alone)] == [True, True, False, False]
+    counts = measured[measured['metric'] == 'generative'].groupby(['layer', 'stage']).size()
+    assert {layer for layer, _ in counts.index} == {1, 2} and {ALL, EACH} < {stage for _, stage in counts.index}
+    assert set(counts) == {3}
+    assert (tmp_path/'layers.parquet').exists() and (tmp_path/'layers_metrics.parquet').exists()
 
 
 def test_batches_are_balanced(pair, tmp_path):

@@ -91,6 +91,7 @@ PARTS = {  # group -> notebook of parts/ -> its title in words
         'benchmark': 'The ranking of methods',
         'studies': 'Studies beside a run',
         'bridge_study': 'A study of bridges',
+        'layers_study': 'A study of five layers',
     },
     'Running at scale': {
         'run': 'A run and its stages',
