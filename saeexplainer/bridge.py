@@ -115,6 +115,8 @@ def _check_enough(words:int) -> None: # raises `ValueError`
     raise ValueError(f'too few words that both models read, {words}: give more texts, or begin the bridge with '
                      "'orthogonal'")
 
+_LENGTH = 10. # of a fitted map, times that of a drawn one: it turns as much more slowly in training
+
 @dataclass(frozen=True)
 class RidgeFit:
     "A map that was fitted on hidden states of two models"
@@ -135,7 +137,8 @@ def ridge_fit(
         mapped = here[n:] @ _ridge(here[:n], there[:n], penalty).T
         cosines[penalty] = F.cosine_similarity(mapped, there[n:]).mean().item()
     best = max(_PENALTIES, key=cosines.__getitem__)
-    return RidgeFit(Bridge(_scaled(_ridge(here, there, best))), cosines[best], len(here))
+    fitted = _LENGTH*_scaled(_ridge(here, there, best))
+    return RidgeFit(Bridge(fitted), cosines[best], len(here))
 
 # %% ../nbs/parts/bridge.ipynb #615033e6
 _TEXTS = 2_000 # contexts, one a feature

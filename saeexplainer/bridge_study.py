@@ -31,7 +31,7 @@ from .saes import FeatureReader
 from .sft import train_sft
 
 # %% ../nbs/parts/bridge_study.ipynb #adab9ee8
-_GEMMA = dict(explainer=GEMMA, placeholder='<unused0>')
+_GEMMA = dict(explainer=GEMMA, placeholder='<unused0>', injection_coefficient=.2)
 
 ARMS:dict[str, dict] = { # what each changes
     'twin': {},
@@ -60,14 +60,16 @@ class StudyFeatures:
     test: list[Feature]
     train: list[Feature] # with a label
 
+_SEEN = 150 # that an earlier study of this draw was measured on
+
 def study_features(
-    n_train:int=1_200,
+    n_train:int=2_400,
     n_test:int=150,
 ) -> StudyFeatures:
     "Draw the features that all arms are measured on, and those that they learn from"
     splits = Results(data_dir()/'smollm2-135m'/'results')['features']
     unmeasured = splits.loc[splits['split'] == 'sft', 'feature'].tolist()
-    test = set(_order(unmeasured)[:n_test])
+    test = set(_order(unmeasured)[_SEEN:_SEEN + n_test])
     known = {feature.index: feature for feature in load_features(load_preset('smollm2-135m')) if feature.explanation}
     others = [index for index in known if index not in test]
     return StudyFeatures([known[index] for index in sorted(test)], [known[index] for index in _order(others)[:n_train]])
