@@ -24,10 +24,11 @@ from .sft import train_sft
 def layer_preset(
     file:str|Path, # a preset of a dictionary
 ) -> Preset:
-    "Return the preset of a dictionary as the study learns it"
+    "Return the preset of a dictionary as the study learns it, named after its layer"
     template = 'Feature {placeholder} of layer {layer} is given. Which words does it stand for?'
     study = dict(AS_PAPER, template=template, bridge='identity', sft_epochs=3., n_generative=5)
-    return load_preset(file, size='full', **study)
+    preset = load_preset(file, size='full', **study)
+    return replace(preset, name=f'layer{preset.layer}')
 
 def layer_features(
     preset:Preset,

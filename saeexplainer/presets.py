@@ -714,7 +714,7 @@ _PRESETS['smollm2-135m-mlp'] = _PRESETS['smollm2-135m'] | dict(
     n_sft=1000, n_pref=400, n_test=100, n_output=100)
 
 _PRESETS['smollm2-135m-by-gemma'] = _PRESETS['smollm2-135m'] | dict(
-    explainer='gemma-3-270m-q4', bridge='ridge', placeholder='<unused0>')
+    explainer='gemma-3-270m-q4', bridge='ridge', placeholder='<unused0>', injection_coefficient=.2)
 _PRESETS['gemma-2-9b-l20-by-llama3.1-8b'] = _PRESETS['gemma-2-9b-l20'] | dict(
     explainer='meta-llama/Llama-3.1-8B-Instruct', bridge='ridge', ao_adapter=None)
 _PRESETS['llama3.1-8b-l15-by-gemma-2-9b'] = _PRESETS['llama3.1-8b-l15'] | dict(
