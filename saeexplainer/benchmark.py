@@ -221,6 +221,7 @@ def benchmark(
     folder:str|Path, # where texts and values are kept
     progress:bool=True,
     executor:Executor=PlainExecutor(), # whose workers write with a local writer, and read
+    measures:Sequence[str]=MEASURES, # some of them
 ) -> pd.DataFrame: # columns stage, feature, metric, value, of these methods alone
     "Measure methods on a bench; raises `ValueError` for features that are not its own, and for names that are taken"
     if not methods: raise ValueError('there is no method to measure: give at least one')
@@ -233,9 +234,9 @@ def benchmark(
         if not asked[name]: raise ValueError(f'{name} explains none of the {len(own)} features of {bench.name}')
     with Run(Path(folder), bench.resolved(), progress=progress, executor=executor) as run:
         bench.check(run.features, run.reader.sha256)
-        evaluate(bench_evaluation(run, bench), asked, MEASURES, progress, bench.features)
+        evaluate(bench_evaluation(run, bench), asked, measures, progress, bench.features)
         values = run.store.metrics(list(asked))
-    return values[values['metric'].isin(MEASURES)].reset_index(drop=True)
+    return values[values['metric'].isin(measures)].reset_index(drop=True)
 
 # %% ../nbs/parts/benchmark.ipynb #b8a6ccdd
 _READ = {'sheet': str, 'reader': str, 'row': str, 'feature': int, 'method': str, 'rating': int}

@@ -143,8 +143,9 @@ def study_bench(
 def _about(study, arms, bench:Bench) -> dict: # what made its tables
     return dict(
         command='saeexplainer.bridge_study.measure_study', commit=git_commit(), chosen=bench.chosen,
-        arms={arm: ARMS[arm] for arm in arms}, test=list(bench.features),
-        train=[feature.index for feature in study.features.train])
+        arms={arm: ARMS[arm] for arm in arms}, test=list(bench.features), n_train=len(study.features.train))
+
+_STUDIED = ('names_word', 'generative', 'coverage', 'detection')
 
 def measure_study(
     study:BridgeStudy,
@@ -156,7 +157,7 @@ def measure_study(
     rows = [(arm, feature, text) for arm, said in texts.items() for feature, text in said.items()]
     write_table(pd.DataFrame(rows, columns=['stage', 'feature', 'text']), study.root/'explanations.parquet')
     bench = study_bench(study)
-    metrics = benchmark(bench, texts, study.root/'measured', study.progress)
+    metrics = benchmark(bench, texts, study.root/'measured', study.progress, measures=_STUDIED)
     write_table(metrics, study.root/'metrics.parquet')
     write_json(_about(study, arms, bench), study.root/'study.json')
     return metrics

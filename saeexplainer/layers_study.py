@@ -26,14 +26,14 @@ def layer_preset(
 ) -> Preset:
     "Return the preset of a dictionary as the study learns it, named after its layer"
     template = 'Feature {placeholder} of layer {layer} is given. Which words does it stand for?'
-    study = dict(AS_PAPER, template=template, bridge='identity', sft_epochs=3., n_generative=5)
+    study = dict(AS_PAPER, template=template, bridge='identity', n_generative=5)
     preset = load_preset(file, size='full', **study)
     return replace(preset, name=f'layer{preset.layer}')
 
 def layer_features(
     preset:Preset,
     n_train:int=400,
-    n_test:int=100,
+    n_test:int=80,
 ) -> StudyFeatures:
     "Draw the features of a dictionary that both arms learn from, and those they are measured on"
     return draw_features(preset, n_train, n_test, f'layers study, {preset.layer}')
@@ -48,7 +48,7 @@ class LayersStudy:
     root: Path # folder of the trainings
     presets: Sequence[Preset] # of `layer_preset`
     n_train: int = 400 # labels of each
-    n_test: int = 100 # features of each
+    n_test: int = 80 # features of each
     progress: bool = False
 
     def features(self, preset:Preset) -> StudyFeatures:
