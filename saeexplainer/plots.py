@@ -231,6 +231,7 @@ def stage_figure(metrics, # rows stage, feature, metric, value
 # %% ../nbs/parts/plots.ipynb #9fafc18b
 MEASURED = dict(
     right='read as right (%)',
+    names_word='names a peak word (%)',
     generative='generative accuracy (%)',
     gap='gap H - L (activation)',
     coverage='coverage (%)',
@@ -256,6 +257,7 @@ def ranking_figure(
 ) -> Figure:
     "Draw measures of methods, with intervals, and a line at chance"
     measures = [measure for measure in measures if (metrics['metric'] == measure).any()]
+    columns = min(columns, len(measures))
     n_rows = -(-len(measures)//columns)
     with style():
         fig = Figure(figsize=(WIDTH, .5 + n_rows*(.8 + .27*len(methods))))
