@@ -49,6 +49,11 @@ def test_its_data_is_inside(installed):
     assert Path(folder) == Path(file).parent/'data'
 
 
+def test_type_checkers_take_its_annotations(installed):
+    script = 'import saeexplainer.presets as p, pathlib; print((pathlib.Path(p.__file__).parent/"py.typed").exists())'
+    assert installed('-c', script)[1] == 'True\n'
+
+
 def test_links_of_its_description_work_anywhere(installed):
     script = 'from importlib.metadata import metadata; print(metadata("saeexplainer")["Description"])'
     code, out, err = installed('-c', script)
