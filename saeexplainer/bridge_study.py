@@ -136,7 +136,7 @@ def study_bench(
     like = Bench.load('bench-1')
     features = study.features.test
     return dataclasses.replace(
-        like, name='bridges', features=tuple(feature.index for feature in features),
+        like, name='bridge-study', features=tuple(feature.index for feature in features),
         contexts_sha256=contexts_sha256(features),
         chosen='SFT features of the recorded run, by a hash of their index; no evaluation has measured them')
 
