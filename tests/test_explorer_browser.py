@@ -24,6 +24,7 @@ OPTIONS = [
     '--LabApp.news_url=',
     '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
 ]
+KERNEL_IS_READY = '.jp-Notebook-ExecutionIndicator[data-status="idle"]' # keys that come before it may be lost
 OTHER = 8 # a feature, some words of its label, and one that it fires on
 LABEL = 'community settlement radio'
 WORD = 'community'
@@ -71,6 +72,7 @@ def page(lab):
         browser = open_browser(playwright)
         page = browser.new_page(viewport=dict(width=1200, height=1300))
         page.goto(lab)
+        page.locator(KERNEL_IS_READY).wait_for(timeout=120_000)
         page.locator('.jp-CodeCell').first.click(timeout=60_000)
         page.keyboard.press('Shift+Enter')
         page.locator('.saex h2', has_text='9-res-4k/13').wait_for(timeout=120_000)

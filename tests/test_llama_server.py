@@ -100,8 +100,8 @@ def test_it_ends_when_told():
     command = [sys.executable, TOOL, '--slots', '1']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         try:
-            [reply] = asks(server.stdout.readline().strip(), ('Count.', dict(max_tokens=4)))
-            assert reply.usage.completion_tokens == 4
+            reply = about_rain(server.stdout.readline().strip(), temperature=0)
+            assert reply.usage.completion_tokens == 16
             server.send_signal(signal.SIGTERM)
             assert server.stdout.read() == ''
             assert server.wait(20) == 0
