@@ -13,6 +13,9 @@ from tiny_lab import SAE, make_lab, silent
 from trainings import EVAL_WORDS, WORDS, features
 
 from saeexplainer.bridge import BRIDGE, begin_bridge, context_texts, load_bridge, ridge_bridge, word_ends
+from saeexplainer.bridge_study import (
+    CHANCE, KEPT, OWN, ArmsStudy, draw_features, measure_arms, second_arms, second_features,
+)
 from saeexplainer.explainer import CARD, Explainer, ExplainerCard
 from saeexplainer.features import load_features
 from saeexplainer.injection import Bridge, Injector
@@ -383,6 +386,22 @@ def test_one_explainer_beside_one_each(joint_run, tmp_path):
     assert {layer for layer, _ in counts.index} == {1, 2} and {ALL, EACH} < {stage for _, stage in counts.index}
     assert set(counts) == {3}
     assert (tmp_path/'layers.parquet').exists() and (tmp_path/'layers_metrics.parquet').exists()
+
+
+def test_a_second_dictionary_by_its_bridge_alone(joint_run, tmp_path):
+    shuffled = f'{KEPT}, shuffled'
+    with joint_run.in_use():
+        one, two = [load_preset(file) for file in (joint_run.file, joint_run.folder/'deep.yaml')]
+        first = ArmsStudy(tmp_path/'first', {'twin': one}, draw_features(one, 8, 3, 'a draw')).train('twin')
+        study = ArmsStudy(tmp_path/'second', second_arms(two, first), second_features(two, n_train=8, n_test=3))
+        kept, own = [study.train(arm) for arm in (KEPT, OWN)]
+        measured = measure_arms(study, 'deep', controls=[shuffled])
+        assert study.train(KEPT) == kept # finished
+    assert same(adapter_in(kept), adapter_in(first)) and not same(adapter_in(own), adapter_in(first))
+    assert not torch.equal(bridge_in(kept), torch.eye(64))
+    assert set(measured['stage']) == {KEPT, OWN, shuffled, CHANCE, 'label'}
+    assert set(measured.groupby(['stage', 'metric']).size()) == {3}
+    assert {file.name for file in study.root.glob('*.parquet')} == {'deep.parquet', 'deep_metrics.parquet'}
 
 
 def test_batches_are_balanced(pair, tmp_path):

@@ -25,7 +25,7 @@ LONG = { # what is one class, in one cell
 NO_EXAMPLE = { # notebook -> what takes too long for its page
     'parts/run.ipynb': ['sft_stage'], # it trains: the page runs a whole run further down
     'parts/benchmark.ipynb': ['measure_built_in'], # hours
-    'parts/bridge_study.ipynb': ['greedy_texts', 'measure_study', 'measure_texts', 'measure_second'], # hours
+    'parts/bridge_study.ipynb': ['greedy_texts', 'measure_study', 'measure_texts', 'measure_arms'], # hours
     'parts/layers_study.ipynb': ['measure_layers'], # an hour: tests/test_bridge.py has a small one
     'parts/joint.ipynb': ['train_joint'], # minutes: it trains
 }
