@@ -7,7 +7,7 @@ from pathlib import Path
 START = 'quickstart first_look teach install howto gallery faq'.split()  # of guide/
 HOW_RIGHT = 'how_right'
 RECIPES = '''
-    your_own_sae writers paper_presets another_width train_sae layer_saes train_transcoder circuit_graph
+    your_own_sae writers paper_presets another_width explain_gemma train_sae layer_saes train_transcoder circuit_graph
     whole_model second_writer build_features ranking benchmarks families'''.split()
 PARTS = {  # group -> notebook of parts/ -> its title in words
     'The front door': {
