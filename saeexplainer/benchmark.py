@@ -27,7 +27,7 @@ from .evaluation.readings import method_table, reading_agreement
 from .evaluation.tables import BEYOND, check_once, stage_table, summary
 from .executor import Executor, PlainExecutor, put_rows
 from .features import NO_PATTERN, labels_of
-from .files import read_json, whole
+from .files import read_json, write_table
 from .labels import marked_context
 from .lm.sampling import seed_for
 from .lookups import look_up
@@ -350,7 +350,7 @@ def _keep(rows:pd.DataFrame, file:Path) -> None: # rows of other methods stay; i
         rows = pd.concat([stored[~stored['stage'].isin(rows['stage'])], rows])
     place = rows['stage'].map(BUILT_IN.index)
     ordered = rows.assign(place=place).sort_values(['place', 'feature'], kind='stable').drop(columns='place')
-    with whole(file) as part: ordered.to_parquet(part, index=False)
+    write_table(ordered, file)
 
 def measure_built_in(
     bench:Bench,
