@@ -112,8 +112,8 @@ def _ridge(here:torch.Tensor, there:torch.Tensor, penalty:float) -> torch.Tensor
 
 def _check_enough(words:int) -> None: # raises `ValueError`
     if words >= 20: return
-    raise ValueError(f'too few words that both models read, {words}: give more texts, or begin the bridge with '
-                     "'orthogonal'")
+    raise ValueError(f"too few words that both models read, {words}: give more texts; 'orthogonal' needs none, but "
+                     'far more training')
 
 _LENGTH = 10. # of a fitted map, times that of a drawn one: it turns as much more slowly in training
 
