@@ -162,6 +162,7 @@ def cache_residuals(model, # a causal LM
     _write(folder/'done.json', about | dict(windows=len(rows)))
     return arrays
 
+# %% ../../nbs/parts/sources/sae_training.ipynb #3a6845d1
 def cached_activations(
     acts:np.ndarray, # (windows, size, d), of `cache_residuals`
     batch:int=16, # windows at once
