@@ -75,7 +75,7 @@ def page(lab):
         page.locator(KERNEL_IS_READY).wait_for(timeout=120_000)
         page.locator('.jp-CodeCell').first.click(timeout=60_000)
         page.keyboard.press('Shift+Enter')
-        page.locator('.saex h2', has_text='9-res-4k/13').wait_for(timeout=120_000)
+        page.locator('.saex h2', has_text='9-res-4k/13').wait_for(timeout=240_000)
         yield page
         browser.close()
 
