@@ -12,8 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../nbs/parts/layers_study.ipynb #db59a4f8
+from .benchmark import CHANCE
 from saeexplainer.bridge_study import (
-    CHANCE, StudyFeatures, draw_features, greedy_texts, measure_texts, others_labels, own_labels, said_table,
+    StudyFeatures, draw_features, greedy_texts, measure_texts, others_labels, own_labels, said_table,
 )
 from .explainer import Explainer
 from .files import write_table

@@ -168,11 +168,12 @@ def cached_activations(
     batch:int=16, # windows at once
 ) -> Callable[[int], Iterator[torch.Tensor]]: # first token -> endless iterator of (tokens, d) fp32
     "Return what gives `train_sae` the activations that lie on disk"
-    size = acts.shape[1]
     def from_token(start:int) -> Iterator[torch.Tensor]:
-        for i in range(start//size % len(acts), len(acts), batch):
-            yield torch.from_numpy(acts[i:i+batch].astype(np.float32)).flatten(0, 1)
-        yield from from_token(0)
+        first = start//acts.shape[1] % len(acts)
+        while True:
+            for i in range(first, len(acts), batch):
+                yield torch.from_numpy(acts[i:i+batch].astype(np.float32)).flatten(0, 1)
+            first = 0
     return from_token
 
 # %% ../../nbs/parts/sources/sae_training.ipynb #21929385
